@@ -1,0 +1,8 @@
+//! Quantization schemes for the weights of linear layers: what is stored, how it is packed, and how to compute from it.
+//!
+//! Host pack and unpack are always compiled. A scheme is one file in `schemes/` and one line in [`SCHEMES`].
+//! Feature `burn` adds the backend extension that multiplies activations with packed weights.
+
+pub mod schemes;
+
+pub use schemes::{Packed, SCHEMES, Scheme, SchemeError, SchemeSpec, scheme};

@@ -1,0 +1,238 @@
+//! What an engine can do: the port through which stages reach a model.
+//!
+//! Whole sequences go in, small results come out; logits stay on the device unless asked for. The engine owns the
+//! clock that it times with and names it. Module names are Hugging Face's (`model.layers.4.mlp.down_proj`).
+
+use crate::artifact::{MemoryFigures, QuantizedModule};
+use crate::event::Progress;
+use crate::quantization::QuantizationConfig;
+use crate::units::DType;
+use serde::{Deserialize, Serialize};
+use std::path::PathBuf;
+
+/// Where weights come from.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case", deny_unknown_fields)]
+pub enum ModelSource {
+    /// A folder in Hugging Face layout.
+    Path(PathBuf),
+    /// The shapes of a `config.json` with random weights drawn from `seed`.
+    Random { config: PathBuf, seed: u64 },
+}
+
+/// Everything an engine needs to make a model: what `load` and `quantize` commit in place of weights.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ModelRecipe {
+    pub source: ModelSource,
+    /// How weights that are not quantized are stored; null keeps the file's own type.
+    pub dtype: Option<DType>,
+    /// What weights are multiplied in; null takes the engine's default (f32 on a CPU).
+    pub compute_dtype: Option<DType>,
+    pub quantization: Option<QuantizationConfig>,
+}
+
+/// Who computes: goes into records and, with `device`, into the keys of measurements.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct EngineInfo {
+    /// `burn-flex 0.22.1`.
+    pub backend: String,
+    /// `cpu: AMD EPYC 7B13, 2 threads, avx512f`: model, driver, power limit, whatever changes a measurement.
+    pub device: String,
+    /// Bumped whenever the engine's results change; in the key of everything computed.
+    pub numerics_version: u32,
+    /// `monotonic clock, synchronous device`.
+    pub clock: String,
+    /// True where the device is the host's processor: a measurement then needs the whole machine.
+    pub is_host: bool,
+}
+
+/// What a model is, known without loading its weights.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct ModelInfo {
+    /// `llama`, `qwen2`.
+    pub family: String,
+    pub n_layers: usize,
+    pub hidden_size: usize,
+    pub n_heads: usize,
+    pub n_kv_heads: usize,
+    pub vocab_size: usize,
+    /// Longest context in tokens that the config allows.
+    pub n_ctx_max: usize,
+    pub n_params: u64,
+    pub tied_embeddings: bool,
+    /// Element type that weights are stored in by this recipe.
+    pub dtype: DType,
+    pub compute_dtype: DType,
+    /// Linear modules in execution order, each `[out, in]`.
+    pub linears: Vec<(String, [usize; 2])>,
+    /// Folder that holds `tokenizer.json`; null for random weights.
+    pub tokenizer_dir: Option<PathBuf>,
+    pub bos_token_id: Option<u32>,
+}
+
+/// A timed prefill.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Prefilled {
+    /// From the start of the pass to the first token's logits on a synchronized device.
+    pub duration_s: f64,
+    /// argmax of the last position's logits.
+    pub next_token: u32,
+}
+
+/// A token that was generated greedily, and the time it took.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Decoded {
+    pub token: u32,
+    pub duration_s: f64,
+}
+
+/// What scoring tells of one target token.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct TokenScore {
+    /// Negative log-likelihood in nats.
+    pub nll: f64,
+    /// The model's own first choice at that position.
+    pub argmax: u32,
+}
+
+/// One value stream of a module: where a captured tensor was taken.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+pub struct CaptureSite {
+    pub module: String,
+    /// `input` or `output`.
+    pub port: &'static str,
+    pub layer_idx: Option<usize>,
+    /// `embedding`, `norm`, `q_proj`, `attn`, `act`, `down_proj`, `block`, ….
+    pub op: String,
+}
+
+/// Which sites to capture. Globs over module names; `*` matches within and across dots.
+#[derive(Debug, Clone, PartialEq, Default)]
+pub struct CaptureFilter {
+    /// Empty means every leaf operation.
+    pub modules: Vec<String>,
+    pub inputs: bool,
+}
+
+/// Takes captured values as they are computed, in execution order.
+pub trait CaptureSink {
+    /// Takes one chunk of a site's values; several chunks of one site follow one another in token order.
+    ///
+    /// # Shapes
+    /// `values` is `[n_tokens, width]`, row-major; `first_token_idx` is the position of its first row.
+    ///
+    /// # Errors
+    /// Whatever kept it from storing the values, in words; capture stops and returns it.
+    fn take(&mut self, site: &CaptureSite, first_token_idx: usize, width: usize, values: &[f32]) -> Result<(), String>;
+
+    /// Says that `site` carries the same values as `first`, which was or will be taken in this pass.
+    fn alias(&mut self, site: &CaptureSite, first: &CaptureSite) -> Result<(), String>;
+}
+
+/// Samples memory while a stage measures.
+pub trait MemoryProbe: Send {
+    /// Stops sampling and returns what was seen; `weights_bytes` and `kv_cache_bytes` are the model's to fill in.
+    fn finish(self: Box<Self>) -> MemoryFigures;
+}
+
+/// A model that is loaded and ready on a device.
+pub trait Model: Send {
+    fn info(&self) -> &ModelInfo;
+
+    /// Bytes of parameters as stored on the device; tied weights counted once.
+    fn weights_bytes(&self) -> u64;
+
+    /// Bytes of the key-value cache as allocated now.
+    fn kv_cache_bytes(&self) -> u64;
+
+    /// Empties the cache and runs `tokens` in one pass, timed, leaving the cache filled for `decode`.
+    ///
+    /// # Errors
+    /// `ContextTooLong`, `OutOfMemory`, `TokenOutOfRange`.
+    fn prefill(&mut self, tokens: &[u32]) -> Result<Prefilled, InferenceError>;
+
+    /// Makes room for `n_ctx` tokens of context, so that no allocation falls into a timed region.
+    fn reserve(&mut self, n_ctx: usize) -> Result<(), InferenceError>;
+
+    /// Generates `n_gen` tokens greedily after what the cache holds, each one timed.
+    fn decode(&mut self, n_gen: usize) -> Result<Vec<Decoded>, InferenceError>;
+
+    /// Returns the logits of the last position of `tokens`, `[vocab_size]`. The cache is emptied first.
+    fn last_logits(&mut self, tokens: &[u32]) -> Result<Vec<f32>, InferenceError>;
+
+    /// Scores `tokens[first_target..]`, each from all tokens of the slice before it; `first_target` ≥ 1.
+    fn score(&mut self, tokens: &[u32], first_target: usize) -> Result<Vec<TokenScore>, InferenceError>;
+
+    /// Runs `tokens` through the model once and hands every matching site's values to `sink`.
+    fn capture(
+        &mut self,
+        tokens: &[u32],
+        filter: &CaptureFilter,
+        sink: &mut dyn CaptureSink,
+        progress: &dyn Progress,
+    ) -> Result<(), InferenceError>;
+}
+
+/// Makes models.
+pub trait Engine: Send + Sync {
+    fn info(&self) -> EngineInfo;
+
+    /// Reads what a model is and checks that its files are whole, without loading weights.
+    fn inspect(&self, recipe: &ModelRecipe) -> Result<ModelInfo, InferenceError>;
+
+    /// Loads (and quantizes) the model.
+    fn open(&self, recipe: &ModelRecipe, progress: &dyn Progress) -> Result<Box<dyn Model>, InferenceError>;
+
+    /// Quantizes module by module, keeping none, and tells of each what it cost and lost.
+    fn survey(
+        &self,
+        recipe: &ModelRecipe,
+        progress: &dyn Progress,
+        each: &mut dyn FnMut(QuantizedModule),
+    ) -> Result<(), InferenceError>;
+
+    /// Starts to watch memory.
+    fn memory_probe(&self) -> Box<dyn MemoryProbe>;
+}
+
+/// Why an engine could not do what was asked.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum InferenceError {
+    #[error("read model file {path}: {reason}")]
+    File { path: PathBuf, reason: String },
+    #[error("read {path}: architecture {found:?} is not known; labpipe knows {known}")]
+    UnknownArchitecture { path: PathBuf, found: String, known: String },
+    #[error("load tensor {tensor}: expected {expected}, found {found} in {path}")]
+    Tensor { path: PathBuf, tensor: String, expected: String, found: String },
+    #[error(
+        "load tensor {tensor} from {path}: value {value} at index {index}; the file is damaged or was saved from a diverged run"
+    )]
+    NotFinite { path: PathBuf, tensor: String, index: usize, value: f32 },
+    #[error("compute {what}: the result is not finite")]
+    NotFiniteResult { what: String },
+    #[error("quantize {module}: {reason}")]
+    Quantize { module: String, reason: String },
+    #[error("run {asked} tokens: the model's context holds {n_ctx_max}")]
+    ContextTooLong { asked: usize, n_ctx_max: usize },
+    #[error("run token id {token}: the vocabulary has {vocab_size} entries; does the tokenizer belong to this model?")]
+    TokenOutOfRange { token: u32, vocab_size: usize },
+    #[error("allocate {asked_bytes} bytes on {device}: {free_bytes:?} free")]
+    OutOfMemory { device: String, asked_bytes: u64, free_bytes: Option<u64> },
+    #[error("use device {device}: {reason}")]
+    Device { device: String, reason: String },
+    #[error("{0}")]
+    Unsupported(String),
+    #[error("store captured values: {0}")]
+    Sink(String),
+    #[error("cancelled")]
+    Cancelled,
+}
+
+impl InferenceError {
+    /// Returns true where the device is missing or out of memory (exit code 4).
+    pub fn is_device(&self) -> bool {
+        matches!(self, InferenceError::OutOfMemory { .. } | InferenceError::Device { .. })
+    }
+}
