@@ -32,3 +32,7 @@ pub struct Override {
     /// Null keeps the base dtype.
     pub scheme: Option<SchemeSpec>,
 }
+
+impl QuantizationConfig {
+    pub fn scheme_for(&self, _module: &str) -> Option<&SchemeSpec> { self.scheme.as_ref() }
+}

@@ -3,6 +3,11 @@
 //! Host pack and unpack are always compiled. A scheme is one file in `schemes/` and one line in [`SCHEMES`].
 //! Feature `burn` adds the backend extension that multiplies activations with packed weights.
 
+#[cfg(feature = "burn")]
+pub mod burn_ext;
+pub mod dense;
 pub mod schemes;
+pub mod weight;
 
+pub use dense::reconstruction_error;
 pub use schemes::{Packed, SCHEMES, Scheme, SchemeError, SchemeSpec, scheme};

@@ -1,1 +1,23 @@
-//! (being written)
+//! The engine: burn on the device chosen at run time. It knows neither YAML nor the command line.
+//!
+//! A model family is one file in `families/`; the executor in `forward` interprets what it says. Weights stay in their
+//! stored form and are multiplied by the kernels crate's backend extension.
+
+mod attention;
+mod burn_engine;
+mod checkpoint;
+mod device;
+mod families;
+mod forward;
+mod kv_cache;
+mod memory;
+mod model;
+mod score;
+mod spec;
+mod tap;
+mod weights;
+
+pub use burn_engine::BurnEngine;
+pub use device::build;
+pub use families::FAMILIES;
+pub use memory::rss_anon_bytes;

@@ -1,0 +1,195 @@
+//! The [`Engine`] over burn.
+
+use super::checkpoint::Checkpoint;
+use super::device::cpu_identity;
+use super::families::{ConfigFile, read_spec};
+use super::forward::Executor;
+use super::memory::HostProbe;
+use super::model::BurnModel;
+use super::spec::ModelSpec;
+use super::weights::{WeightReader, compute_dtype, pack};
+use crate::artifact::QuantizedModule;
+use crate::event::Progress;
+use crate::inference::{
+    Engine, EngineInfo, InferenceError, MemoryProbe, Model, ModelInfo, ModelRecipe, ModelSource,
+};
+use crate::units::DType;
+use burn::tensor::Device;
+use labpipe_kernels::weight::HostWeight;
+use labpipe_kernels::reconstruction_error;
+use std::path::PathBuf;
+
+/// Grows when the numbers that this engine computes change.
+const NUMERICS_VERSION: u32 = 1;
+
+/// burn on one device.
+pub struct BurnEngine {
+    device: Device,
+    info: EngineInfo,
+}
+
+impl BurnEngine {
+    /// Runs on the host's processor through burn's Flex backend.
+    pub fn cpu() -> BurnEngine {
+        BurnEngine {
+            device: Device::flex(),
+            info: EngineInfo {
+                backend: "burn-flex 0.22".to_owned(),
+                device: cpu_identity(),
+                numerics_version: NUMERICS_VERSION,
+                clock: "host monotonic clock; the device computes synchronously".to_owned(),
+                is_host: true,
+            },
+        }
+    }
+
+    fn prepare(&self, recipe: &ModelRecipe) -> Result<(ModelSpec, Checkpoint), InferenceError> {
+        let config = config_path(&recipe.source);
+        let spec = read_spec(&config)?;
+        let checkpoint = Checkpoint::open(&recipe.source, ConfigFile::read(&config)?.saved_dtype())?;
+        Ok((spec, checkpoint))
+    }
+}
+
+fn config_path(source: &ModelSource) -> PathBuf {
+    match source {
+        ModelSource::Path(dir) => dir.join("config.json"),
+        ModelSource::Random { config, .. } => config.clone(),
+    }
+}
+
+/// Checks that every tensor is there with its shape, and tells what the model is.
+fn describe(spec: &ModelSpec, checkpoint: &Checkpoint, recipe: &ModelRecipe) -> Result<ModelInfo, InferenceError> {
+    let (hidden, vocab) = (spec.hidden_size, spec.vocab_size);
+    let device = Device::flex();
+    let embedding = WeightReader { checkpoint, spec, recipe, device: &device }.embedding_name();
+    checkpoint.check(embedding, &[vocab, hidden])?;
+    checkpoint.check("model.norm.weight", &[hidden])?;
+    for (module, shape) in spec.linears() {
+        if module != "lm_head" || !spec.tied_embeddings {
+            checkpoint.check(&format!("{module}.weight"), &shape)?;
+        }
+    }
+    for layer_idx in 0..spec.n_layers {
+        for norm in ["input_layernorm", "post_attention_layernorm"] {
+            checkpoint.check(&format!("model.layers.{layer_idx}.{norm}.weight"), &[hidden])?;
+        }
+        for linear in spec.block_linears().iter().filter(|linear| linear.bias) {
+            checkpoint.check(&format!("model.layers.{layer_idx}.{}.bias", linear.name), &[linear.n_out])?;
+        }
+    }
+    let stored = checkpoint.dtype_of(embedding).unwrap_or(DType::F32);
+    Ok(ModelInfo {
+        family: spec.family.to_owned(),
+        n_layers: spec.n_layers,
+        hidden_size: hidden,
+        n_heads: spec.n_heads,
+        n_kv_heads: spec.n_kv_heads,
+        vocab_size: vocab,
+        n_ctx_max: spec.n_ctx_max,
+        n_params: spec.n_params(),
+        tied_embeddings: spec.tied_embeddings,
+        dtype: recipe.dtype.unwrap_or(stored),
+        compute_dtype: compute_dtype(recipe),
+        linears: spec.linears(),
+        tokenizer_dir: match &recipe.source {
+            ModelSource::Path(dir) => Some(dir.clone()),
+            ModelSource::Random { .. } => None,
+        },
+        bos_token_id: spec.bos_token_id,
+    })
+}
+
+impl Engine for BurnEngine {
+    fn info(&self) -> EngineInfo {
+        self.info.clone()
+    }
+
+    fn inspect(&self, recipe: &ModelRecipe) -> Result<ModelInfo, InferenceError> {
+        let (spec, checkpoint) = self.prepare(recipe)?;
+        describe(&spec, &checkpoint, recipe)
+    }
+
+    fn open(&self, recipe: &ModelRecipe, progress: &dyn Progress) -> Result<Box<dyn Model>, InferenceError> {
+        let (spec, checkpoint) = self.prepare(recipe)?;
+        let info = describe(&spec, &checkpoint, recipe)?;
+        let reader = WeightReader { checkpoint: &checkpoint, spec: &spec, recipe, device: &self.device };
+        let weights = reader.read_all(progress)?;
+        let compute = info.compute_dtype;
+        let executor = Executor { spec, weights, device: self.device.clone(), compute };
+        Ok(Box::new(BurnModel::new(info, executor)))
+    }
+
+    fn survey(
+        &self,
+        recipe: &ModelRecipe,
+        progress: &dyn Progress,
+        each: &mut dyn FnMut(QuantizedModule),
+    ) -> Result<(), InferenceError> {
+        let (spec, checkpoint) = self.prepare(recipe)?;
+        describe(&spec, &checkpoint, recipe)?;
+        let reader = WeightReader { checkpoint: &checkpoint, spec: &spec, recipe, device: &self.device };
+        let linears = spec.linears();
+        progress.begin(Some(linears.len() as u64), "modules");
+        for (module, [n_out, n_in]) in &linears {
+            if progress.is_cancelled() {
+                return Err(InferenceError::Cancelled);
+            }
+            let is_tied_head = module == "lm_head" && spec.tied_embeddings;
+            let name = if is_tied_head { reader.embedding_name().to_owned() } else { format!("{module}.weight") };
+            each(survey_module(&reader, module, &name, *n_out, *n_in)?);
+            progress.advance(1);
+        }
+        Ok(())
+    }
+
+    fn memory_probe(&self) -> Box<dyn MemoryProbe> {
+        Box::new(HostProbe::start())
+    }
+}
+
+fn survey_module(
+    reader: &WeightReader<'_>,
+    module: &str,
+    tensor: &str,
+    n_out: usize,
+    n_in: usize,
+) -> Result<QuantizedModule, InferenceError> {
+    let n_params = (n_out * n_in) as u64;
+    let is_tied = tensor != format!("{module}.weight");
+    let scheme = reader.recipe.quantization.as_ref().and_then(|config| config.scheme_for(module)).filter(|_| !is_tied);
+    let Some(scheme) = scheme else {
+        let stored = reader.checkpoint.dtype_of(tensor).unwrap_or(DType::F32);
+        let dtype = reader.recipe.dtype.unwrap_or(stored);
+        let bytes = n_params * dtype.size_bytes() as u64;
+        return Ok(QuantizedModule {
+            module: module.to_owned(),
+            scheme: dtype.name().to_owned(),
+            block_size: None,
+            double_quant: false,
+            n_params,
+            bits_per_weight: 8.0 * dtype.size_bytes() as f64,
+            bytes,
+            weight_mse: 0.0,
+            weight_sqnr_db: None,
+        });
+    };
+    let values = reader.base_values(tensor, &[n_out, n_in])?;
+    let weight = pack(module, scheme, &values, n_out, n_in)?;
+    let bytes = weight.stored_bytes();
+    let HostWeight::Packed(packed) = &weight else {
+        return Err(InferenceError::Quantize { module: module.to_owned(), reason: "it was not packed".to_owned() });
+    };
+    let (weight_mse, weight_sqnr_db) = reconstruction_error(&values, packed);
+    Ok(QuantizedModule {
+        module: module.to_owned(),
+        scheme: packed.spec.scheme.clone(),
+        block_size: packed.spec.block_size,
+        double_quant: packed.spec.double_quant,
+        n_params,
+        bits_per_weight: 8.0 * bytes as f64 / n_params as f64,
+        bytes,
+        weight_mse,
+        weight_sqnr_db,
+    })
+}

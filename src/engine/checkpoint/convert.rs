@@ -1,0 +1,106 @@
+//! Conversions between stored element types; all go through f32, rounded to nearest even.
+
+use crate::units::DType;
+use half::{bf16, f16};
+use labpipe_kernels::dense::DenseType;
+use labpipe_kernels::weight::SharedBytes;
+use rayon::prelude::*;
+
+/// Values a thread takes at a time.
+const CHUNK: usize = 1 << 16;
+
+/// Returns the kernels' name for an element type.
+pub fn dense_type(dtype: DType) -> DenseType {
+    match dtype {
+        DType::F32 => DenseType::F32,
+        DType::F16 => DenseType::F16,
+        DType::Bf16 => DenseType::Bf16,
+    }
+}
+
+/// Reads little-endian values of any alignment as f32.
+pub fn to_f32(dtype: DType, bytes: &[u8]) -> Vec<f32> {
+    let mut values = vec![0.0f32; bytes.len() / dtype.size_bytes()];
+    values
+        .par_chunks_mut(CHUNK)
+        .zip(bytes.par_chunks(CHUNK * dtype.size_bytes()))
+        .for_each(|(values, bytes)| fill_f32(dtype, bytes, values));
+    values
+}
+
+fn fill_f32(dtype: DType, bytes: &[u8], values: &mut [f32]) {
+    match dtype {
+        DType::F32 => {
+            for (value, raw) in values.iter_mut().zip(bytes.as_chunks::<4>().0) {
+                *value = f32::from_le_bytes(*raw);
+            }
+        }
+        DType::F16 => {
+            for (value, raw) in values.iter_mut().zip(bytes.as_chunks::<2>().0) {
+                *value = f16::from_le_bytes(*raw).to_f32();
+            }
+        }
+        DType::Bf16 => {
+            for (value, raw) in values.iter_mut().zip(bytes.as_chunks::<2>().0) {
+                *value = bf16::from_le_bytes(*raw).to_f32();
+            }
+        }
+    }
+}
+
+/// Stores f32 values in another element type.
+pub fn to_dtype(values: &[f32], dtype: DType) -> SharedBytes {
+    match dtype {
+        DType::F32 => SharedBytes::from_values(values.to_vec()),
+        DType::F16 => SharedBytes::from_values(values.par_iter().map(|&v| f16::from_f32(v).to_bits()).collect::<Vec<u16>>()),
+        DType::Bf16 => SharedBytes::from_values(values.par_iter().map(|&v| bf16::from_f32(v).to_bits()).collect::<Vec<u16>>()),
+    }
+}
+
+/// Returns the first value that is NaN or infinite, with its index.
+pub fn first_not_finite(dtype: DType, bytes: &[u8]) -> Option<(usize, f32)> {
+    let size = dtype.size_bytes();
+    // An exponent of all ones marks NaN and infinities in each of the three types.
+    let bad = |raw: &[u8]| match (dtype, raw) {
+        (DType::F32, [_, _, b2, b3]) => (u16::from_le_bytes([*b2, *b3]) & 0x7f80) == 0x7f80,
+        (DType::F16, [b0, b1]) => (u16::from_le_bytes([*b0, *b1]) & 0x7c00) == 0x7c00,
+        (DType::Bf16, [b0, b1]) => (u16::from_le_bytes([*b0, *b1]) & 0x7f80) == 0x7f80,
+        _ => false,
+    };
+    let chunk_idx = bytes.par_chunks(CHUNK * size).position_first(|chunk| {
+        // Without an early exit the scan of a whole chunk vectorizes.
+        chunk.chunks_exact(size).fold(false, |any, raw| any | bad(raw))
+    })?;
+    let first = chunk_idx * CHUNK;
+    let within = bytes[first * size..].chunks_exact(size).position(bad)?;
+    let index = first + within;
+    let mut value = [0.0f32];
+    fill_f32(dtype, &bytes[index * size..(index + 1) * size], &mut value);
+    Some((index, value[0]))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_first_value_that_is_not_finite_is_found_in_every_type() {
+        for dtype in DType::ALL {
+            let mut values = vec![1.0f32; 200_000];
+            assert_eq!(first_not_finite(dtype, to_dtype(&values, dtype).as_slice()), None);
+            values[170_001] = f32::INFINITY;
+            values[170_005] = f32::NAN;
+            let found = first_not_finite(dtype, to_dtype(&values, dtype).as_slice());
+            assert_eq!(found, Some((170_001, f32::INFINITY)), "{dtype}");
+        }
+    }
+
+    #[test]
+    fn values_round_trip_through_half_precision() {
+        let values = vec![0.0, -1.5, 65504.0, 6e-8];
+        let bytes = to_dtype(&values, DType::F16);
+        let back = to_f32(DType::F16, bytes.as_slice());
+        assert_eq!(&back[..3], &values[..3]);
+        assert!((back[3] - 5.96e-8).abs() < 1e-10);
+    }
+}

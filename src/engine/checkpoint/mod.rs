@@ -1,0 +1,99 @@
+//! Where tensors come from: safetensors files, memory-mapped, or a seed. It knows names, shapes and element types, no model.
+
+mod convert;
+mod random;
+mod safetensors_file;
+
+pub use convert::{dense_type, first_not_finite, to_dtype, to_f32};
+pub use random::random_values;
+pub use safetensors_file::SafetensorsFolder;
+
+use crate::inference::{InferenceError, ModelSource};
+use crate::units::DType;
+use labpipe_kernels::weight::SharedBytes;
+use std::path::PathBuf;
+
+/// A tensor as its file stores it.
+#[derive(Debug, Clone)]
+pub struct StoredTensor {
+    pub dtype: DType,
+    pub shape: Vec<usize>,
+    /// Row-major, little-endian; may be misaligned for the element type.
+    pub bytes: SharedBytes,
+    pub path: PathBuf,
+}
+
+/// A source of tensors.
+#[derive(Debug)]
+pub enum Checkpoint {
+    Folder(SafetensorsFolder),
+    /// Values drawn from the seed and the tensor's name, stored in `dtype`.
+    Random { seed: u64, dtype: DType, config: PathBuf },
+}
+
+impl Checkpoint {
+    /// Opens what `source` names; maps files, reads headers, loads nothing.
+    ///
+    /// # Errors
+    /// `File` where files are missing, cut short or their headers lie.
+    pub fn open(source: &ModelSource, saved_dtype: Option<DType>) -> Result<Checkpoint, InferenceError> {
+        match source {
+            ModelSource::Path(dir) => Ok(Checkpoint::Folder(SafetensorsFolder::open(dir)?)),
+            ModelSource::Random { config, seed } => {
+                Ok(Checkpoint::Random { seed: *seed, dtype: saved_dtype.unwrap_or(DType::F32), config: config.clone() })
+            }
+        }
+    }
+
+    /// Returns true if there is a tensor of that name.
+    pub fn contains(&self, name: &str) -> bool {
+        match self {
+            Checkpoint::Folder(folder) => folder.get(name).is_some(),
+            Checkpoint::Random { .. } => true,
+        }
+    }
+
+    /// Returns the element type of that tensor as stored.
+    pub fn dtype_of(&self, name: &str) -> Option<DType> {
+        match self {
+            Checkpoint::Folder(folder) => folder.get(name).map(|tensor| tensor.dtype),
+            Checkpoint::Random { dtype, .. } => Some(*dtype),
+        }
+    }
+
+    /// Checks that a tensor is there with that shape, reading no values.
+    ///
+    /// # Errors
+    /// `Tensor` that names what was expected and what was found.
+    pub fn check(&self, name: &str, shape: &[usize]) -> Result<(), InferenceError> {
+        match self {
+            Checkpoint::Folder(folder) => folder.checked(name, shape).map(|_| ()),
+            Checkpoint::Random { .. } => Ok(()),
+        }
+    }
+
+    /// Returns a tensor of the given shape in its stored type; all its values are finite.
+    ///
+    /// # Errors
+    /// `Tensor` where it is missing or shaped otherwise, `NotFinite` where it holds NaN or an infinity.
+    pub fn tensor(&self, name: &str, shape: &[usize]) -> Result<StoredTensor, InferenceError> {
+        match self {
+            Checkpoint::Folder(folder) => {
+                let tensor = folder.checked(name, shape)?.clone();
+                if let Some((index, value)) = first_not_finite(tensor.dtype, tensor.bytes.as_slice()) {
+                    return Err(InferenceError::NotFinite { path: tensor.path, tensor: name.to_owned(), index, value });
+                }
+                Ok(tensor)
+            }
+            Checkpoint::Random { seed, dtype, config } => {
+                let values = random_values(*seed, name, shape.iter().product());
+                Ok(StoredTensor {
+                    dtype: *dtype,
+                    shape: shape.to_vec(),
+                    bytes: to_dtype(&values, *dtype),
+                    path: config.clone(),
+                })
+            }
+        }
+    }
+}

@@ -1,0 +1,184 @@
+//! A folder of safetensors files: `model.safetensors`, or shards with `model.safetensors.index.json`.
+
+use super::StoredTensor;
+use crate::inference::InferenceError;
+use crate::units::DType;
+use labpipe_kernels::weight::SharedBytes;
+use memmap2::Mmap;
+use safetensors::{Dtype, SafeTensors};
+use serde_json::Value;
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs::File;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+const SINGLE: &str = "model.safetensors";
+const INDEX: &str = "model.safetensors.index.json";
+
+/// The tensors of a folder, mapped into memory.
+#[derive(Debug)]
+pub struct SafetensorsFolder {
+    dir: PathBuf,
+    tensors: BTreeMap<String, StoredTensor>,
+    /// Tensors of a type that no weight has here (integers, f64, f8): name, type and file, for error messages.
+    others: BTreeMap<String, String>,
+}
+
+impl SafetensorsFolder {
+    /// Maps every file of the folder and checks its header against its length.
+    ///
+    /// # Errors
+    /// `File`, naming the file and what is wrong with it.
+    pub fn open(dir: &Path) -> Result<SafetensorsFolder, InferenceError> {
+        let mut folder = SafetensorsFolder { dir: dir.to_owned(), tensors: BTreeMap::new(), others: BTreeMap::new() };
+        let index = dir.join(INDEX);
+        let single = dir.join(SINGLE);
+        if single.is_file() {
+            folder.add_file(&single)?;
+        } else if index.is_file() {
+            let weight_map = read_index(&index)?;
+            for shard in weight_map.values().collect::<BTreeSet<_>>() {
+                folder.add_file(&dir.join(shard))?;
+            }
+            if let Some((name, shard)) = weight_map.iter().find(|(name, _)| !folder.names(name)) {
+                return Err(fail(&index, format!("it says that {shard} holds {name}, but that file does not")));
+            }
+        } else {
+            let expected = format!("expected {SINGLE}, or {INDEX} and its shards; neither is there");
+            return Err(fail(dir, if dir.is_dir() { expected } else { format!("no such folder; {expected}") }));
+        }
+        Ok(folder)
+    }
+
+    pub fn get(&self, name: &str) -> Option<&StoredTensor> {
+        self.tensors.get(name)
+    }
+
+    fn names(&self, name: &str) -> bool {
+        self.tensors.contains_key(name) || self.others.contains_key(name)
+    }
+
+    /// Returns the tensor if it has that shape.
+    ///
+    /// # Errors
+    /// `Tensor` otherwise.
+    pub fn checked(&self, name: &str, shape: &[usize]) -> Result<&StoredTensor, InferenceError> {
+        let error = |path: &Path, found: String| InferenceError::Tensor {
+            path: path.to_owned(),
+            tensor: name.to_owned(),
+            expected: format!("shape {shape:?}"),
+            found,
+        };
+        match self.tensors.get(name) {
+            Some(tensor) if tensor.shape == shape => Ok(tensor),
+            Some(tensor) => Err(error(&tensor.path, format!("shape {:?}", tensor.shape))),
+            None => {
+                let found = self.others.get(name).map_or("no such tensor".to_owned(), |dtype| {
+                    format!("element type {dtype}, which is not supported (f32, f16 and bf16 are)")
+                });
+                Err(error(&self.dir, found))
+            }
+        }
+    }
+
+    fn add_file(&mut self, path: &Path) -> Result<(), InferenceError> {
+        let file = File::open(path).map_err(|error| fail(path, error.to_string()))?;
+        // SAFETY: labpipe never writes model files; a file cut short by somebody else while it is mapped raises SIGBUS, as
+        // with every program that maps models.
+        let map = unsafe { Mmap::map(&file) }.map_err(|error| fail(path, error.to_string()))?;
+        let owner: Arc<Mmap> = Arc::new(map);
+        let parsed = SafeTensors::deserialize(&owner)
+            .map_err(|error| fail(path, format!("its header does not fit the file ({error}); was the download cut short?")))?;
+        let base = owner.as_ptr() as usize;
+        for (name, view) in parsed.iter() {
+            let dtype = match view.dtype() {
+                Dtype::F32 => DType::F32,
+                Dtype::F16 => DType::F16,
+                Dtype::BF16 => DType::Bf16,
+                other => {
+                    self.others.insert(name.to_owned(), format!("{other:?}"));
+                    continue;
+                }
+            };
+            let first = view.data().as_ptr() as usize - base;
+            let bytes = SharedBytes::new(owner.clone(), first..first + view.data().len());
+            let tensor = StoredTensor { dtype, shape: view.shape().to_vec(), bytes, path: path.to_owned() };
+            if self.tensors.insert(name.to_owned(), tensor).is_some() {
+                return Err(fail(path, format!("tensor {name} is in more than one shard")));
+            }
+        }
+        Ok(())
+    }
+}
+
+fn fail(path: &Path, reason: String) -> InferenceError {
+    InferenceError::File { path: path.to_owned(), reason }
+}
+
+fn read_index(path: &Path) -> Result<BTreeMap<String, String>, InferenceError> {
+    let text = std::fs::read_to_string(path).map_err(|error| fail(path, error.to_string()))?;
+    let index: Value = serde_json::from_str(&text).map_err(|error| fail(path, format!("not valid JSON: {error}")))?;
+    let map = index.get("weight_map").and_then(Value::as_object);
+    let map = map.ok_or_else(|| fail(path, "weight_map is missing".to_owned()))?;
+    map.iter()
+        .map(|(name, file)| {
+            let file = file.as_str().unwrap_or_default();
+            let is_plain = !file.is_empty() && !file.contains(['/', '\\']) && file != "..";
+            if is_plain {
+                Ok((name.clone(), file.to_owned()))
+            } else {
+                Err(fail(path, format!("{name}: expected the name of a file in the same folder, found {file:?}")))
+            }
+        })
+        .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use safetensors::tensor::{TensorView, serialize_to_file};
+
+    fn write(path: &Path, names: &[&str]) {
+        let data: Vec<u8> = [1.0f32, 2.0, 3.0, 4.0].iter().flat_map(|v| v.to_le_bytes()).collect();
+        let views: Vec<(&str, TensorView<'_>)> =
+            names.iter().map(|name| (*name, TensorView::new(Dtype::F32, vec![2, 2], &data).expect("a view"))).collect();
+        serialize_to_file(views, None, path).expect("a file");
+    }
+
+    #[test]
+    fn shards_are_found_through_the_index() {
+        let dir = tempfile::tempdir().expect("a temporary folder");
+        write(&dir.path().join("a.safetensors"), &["x"]);
+        write(&dir.path().join("b.safetensors"), &["y"]);
+        let index = r#"{"weight_map": {"x": "a.safetensors", "y": "b.safetensors"}}"#;
+        std::fs::write(dir.path().join(INDEX), index).expect("an index");
+        let folder = SafetensorsFolder::open(dir.path()).expect("a folder");
+        assert!(folder.checked("x", &[2, 2]).is_ok() && folder.checked("y", &[2, 2]).is_ok());
+        let error = folder.checked("x", &[4, 1]).expect_err("a wrong shape").to_string();
+        assert!(error.contains("[4, 1]") && error.contains("[2, 2]") && error.contains("a.safetensors"), "{error}");
+    }
+
+    #[test]
+    fn an_index_that_points_outside_its_folder_is_refused() {
+        let dir = tempfile::tempdir().expect("a temporary folder");
+        std::fs::write(dir.path().join(INDEX), r#"{"weight_map": {"x": "../a.safetensors"}}"#).expect("an index");
+        let error = SafetensorsFolder::open(dir.path()).expect_err("an error").to_string();
+        assert!(error.contains("same folder"), "{error}");
+    }
+
+    #[test]
+    fn truncated_files_and_lying_headers_end_in_an_error_that_names_the_file() {
+        let dir = tempfile::tempdir().expect("a temporary folder");
+        let path = dir.path().join(SINGLE);
+        write(&path, &["x"]);
+        let whole = std::fs::read(&path).expect("the file");
+        let mut lying = whole.clone();
+        lying[..8].copy_from_slice(&u64::MAX.to_le_bytes());
+        let text = String::from_utf8_lossy(&whole).replace("[2,2]", "[2,9]");
+        for damaged in [&whole[..whole.len() - 3], &whole[..5], &[], lying.as_slice(), text.as_bytes()] {
+            std::fs::write(&path, damaged).expect("a damaged file");
+            let error = SafetensorsFolder::open(dir.path()).expect_err("an error").to_string();
+            assert!(error.contains(SINGLE), "{error}");
+        }
+    }
+}

@@ -1,0 +1,175 @@
+//! The [`Model`] that stages see: a forward pass with its cache, its clock and its bookkeeping.
+
+use super::forward::Executor;
+use super::kv_cache::KvCache;
+use super::score::{argmax, score_rows};
+use super::tap::Tap;
+use crate::event::Progress;
+use crate::inference::{
+    CaptureFilter, CaptureSink, Decoded, InferenceError, Model, ModelInfo, Prefilled, TokenScore,
+};
+use burn::tensor::{DType as BurnDType, Tensor};
+use std::time::Instant;
+
+/// Rows of logits that are on the host at once: bounds them to 64 · vocab_size values.
+const LOGIT_ROWS: usize = 64;
+
+/// A loaded model on a burn device.
+pub struct BurnModel {
+    info: ModelInfo,
+    executor: Executor,
+    cache: Option<KvCache>,
+    /// First token that `decode` will feed.
+    next_token: Option<u32>,
+}
+
+impl BurnModel {
+    pub fn new(info: ModelInfo, executor: Executor) -> BurnModel {
+        BurnModel { info, executor, cache: None, next_token: None }
+    }
+
+    fn ensure_cache(&mut self, n_ctx: usize) -> Result<(), InferenceError> {
+        let spec = &self.executor.spec;
+        if n_ctx > spec.n_ctx_max {
+            return Err(InferenceError::ContextTooLong { asked: n_ctx, n_ctx_max: spec.n_ctx_max });
+        }
+        if self.cache.as_ref().is_none_or(|cache| cache.capacity() < n_ctx) {
+            self.cache = None;
+            let width = spec.n_kv_heads * spec.head_dim;
+            let cache = KvCache::new(spec.n_layers, n_ctx, width, self.executor.compute, &self.executor.device);
+            self.cache = Some(cache);
+        }
+        Ok(())
+    }
+
+    /// Runs tokens behind the cache's and returns the last position's logits.
+    fn step(&mut self, tokens: &[u32]) -> Result<Vec<f32>, InferenceError> {
+        let hidden = self.executor.hidden_states(tokens, self.cache.as_mut(), &mut Tap::closed())?;
+        let [n, width] = hidden.dims();
+        let last = hidden.slice([n - 1..n, 0..width]);
+        values(self.executor.logits(last))
+    }
+
+    fn synchronize(&self) -> Result<(), InferenceError> {
+        self.executor.device.sync().map_err(|error| InferenceError::Device {
+            device: "the model's device".to_owned(),
+            reason: format!("{error:?}"),
+        })
+    }
+}
+
+fn values(tensor: Tensor<2>) -> Result<Vec<f32>, InferenceError> {
+    tensor
+        .into_data_dtype(BurnDType::F32)
+        .try_into_vec::<f32>()
+        .map_err(|error| InferenceError::NotFiniteResult { what: format!("logits ({error:?})") })
+}
+
+fn greedy(logits: &[f32]) -> Result<u32, InferenceError> {
+    argmax(logits).ok_or_else(|| InferenceError::NotFiniteResult { what: "logits".to_owned() })
+}
+
+impl Model for BurnModel {
+    fn info(&self) -> &ModelInfo {
+        &self.info
+    }
+
+    fn weights_bytes(&self) -> u64 {
+        self.executor.weights.stored_bytes
+    }
+
+    fn kv_cache_bytes(&self) -> u64 {
+        self.cache.as_ref().map_or(0, KvCache::n_bytes)
+    }
+
+    fn reserve(&mut self, n_ctx: usize) -> Result<(), InferenceError> {
+        self.ensure_cache(n_ctx)
+    }
+
+    fn prefill(&mut self, tokens: &[u32]) -> Result<Prefilled, InferenceError> {
+        if tokens.is_empty() {
+            return Err(InferenceError::Unsupported("prefill no tokens: at least one is needed".to_owned()));
+        }
+        self.ensure_cache(tokens.len())?;
+        if let Some(cache) = &mut self.cache {
+            cache.clear();
+        }
+        self.synchronize()?;
+        let start = Instant::now();
+        let logits = self.step(tokens)?;
+        self.synchronize()?;
+        let duration_s = start.elapsed().as_secs_f64();
+        let next_token = greedy(&logits)?;
+        self.next_token = Some(next_token);
+        Ok(Prefilled { duration_s, next_token })
+    }
+
+    fn decode(&mut self, n_gen: usize) -> Result<Vec<Decoded>, InferenceError> {
+        let Some(mut token) = self.next_token else {
+            return Err(InferenceError::Unsupported("decode before any prefill".to_owned()));
+        };
+        let n_past = self.cache.as_ref().map_or(0, KvCache::n_tokens);
+        let capacity = self.cache.as_ref().map_or(0, KvCache::capacity);
+        if n_past + n_gen > capacity {
+            return Err(InferenceError::ContextTooLong { asked: n_past + n_gen, n_ctx_max: capacity });
+        }
+        let mut decoded = Vec::with_capacity(n_gen);
+        for _ in 0..n_gen {
+            self.synchronize()?;
+            let start = Instant::now();
+            let logits = self.step(&[token])?;
+            token = greedy(&logits)?;
+            self.synchronize()?;
+            decoded.push(Decoded { token, duration_s: start.elapsed().as_secs_f64() });
+        }
+        self.next_token = Some(token);
+        Ok(decoded)
+    }
+
+    fn last_logits(&mut self, tokens: &[u32]) -> Result<Vec<f32>, InferenceError> {
+        let hidden = self.executor.hidden_states(tokens, None, &mut Tap::closed())?;
+        let [n, width] = hidden.dims();
+        values(self.executor.logits(hidden.slice([n - 1..n, 0..width])))
+    }
+
+    fn score(&mut self, tokens: &[u32], first_target: usize) -> Result<Vec<TokenScore>, InferenceError> {
+        if first_target == 0 || first_target > tokens.len() {
+            return Err(InferenceError::Unsupported(format!(
+                "score from token {first_target} of {}: the first token of a window has nothing before it",
+                tokens.len()
+            )));
+        }
+        let hidden = self.executor.hidden_states(tokens, None, &mut Tap::closed())?;
+        let (width, vocab_size) = (self.info.hidden_size, self.info.vocab_size);
+        let mut scores = Vec::with_capacity(tokens.len() - first_target);
+        for (chunk_idx, targets) in tokens[first_target..].chunks(LOGIT_ROWS).enumerate() {
+            let first = first_target - 1 + chunk_idx * LOGIT_ROWS;
+            let rows = hidden.clone().slice([first..first + targets.len(), 0..width]);
+            let logits = values(self.executor.logits(rows))?;
+            scores.extend(score_rows(&logits, vocab_size, targets)?);
+        }
+        Ok(scores)
+    }
+
+    fn capture(
+        &mut self,
+        tokens: &[u32],
+        filter: &CaptureFilter,
+        sink: &mut dyn CaptureSink,
+        progress: &dyn Progress,
+    ) -> Result<(), InferenceError> {
+        let mut tap = Tap::open(filter, sink, progress)?;
+        let hidden = self.executor.hidden_states(tokens, None, &mut tap)?;
+        if !tap.wants("lm_head") {
+            return Ok(());
+        }
+        let [n, width] = hidden.dims();
+        for first in (0..n).step_by(LOGIT_ROWS) {
+            let rows = hidden.clone().slice([first..(first + LOGIT_ROWS).min(n), 0..width]);
+            tap.set_first_token(first);
+            let logits = self.executor.logits(rows);
+            tap.output("lm_head", None, "lm_head", &logits)?;
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,161 @@
+//! Taps a forward pass: hands the values of chosen sites to a sink as they are computed.
+
+use crate::event::Progress;
+use crate::inference::{CaptureFilter, CaptureSink, CaptureSite, InferenceError};
+use burn::tensor::Tensor;
+use globset::{Glob, GlobSet, GlobSetBuilder};
+use std::borrow::Cow;
+use std::collections::BTreeMap;
+
+/// Hands values on, or ignores them where nothing is captured.
+pub struct Tap<'a> {
+    capture: Option<Capture<'a>>,
+}
+
+struct Capture<'a> {
+    sink: &'a mut dyn CaptureSink,
+    progress: &'a dyn Progress,
+    modules: Option<GlobSet>,
+    inputs: bool,
+    /// Position of the pass's first token.
+    first_token_idx: usize,
+    /// By source module, the input site under which its output was kept.
+    kept_inputs: BTreeMap<String, CaptureSite>,
+}
+
+/// The module whose output is another's input.
+pub struct Source<'a> {
+    pub module: &'a str,
+    pub op: &'a str,
+}
+
+impl<'a> Tap<'a> {
+    /// Captures nothing.
+    pub fn closed() -> Tap<'static> {
+        Tap { capture: None }
+    }
+
+    /// Captures what `filter` chooses.
+    ///
+    /// # Errors
+    /// `Unsupported` where a glob can't be read.
+    pub fn open(
+        filter: &CaptureFilter,
+        sink: &'a mut dyn CaptureSink,
+        progress: &'a dyn Progress,
+    ) -> Result<Tap<'a>, InferenceError> {
+        progress.begin(None, "tensors");
+        let modules = if filter.modules.is_empty() { None } else { Some(globs(&filter.modules)?) };
+        Ok(Tap { capture: Some(Capture { sink, progress, modules, inputs: filter.inputs, first_token_idx: 0, kept_inputs: BTreeMap::new() }) })
+    }
+
+    /// Sets the position of the first row of the values that follow.
+    pub fn set_first_token(&mut self, first_token_idx: usize) {
+        if let Some(capture) = &mut self.capture {
+            capture.first_token_idx = first_token_idx;
+        }
+    }
+
+    /// Returns true if a module's outputs are captured.
+    pub fn wants(&self, module: &str) -> bool {
+        self.capture.as_ref().is_some_and(|capture| capture.wants(module))
+    }
+
+    pub fn output(
+        &mut self,
+        module: &str,
+        layer_idx: Option<usize>,
+        op: &str,
+        values: &Tensor<2>,
+    ) -> Result<(), InferenceError> {
+        self.take(module, "output", layer_idx, op, values)
+    }
+
+    /// Captures an input that is no other site's output.
+    pub fn input(
+        &mut self,
+        module: &str,
+        layer_idx: Option<usize>,
+        op: &str,
+        values: &Tensor<2>,
+    ) -> Result<(), InferenceError> {
+        if self.capture.as_ref().is_some_and(|capture| capture.inputs) {
+            self.take(module, "input", layer_idx, op, values)?;
+        }
+        Ok(())
+    }
+
+    /// Captures an input that is `source`'s output: a note suffices where that is captured, or another such input was.
+    pub fn shared_input(
+        &mut self,
+        module: &str,
+        layer_idx: Option<usize>,
+        op: &str,
+        source: &Source<'_>,
+        values: &Tensor<2>,
+    ) -> Result<(), InferenceError> {
+        let Some(capture) = self.capture.as_mut().filter(|capture| capture.inputs && capture.wants(module)) else {
+            return Ok(());
+        };
+        let own = site(module, "input", layer_idx, op);
+        let first = if capture.wants(source.module) {
+            Some(site(source.module, "output", layer_idx, source.op))
+        } else {
+            capture.kept_inputs.get(source.module).cloned()
+        };
+        match first {
+            Some(first) => capture.sink.alias(&own, &first).map_err(InferenceError::Sink),
+            None => {
+                capture.kept_inputs.insert(source.module.to_owned(), own);
+                self.take(module, "input", layer_idx, op, values)
+            }
+        }
+    }
+
+    fn take(
+        &mut self,
+        module: &str,
+        port: &'static str,
+        layer_idx: Option<usize>,
+        op: &str,
+        values: &Tensor<2>,
+    ) -> Result<(), InferenceError> {
+        let Some(capture) = self.capture.as_mut().filter(|capture| capture.wants(module)) else {
+            return Ok(());
+        };
+        let width = values.dims()[1];
+        let data = values.clone().into_data_dtype(burn::tensor::DType::F32);
+        let slice: Cow<'_, [f32]> = match data.as_slice::<f32>() {
+            Ok(slice) => Cow::Borrowed(slice),
+            Err(error) => return Err(InferenceError::Sink(format!("read values of {module}: {error:?}"))),
+        };
+        if let Some(value) = slice.iter().find(|value| !value.is_finite()) {
+            return Err(InferenceError::NotFiniteResult { what: format!("{module} ({port}: {value})") });
+        }
+        if capture.progress.is_cancelled() {
+            return Err(InferenceError::Cancelled);
+        }
+        capture.progress.advance(1);
+        let site = site(module, port, layer_idx, op);
+        capture.sink.take(&site, capture.first_token_idx, width, &slice).map_err(InferenceError::Sink)
+    }
+}
+
+impl Capture<'_> {
+    fn wants(&self, module: &str) -> bool {
+        self.modules.as_ref().is_none_or(|modules| modules.is_match(module))
+    }
+}
+
+fn site(module: &str, port: &'static str, layer_idx: Option<usize>, op: &str) -> CaptureSite {
+    CaptureSite { module: module.to_owned(), port, layer_idx, op: op.to_owned() }
+}
+
+fn globs(patterns: &[String]) -> Result<GlobSet, InferenceError> {
+    let unreadable = |error: globset::Error| InferenceError::Unsupported(format!("read module glob: {error}"));
+    let mut builder = GlobSetBuilder::new();
+    for pattern in patterns {
+        builder.add(Glob::new(pattern).map_err(unreadable)?);
+    }
+    builder.build().map_err(unreadable)
+}

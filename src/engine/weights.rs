@@ -1,0 +1,213 @@
+//! A model's weights on the device: linears in stored form, norms and biases as tensors.
+
+use super::checkpoint::{Checkpoint, StoredTensor, dense_type, first_not_finite, to_dtype, to_f32};
+use super::spec::{LinearSpec, ModelSpec};
+use crate::event::Progress;
+use crate::inference::{InferenceError, ModelRecipe};
+use crate::quantization::QuantizationConfig;
+use crate::units::DType;
+use burn::tensor::{Device, Tensor, TensorData};
+use labpipe_kernels::weight::{DenseWeight, HostWeight};
+use labpipe_kernels::{SchemeSpec, schemes};
+use std::sync::Arc;
+
+/// A linear layer.
+#[derive(Debug, Clone)]
+pub struct Linear {
+    /// `[out, in]`.
+    pub weight: Arc<HostWeight>,
+    /// `[1, out]`.
+    pub bias: Option<Tensor<2>>,
+}
+
+/// One decoder block.
+#[derive(Debug)]
+pub struct Block {
+    pub input_norm: Tensor<2>, // [1, hidden]
+    pub q: Linear,
+    pub k: Linear,
+    pub v: Linear,
+    pub o: Linear,
+    pub post_norm: Tensor<2>, // [1, hidden]
+    pub gate: Linear,
+    pub up: Linear,
+    pub down: Linear,
+}
+
+/// All weights of a model.
+#[derive(Debug)]
+pub struct Weights {
+    /// `[vocab, hidden]`, never quantized.
+    pub embedding: Arc<HostWeight>,
+    pub blocks: Vec<Block>,
+    pub final_norm: Tensor<2>, // [1, hidden]
+    /// Shares the embedding's memory where the model ties them.
+    pub lm_head: Linear,
+    /// Bytes of all parameters as stored, tied ones once.
+    pub stored_bytes: u64,
+}
+
+/// Reads weights as a recipe wants them.
+pub struct WeightReader<'a> {
+    pub checkpoint: &'a Checkpoint,
+    pub spec: &'a ModelSpec,
+    pub recipe: &'a ModelRecipe,
+    pub device: &'a Device,
+}
+
+impl WeightReader<'_> {
+    /// Loads every weight, quantizing where the recipe says so.
+    ///
+    /// # Errors
+    /// Whatever is wrong with a tensor; `Cancelled`.
+    pub fn read_all(&self, progress: &dyn Progress) -> Result<Weights, InferenceError> {
+        let spec = self.spec;
+        progress.begin(Some(spec.n_layers as u64 + 1), "blocks");
+        let mut stored_bytes = 0u64;
+        let embedding = Arc::new(self.dense(self.embedding_name(), &[spec.vocab_size, spec.hidden_size])?);
+        stored_bytes += embedding.stored_bytes();
+        let mut blocks = Vec::with_capacity(spec.n_layers);
+        for layer_idx in 0..spec.n_layers {
+            if progress.is_cancelled() {
+                return Err(InferenceError::Cancelled);
+            }
+            blocks.push(self.block(layer_idx, &mut stored_bytes)?);
+            progress.advance(1);
+        }
+        let final_norm = self.row("model.norm.weight", spec.hidden_size, &mut stored_bytes)?;
+        let lm_head = if spec.tied_embeddings {
+            Linear { weight: Arc::clone(&embedding), bias: None }
+        } else {
+            let head = LinearSpec { name: "lm_head", n_out: spec.vocab_size, n_in: spec.hidden_size, bias: false };
+            self.linear("lm_head", &head, &mut stored_bytes)?
+        };
+        progress.advance(1);
+        Ok(Weights { embedding, blocks, final_norm, lm_head, stored_bytes })
+    }
+
+    fn block(&self, layer_idx: usize, stored_bytes: &mut u64) -> Result<Block, InferenceError> {
+        let prefix = format!("model.layers.{layer_idx}");
+        let hidden = self.spec.hidden_size;
+        let input_norm = self.row(&format!("{prefix}.input_layernorm.weight"), hidden, stored_bytes)?;
+        let post_norm = self.row(&format!("{prefix}.post_attention_layernorm.weight"), hidden, stored_bytes)?;
+        let mut read = |linear: &LinearSpec| self.linear(&format!("{prefix}.{}", linear.name), linear, stored_bytes);
+        let [q, k, v, o, gate, up, down] = self.spec.block_linears();
+        Ok(Block {
+            input_norm,
+            q: read(&q)?,
+            k: read(&k)?,
+            v: read(&v)?,
+            o: read(&o)?,
+            post_norm,
+            gate: read(&gate)?,
+            up: read(&up)?,
+            down: read(&down)?,
+        })
+    }
+
+    /// Returns the tensor that holds the embedding: with tied weights a file may keep it under either name.
+    pub fn embedding_name(&self) -> &'static str {
+        let (embedding, head) = ("model.embed_tokens.weight", "lm_head.weight");
+        if self.spec.tied_embeddings && !self.checkpoint.contains(embedding) && self.checkpoint.contains(head) {
+            head
+        } else {
+            embedding
+        }
+    }
+
+    /// Returns the type in which a tensor that is not quantized is kept.
+    fn base_dtype(&self, stored: DType) -> DType {
+        self.recipe.dtype.unwrap_or(stored)
+    }
+
+    fn linear(&self, module: &str, linear: &LinearSpec, stored_bytes: &mut u64) -> Result<Linear, InferenceError> {
+        let weight = self.module_weight(module, linear.n_out, linear.n_in)?;
+        *stored_bytes += weight.stored_bytes();
+        let bias = if linear.bias { Some(self.row(&format!("{module}.bias"), linear.n_out, stored_bytes)?) } else { None };
+        Ok(Linear { weight: Arc::new(weight), bias })
+    }
+
+    /// Loads one linear's weight, packed if the recipe quantizes it.
+    ///
+    /// # Errors
+    /// Whatever is wrong with the tensor or the scheme.
+    pub fn module_weight(&self, module: &str, n_out: usize, n_in: usize) -> Result<HostWeight, InferenceError> {
+        let name = format!("{module}.weight");
+        match self.recipe.quantization.as_ref().and_then(|config| config.scheme_for(module)) {
+            None => self.dense(&name, &[n_out, n_in]),
+            Some(scheme) => {
+                let values = self.base_values(&name, &[n_out, n_in])?;
+                pack(module, scheme, &values, n_out, n_in)
+            }
+        }
+    }
+
+    /// Returns a tensor's values rounded to the base dtype: what a quantizer is given.
+    pub fn base_values(&self, name: &str, shape: &[usize]) -> Result<Vec<f32>, InferenceError> {
+        let tensor = self.checkpoint.tensor(name, shape)?;
+        let dtype = self.base_dtype(tensor.dtype);
+        let values = to_f32(tensor.dtype, tensor.bytes.as_slice());
+        if dtype == tensor.dtype || dtype == DType::F32 {
+            return Ok(values);
+        }
+        let rounded = to_dtype(&values, dtype);
+        check_range(name, dtype, rounded.as_slice())?;
+        Ok(to_f32(dtype, rounded.as_slice()))
+    }
+
+    fn dense(&self, name: &str, shape: &[usize; 2]) -> Result<HostWeight, InferenceError> {
+        let tensor = self.checkpoint.tensor(name, shape)?;
+        let dtype = self.base_dtype(tensor.dtype);
+        let bytes = self.in_dtype(name, &tensor, dtype)?;
+        Ok(HostWeight::Dense(DenseWeight { dtype: dense_type(dtype), n_rows: shape[0], n_cols: shape[1], bytes }))
+    }
+
+    /// Returns the tensor's own bytes where they fit (no copy of a memory map), else converted ones.
+    fn in_dtype(
+        &self,
+        name: &str,
+        tensor: &StoredTensor,
+        dtype: DType,
+    ) -> Result<labpipe_kernels::weight::SharedBytes, InferenceError> {
+        let is_aligned = tensor.bytes.as_slice().as_ptr() as usize % dtype.size_bytes() == 0;
+        if dtype == tensor.dtype && is_aligned {
+            return Ok(tensor.bytes.clone());
+        }
+        let bytes = to_dtype(&to_f32(tensor.dtype, tensor.bytes.as_slice()), dtype);
+        check_range(name, dtype, bytes.as_slice())?;
+        Ok(bytes)
+    }
+
+    fn row(&self, name: &str, n: usize, stored_bytes: &mut u64) -> Result<Tensor<2>, InferenceError> {
+        let tensor = self.checkpoint.tensor(name, &[n])?;
+        *stored_bytes += (n * self.base_dtype(tensor.dtype).size_bytes()) as u64;
+        let values = self.base_values(name, &[n])?;
+        Ok(Tensor::from_data(TensorData::new(values, [1, n]), self.device))
+    }
+}
+
+fn check_range(name: &str, dtype: DType, bytes: &[u8]) -> Result<(), InferenceError> {
+    match first_not_finite(dtype, bytes) {
+        None => Ok(()),
+        Some((index, _)) => Err(InferenceError::Unsupported(format!(
+            "store {name} as {dtype}: the value at index {index} is beyond its range; use dtype: bf16 or f32"
+        ))),
+    }
+}
+
+/// Packs a matrix with a scheme.
+///
+/// # Errors
+/// `Quantize`, naming the module.
+pub fn pack(module: &str, spec: &SchemeSpec, values: &[f32], n_out: usize, n_in: usize) -> Result<HostWeight, InferenceError> {
+    schemes::scheme(&spec.scheme)
+        .and_then(|scheme| scheme.pack(&scheme.normalize(spec)?, values, n_out, n_in))
+        .map(HostWeight::Packed)
+        .map_err(|error| InferenceError::Quantize { module: module.to_owned(), reason: error.to_string() })
+}
+
+/// Returns the compute dtype that a recipe asks for: the quantization config's, the recipe's own, or f32.
+pub fn compute_dtype(recipe: &ModelRecipe) -> DType {
+    let from_config = recipe.quantization.as_ref().and_then(|config: &QuantizationConfig| config.compute_dtype);
+    from_config.or(recipe.compute_dtype).unwrap_or(DType::F32)
+}
