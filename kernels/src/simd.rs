@@ -55,6 +55,35 @@ pub fn decode_nibbles(level: Level, codes: &[u8], table: &[f32; 16], scale: f32,
     }
 }
 
+/// A row of packed 4-bit codes whose blocks begin at its first value.
+#[derive(Debug, Clone, Copy)]
+pub struct NibbleRow<'a> {
+    /// Two codes a byte, the even index in the high nibble.
+    pub codes: &'a [u8],
+    pub table: &'a [f32; 16],
+    /// One a block.
+    pub scales: &'a [f32],
+    /// What to subtract from the table's values, one a block; empty for nothing.
+    pub zeros: &'a [u8],
+    /// Values a block.
+    pub block: usize,
+}
+
+/// Returns Σ (table[code] − zero)·scale·x without storing decoded values, or nothing where this processor or this shape has
+/// no such path (decode and [`dot`] then).
+pub fn dot_nibbles(level: Level, row: NibbleRow<'_>, x: &[f32]) -> Option<f32> {
+    let fits = row.block % 32 == 0 && x.len() % 32 == 0;
+    let n_blocks = x.len().div_ceil(row.block.max(1));
+    assert!(row.codes.len() * 2 >= x.len() && row.scales.len() >= n_blocks, "dot_nibbles: too few codes or scales");
+    assert!(row.zeros.is_empty() || row.zeros.len() >= n_blocks, "dot_nibbles: too few zero points");
+    match level {
+        // SAFETY: `level` is only ever a path that the processor has; lengths and multiples were checked above.
+        #[cfg(target_arch = "x86_64")]
+        Level::Avx512 if fits => Some(unsafe { x86::dot_nibbles_avx512(row, x) }),
+        _ => None,
+    }
+}
+
 /// Writes `(code·scale)·factor` for signed 8-bit codes.
 pub fn decode_i8(level: Level, codes: &[i8], scale: f32, factor: f32, out: &mut [f32]) {
     #[inline(always)]
@@ -188,6 +217,43 @@ mod x86 {
         n
     }
 
+    /// Returns Σ (table[code] − zero)·scale·x.
+    ///
+    /// # Safety
+    /// The processor has avx512f, avx512bw and avx512vl; `x.len()` and `row.block` are multiples of 32; there is a nibble for
+    /// every value of x and a scale (and a zero point, if any) for every block.
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl,fma")]
+    pub unsafe fn dot_nibbles_avx512(row: super::NibbleRow<'_>, x: &[f32]) -> f32 {
+        // SAFETY: every load stays below `x.len()` values and `x.len() / 2` bytes; the table has 16 entries.
+        unsafe {
+            let plain_table = _mm512_loadu_ps(row.table.as_ptr());
+            let low_mask = _mm_set1_epi8(15);
+            let (mut sum_a, mut sum_b) = (_mm512_setzero_ps(), _mm512_setzero_ps());
+            for (block_idx, x) in x.chunks(row.block).enumerate() {
+                let table = match row.zeros.get(block_idx) {
+                    None => plain_table,
+                    Some(zero) => _mm512_sub_ps(plain_table, _mm512_set1_ps(f32::from(*zero))),
+                };
+                let codes = row.codes.as_ptr().add(block_idx * row.block / 2);
+                let (mut block_a, mut block_b) = (_mm512_setzero_ps(), _mm512_setzero_ps());
+                for at in (0..x.len()).step_by(32) {
+                    let bytes = _mm_loadu_si128(codes.add(at / 2).cast());
+                    let high = _mm_and_si128(_mm_srli_epi16::<4>(bytes), low_mask);
+                    let low = _mm_and_si128(bytes, low_mask);
+                    let first = _mm512_cvtepu8_epi32(_mm_unpacklo_epi8(high, low));
+                    let second = _mm512_cvtepu8_epi32(_mm_unpackhi_epi8(high, low));
+                    let (x_a, x_b) = (_mm512_loadu_ps(x.as_ptr().add(at)), _mm512_loadu_ps(x.as_ptr().add(at + 16)));
+                    block_a = _mm512_fmadd_ps(_mm512_permutexvar_ps(first, table), x_a, block_a);
+                    block_b = _mm512_fmadd_ps(_mm512_permutexvar_ps(second, table), x_b, block_b);
+                }
+                let scale = _mm512_set1_ps(*row.scales.get_unchecked(block_idx));
+                sum_a = _mm512_fmadd_ps(block_a, scale, sum_a);
+                sum_b = _mm512_fmadd_ps(block_b, scale, sum_b);
+            }
+            _mm512_reduce_add_ps(_mm512_add_ps(sum_a, sum_b))
+        }
+    }
+
     /// Decodes 16 codes at a time; returns how many values it wrote.
     ///
     /// # Safety
@@ -240,6 +306,27 @@ mod x86 {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn products_of_nibbles_equal_products_of_decoded_values() {
+        let table: [f32; 16] = std::array::from_fn(|i| i as f32 - 7.5);
+        let codes: Vec<u8> = (0..96).map(|i| (i * 91 + 5) as u8).collect();
+        let (scales, zeros) = ([0.5f32, 2.0, 0.25], [3u8, 8, 0]);
+        let x: Vec<f32> = (0..160).map(|i| (i as f32 * 0.7).sin()).collect();
+        let row = NibbleRow { codes: &codes, table: &table, scales: &scales, zeros: &zeros, block: 64 };
+        let exact: f64 = (0..160)
+            .map(|i| {
+                let code = if i % 2 == 0 { codes[i / 2] >> 4 } else { codes[i / 2] & 15 };
+                let value = (table[usize::from(code)] - f32::from(zeros[i / 64])) * scales[i / 64];
+                f64::from(value) * f64::from(x[i])
+            })
+            .sum();
+        for level in available() {
+            if let Some(found) = dot_nibbles(level, row, &x) {
+                assert!((f64::from(found) - exact).abs() < 1e-3, "{level:?}: {found} against {exact}");
+            }
+        }
+    }
 
     #[test]
     fn every_path_of_this_processor_gives_the_portable_path_s_values() {

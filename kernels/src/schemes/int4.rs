@@ -2,12 +2,15 @@
 
 use super::{Packed, Scheme, SchemeError, SchemeSpec, check_values};
 use crate::dense::dot_rows;
-use crate::simd;
+use crate::simd::{self, NibbleRow};
 use half::f16;
 use rayon::prelude::*;
 
 /// The zero point of the symmetric variant.
 const SYMMETRIC_ZERO: u8 = 8;
+
+/// The codes' own values.
+const CODES: [f32; 16] = [0.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0, 9.0, 10.0, 11.0, 12.0, 13.0, 14.0, 15.0];
 
 /// The scheme.
 pub struct Int4;
@@ -73,7 +76,19 @@ impl Scheme for Int4 {
     fn matvec_rows(&self, packed: &Packed, first_row: usize, x: &[f32], y: &mut [f32]) {
         let level = simd::level();
         let layout = Layout::new(&packed.spec, packed.n_cols);
-        dot_rows(level, packed.n_cols, first_row, x, y, |at, out| decode(level, &layout, packed, at, out));
+        if !x.len().is_multiple_of(32) || layout.group % 32 != 0 || level != simd::Level::Avx512 {
+            return dot_rows(level, packed.n_cols, first_row, x, y, |at, out| decode(level, &layout, packed, at, out));
+        }
+        for (row_idx, y) in (first_row..).zip(y) {
+            let row = NibbleRow {
+                codes: &packed.codes[row_idx * layout.row_bytes..],
+                table: &CODES,
+                scales: &packed.scales[row_idx * layout.row_groups..],
+                zeros: &packed.zeros[row_idx * layout.row_groups..],
+                block: layout.group,
+            };
+            *y = simd::dot_nibbles(level, row, x).unwrap_or(f32::NAN);
+        }
     }
 
     fn stored_bytes(&self, packed: &Packed) -> u64 {

@@ -4,7 +4,7 @@
 use super::dynamic_map::{dynamic_map, nearest};
 use super::{Nested, Packed, Scheme, SchemeError, SchemeSpec, check_values};
 use crate::dense::dot_rows;
-use crate::simd;
+use crate::simd::{self, NibbleRow};
 use rayon::prelude::*;
 
 /// Values of the 16 codes.
@@ -114,7 +114,17 @@ impl Scheme for Nf4 {
 
     fn matvec_rows(&self, packed: &Packed, first_row: usize, x: &[f32], y: &mut [f32]) {
         let level = simd::level();
-        dot_rows(level, packed.n_cols, first_row, x, y, |at, out| decode(level, packed, at, out));
+        let (block, n_cols) = (block_size(&packed.spec), packed.n_cols);
+        if n_cols.is_multiple_of(block) && level == simd::Level::Avx512 {
+            for (row_idx, y) in (first_row..).zip(y) {
+                let codes = &packed.codes[row_idx * n_cols / 2..];
+                let scales = &packed.scales[row_idx * n_cols / block..];
+                let row = NibbleRow { codes, table: &TABLE, scales, zeros: &[], block };
+                *y = simd::dot_nibbles(level, row, x).unwrap_or(f32::NAN);
+            }
+        } else {
+            dot_rows(level, n_cols, first_row, x, y, |at, out| decode(level, packed, at, out));
+        }
     }
 
     fn stored_bytes(&self, packed: &Packed) -> u64 {
