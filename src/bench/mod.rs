@@ -61,7 +61,8 @@ pub fn prefill_result(n_prompt: usize, samples_s: Vec<f64>) -> Option<PrefillRes
 
 /// Builds a decode row from sequences of token latencies in seconds; nothing where there are none.
 pub fn decode_result(n_gen: usize, n_depth: usize, sequences_s: Vec<Vec<f64>>) -> Option<DecodeResult> {
-    let rates: Vec<f64> = sequences_s.iter().map(|latencies| latencies.len() as f64 / latencies.iter().sum::<f64>()).collect();
+    let rates: Vec<f64> =
+        sequences_s.iter().map(|latencies| latencies.len() as f64 / latencies.iter().sum::<f64>()).collect();
     let rate = statistics(&rates)?;
     let samples_s: Vec<f64> = sequences_s.concat();
     let latency = statistics(&samples_s)?;

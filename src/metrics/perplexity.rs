@@ -18,7 +18,9 @@ impl Convention {
     pub const NAMES: [&'static str; 3] = ["hf-strided", "hf-strided-legacy", "disjoint"];
 
     pub fn parse(name: &str) -> Option<Convention> {
-        [Convention::HfStrided, Convention::HfStridedLegacy, Convention::Disjoint].into_iter().find(|c| c.name() == name)
+        [Convention::HfStrided, Convention::HfStridedLegacy, Convention::Disjoint]
+            .into_iter()
+            .find(|c| c.name() == name)
     }
 
     pub fn name(self) -> &'static str {
@@ -119,7 +121,8 @@ mod tests {
 
     #[test]
     fn windows_score_every_token_but_the_first_exactly_once() {
-        for (n, max_length, stride) in [(9613, 512, 256), (700, 512, 512), (100, 512, 256), (513, 512, 512), (7, 3, 1)] {
+        for (n, max_length, stride) in [(9613, 512, 256), (700, 512, 512), (100, 512, 256), (513, 512, 512), (7, 3, 1)]
+        {
             let windows = windows(n, max_length, stride).expect("windows");
             let scored: usize = windows.iter().map(|w| w.end - w.begin - w.first_target).sum();
             let lost = windows.iter().filter(|w| w.first_target == 1 && w.n_new == w.end - w.begin).count();

@@ -61,7 +61,13 @@ pub fn too_long(what: &str, asked: usize, model: &ModelInfo) -> StageError {
 }
 
 /// Puts memory figures, clock and engine into a record's body.
-pub fn describe(body: &mut Map<String, Value>, memory: MemoryFigures, model: &dyn Model, engine: &EngineInfo, method: &str) {
+pub fn describe(
+    body: &mut Map<String, Value>,
+    memory: MemoryFigures,
+    model: &dyn Model,
+    engine: &EngineInfo,
+    method: &str,
+) {
     body.insert("weights_bytes".to_owned(), json!(model.weights_bytes()));
     body.insert("kv_cache_bytes".to_owned(), json!(model.kv_cache_bytes()));
     body.insert("pool_peak_bytes".to_owned(), json!(memory.pool_peak_bytes));

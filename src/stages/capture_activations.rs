@@ -5,7 +5,9 @@ use super::bench_tokens::{random_tokens, seed, size, too_long};
 use super::text::tokenize;
 use crate::artifact::CapturedTensor;
 use crate::inference::{CaptureFilter, CaptureSink, CaptureSite, InferenceError, ModelInfo};
-use crate::stage::{ParamDefault, ParamDesc, ParamType, Stage, StageContext, StageDescription, StageError, StageOutput};
+use crate::stage::{
+    ParamDefault, ParamDesc, ParamType, Stage, StageContext, StageDescription, StageError, StageOutput,
+};
 use crate::store::{ActivationFile, ActivationWriter, StoreError};
 use crate::units::{DType, format_bytes};
 use serde_json::{Map, Value, json};
@@ -170,7 +172,11 @@ fn capture(
         drop(sink);
         let written = match writer.join() {
             Ok(written) => written,
-            Err(_) => return Err(StageError::Other("write activations: the writing thread panicked; this is a bug".to_owned())),
+            Err(_) => {
+                return Err(StageError::Other(
+                    "write activations: the writing thread panicked; this is a bug".to_owned(),
+                ));
+            }
         };
         // A writer that failed (a full disk) is the cause of the sink's error, not its consequence.
         let written = written.map_err(|error| StageError::Other(error.to_string()))?;
@@ -226,7 +232,11 @@ fn write_all(
         }
         if let Some((_, writer)) = &mut open {
             let n = chunk.values.len() / chunk.width.max(1);
-            writer.append(chunk.first_token_idx, &tokens[chunk.first_token_idx..chunk.first_token_idx + n], &chunk.values)?;
+            writer.append(
+                chunk.first_token_idx,
+                &tokens[chunk.first_token_idx..chunk.first_token_idx + n],
+                &chunk.values,
+            )?;
         }
     }
     finish(open)?;
@@ -258,7 +268,9 @@ fn tensor(site: &CaptureSite, order: usize, n_tokens: usize, width: usize, file:
 fn with_aliases(mut tensors: Vec<CapturedTensor>, aliases: &[(CaptureSite, CaptureSite)]) -> Vec<CapturedTensor> {
     let kept: BTreeMap<(String, String), (usize, usize, String)> = tensors
         .iter()
-        .map(|tensor| ((tensor.module.clone(), tensor.port.clone()), (tensor.n_tokens, tensor.width, tensor.file.clone())))
+        .map(|tensor| {
+            ((tensor.module.clone(), tensor.port.clone()), (tensor.n_tokens, tensor.width, tensor.file.clone()))
+        })
         .collect();
     for (site, first) in aliases {
         if let Some((n_tokens, width, file)) = kept.get(&(first.module.clone(), first.port.to_owned())) {

@@ -4,7 +4,9 @@ use super::MODELS;
 use super::bench_tokens::{describe, size, sizes, tokens, too_long};
 use crate::artifact::DecodeResult;
 use crate::bench::{SamplePlan, decode_result, sample};
-use crate::stage::{ParamDefault, ParamDesc, ParamType, Stage, StageContext, StageDescription, StageError, StageOutput};
+use crate::stage::{
+    ParamDefault, ParamDesc, ParamType, Stage, StageContext, StageDescription, StageError, StageOutput,
+};
 use serde_json::{Map, json};
 
 /// The kind.
@@ -69,7 +71,8 @@ static DESCRIPTION: StageDescription = StageDescription {
     ],
 };
 
-const METHOD: &str = "each token is timed alone, from its id to the next id chosen greedily; filling the context stays outside";
+const METHOD: &str =
+    "each token is timed alone, from its id to the next id chosen greedily; filling the context stays outside";
 
 impl Stage for DecodeBench {
     fn description(&self) -> &'static StageDescription {
@@ -93,11 +96,16 @@ impl Stage for DecodeBench {
         let mut results: Vec<DecodeResult> = Vec::new();
         for n_depth in depths {
             let prompt = &tokens[..n_depth.max(1)];
-            let sequences = sample(plan, context.progress, || StageError::Cancelled, || {
-                model.prefill(prompt)?;
-                let decoded = model.decode(n_gen)?;
-                Ok::<_, StageError>(decoded.iter().map(|token| token.duration_s).collect::<Vec<f64>>())
-            })?;
+            let sequences = sample(
+                plan,
+                context.progress,
+                || StageError::Cancelled,
+                || {
+                    model.prefill(prompt)?;
+                    let decoded = model.decode(n_gen)?;
+                    Ok::<_, StageError>(decoded.iter().map(|token| token.duration_s).collect::<Vec<f64>>())
+                },
+            )?;
             results.extend(decode_result(n_gen, n_depth, sequences));
         }
         let summary: Vec<String> = results.iter().map(summary).collect();

@@ -1,5 +1,6 @@
 //! `diff`: what quantization did to each module's output, read back module by module.
 
+use super::bench_tokens::size;
 use crate::artifact::{CapturedTensor, ModuleDiff};
 use crate::metrics::ActivationDiff;
 use crate::stage::{
@@ -7,7 +8,6 @@ use crate::stage::{
 };
 use crate::store::{ActivationReader, ScatterWriter, StoreError};
 use crate::units::format_significant;
-use super::bench_tokens::size;
 use serde_json::{Map, json};
 
 /// The kind.
@@ -87,7 +87,13 @@ impl Stage for Diff {
         let summary = match worst {
             None => "no module is in both captures".to_owned(),
             Some(worst) => {
-                format!("{} modules, lowest cosine {:.4} (MSE {}) in {}", modules.len(), worst.cosine, format_significant(worst.mse), worst.module)
+                format!(
+                    "{} modules, lowest cosine {:.4} (MSE {}) in {}",
+                    modules.len(),
+                    worst.cosine,
+                    format_significant(worst.mse),
+                    worst.module
+                )
             }
         };
         let mut body = Map::new();

@@ -87,7 +87,10 @@ impl Stage for Ppl {
         // Conventions that cut the same windows are scored once.
         let mut by_stride: BTreeMap<usize, Vec<Convention>> = BTreeMap::new();
         for convention in &conventions {
-            by_stride.entry(convention.stride(size(context.params, "stride"), max_length)).or_default().push(*convention);
+            by_stride
+                .entry(convention.stride(size(context.params, "stride"), max_length))
+                .or_default()
+                .push(*convention);
         }
         let mut model = context.models.acquire(&recipe, context.progress)?;
         let mut results: Vec<PplResult> = Vec::new();
@@ -111,7 +114,9 @@ impl Stage for Ppl {
         results.sort_by_key(|row| conventions.iter().position(|convention| convention.name() == row.convention));
         let summary: Vec<String> = results
             .iter()
-            .map(|row| format!("ppl {:.3} ± {:.3} ({}, n = {})", row.perplexity, row.stderr, row.convention, row.n_scored))
+            .map(|row| {
+                format!("ppl {:.3} ± {:.3} ({}, n = {})", row.perplexity, row.stderr, row.convention, row.n_scored)
+            })
             .collect();
         let mut body = Map::new();
         body.insert("results".to_owned(), json!(results));

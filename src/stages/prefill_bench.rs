@@ -4,7 +4,9 @@ use super::MODELS;
 use super::bench_tokens::{describe, size, sizes, tokens, too_long};
 use crate::artifact::PrefillResult;
 use crate::bench::{SamplePlan, prefill_result, sample};
-use crate::stage::{ParamDefault, ParamDesc, ParamType, Stage, StageContext, StageDescription, StageError, StageOutput};
+use crate::stage::{
+    ParamDefault, ParamDesc, ParamType, Stage, StageContext, StageDescription, StageError, StageOutput,
+};
 use serde_json::{Map, json};
 
 /// The kind.
@@ -87,9 +89,12 @@ impl Stage for PrefillBench {
         let mut results: Vec<PrefillResult> = Vec::new();
         for n_prompt in lengths {
             let prompt = &tokens[..n_prompt];
-            let samples_s = sample(plan, context.progress, || StageError::Cancelled, || {
-                Ok::<_, StageError>(model.prefill(prompt)?.duration_s)
-            })?;
+            let samples_s = sample(
+                plan,
+                context.progress,
+                || StageError::Cancelled,
+                || Ok::<_, StageError>(model.prefill(prompt)?.duration_s),
+            )?;
             results.extend(prefill_result(n_prompt, samples_s));
         }
         let summary: Vec<String> = results.iter().map(summary).collect();

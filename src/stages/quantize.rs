@@ -4,7 +4,9 @@
 use crate::artifact::QuantizedModule;
 use crate::event::Level;
 use crate::quantization::{self, QuantizationConfig};
-use crate::stage::{ParamDefault, ParamDesc, ParamType, Stage, StageContext, StageDescription, StageError, StageOutput};
+use crate::stage::{
+    ParamDefault, ParamDesc, ParamType, Stage, StageContext, StageDescription, StageError, StageOutput,
+};
 use crate::units::format_bytes;
 use serde_json::{Map, Value, json};
 
@@ -103,7 +105,8 @@ impl Totals {
         let quantized_bytes: u64 = quantized.iter().map(|module| module.bytes).sum();
         // A tied head is the embedding: its parameters are counted once.
         let counted = modules.iter().filter(|module| !(tied && module.module == "lm_head" && !is_quantized(module)));
-        let (counted_params, counted_bytes) = counted.fold((0, 0), |(n, b), module| (n + module.n_params, b + module.bytes));
+        let (counted_params, counted_bytes) =
+            counted.fold((0, 0), |(n, b), module| (n + module.n_params, b + module.bytes));
         let weights_bytes = counted_bytes + n_params.saturating_sub(counted_params) * base_size;
         Totals {
             n_quantized: quantized.len(),

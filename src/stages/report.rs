@@ -1,7 +1,9 @@
 //! `report`: turns records into pages, tables and plots that a person reads.
 
 use crate::report::{FORMATS, ReportRequest, render};
-use crate::stage::{ParamDefault, ParamDesc, ParamType, Stage, StageContext, StageDescription, StageError, StageOutput};
+use crate::stage::{
+    ParamDefault, ParamDesc, ParamType, Stage, StageContext, StageDescription, StageError, StageOutput,
+};
 use crate::store::read_scatter;
 use crate::units::format_bytes;
 use serde_json::{Map, Value, json};

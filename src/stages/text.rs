@@ -36,7 +36,9 @@ pub fn tokenize(context: &StageContext<'_>, source: &Value, model: &ModelInfo) -
     let mut tokens = encoding.get_ids().to_vec();
     if let Some(token) = tokens.iter().find(|token| **token as usize >= model.vocab_size) {
         let vocab_size = model.vocab_size;
-        return Err(fail(format!("it gives token id {token}, but the model's vocabulary has {vocab_size} entries; it belongs to another model")));
+        return Err(fail(format!(
+            "it gives token id {token}, but the model's vocabulary has {vocab_size} entries; it belongs to another model"
+        )));
     }
     if let Some(n_tokens) = source["n_tokens"].as_u64().and_then(|n| usize::try_from(n).ok()) {
         if n_tokens > tokens.len() {
@@ -71,7 +73,8 @@ fn load(dir: &Path) -> Result<(Tokenizer, PathBuf, String), StageError> {
     let path = dir.join("tokenizer.json");
     let fail = |reason: String| StageError::Tokenize { path: path.clone(), reason };
     let bytes = std::fs::read(&path).map_err(|error| fail(error.to_string()))?;
-    let mut tokenizer = Tokenizer::from_bytes(&bytes).map_err(|error| fail(format!("not a readable tokenizer ({error})")))?;
+    let mut tokenizer =
+        Tokenizer::from_bytes(&bytes).map_err(|error| fail(format!("not a readable tokenizer ({error})")))?;
     tokenizer.with_truncation(None).map_err(|error| fail(error.to_string()))?;
     tokenizer.with_padding(None);
     let hash = blake3::hash(&bytes).to_hex().to_string();
