@@ -6,8 +6,10 @@
 #[cfg(feature = "burn")]
 pub mod burn_ext;
 pub mod dense;
+mod error;
 pub mod schemes;
+pub mod simd;
 pub mod weight;
 
-pub use dense::reconstruction_error;
+pub use error::reconstruction_error;
 pub use schemes::{Packed, SCHEMES, Scheme, SchemeError, SchemeSpec, scheme};

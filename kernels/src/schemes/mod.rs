@@ -1,5 +1,10 @@
 //! The registry of schemes. It knows no tensor library and no model.
 
+pub mod dynamic_map;
+mod int4;
+mod int8;
+pub mod nf4;
+
 use serde::{Deserialize, Serialize};
 
 /// A scheme and its settings, as a quantization config names them.
@@ -71,14 +76,14 @@ pub trait Scheme: Send + Sync {
     fn pack(&self, spec: &SchemeSpec, values: &[f32], n_rows: usize, n_cols: usize) -> Result<Packed, SchemeError>;
     /// Writes rows `first_row..first_row + n` as f32 into `out` (`[n, n_cols]`).
     fn unpack_rows(&self, packed: &Packed, first_row: usize, out: &mut [f32]);
-    /// Adds nothing: writes `y[i] = Σ_k w[first_row + i, k]·x[k]` for `y.len()` rows, fp32 accumulation.
+    /// Writes `y[i] = Σ_k w[first_row + i, k]·x[k]` for `y.len()` rows, fp32 accumulation.
     fn matvec_rows(&self, packed: &Packed, first_row: usize, x: &[f32], y: &mut [f32]);
     /// Bytes stored: codes, statistics and second-level statistics as the scheme's standard stores them.
     fn stored_bytes(&self, packed: &Packed) -> u64;
 }
 
 /// Every scheme there is.
-pub static SCHEMES: &[&dyn Scheme] = &[];
+pub static SCHEMES: &[&dyn Scheme] = &[&nf4::Nf4, &int8::Int8, &int4::Int4];
 
 /// Returns the scheme of that name.
 ///
@@ -86,4 +91,15 @@ pub static SCHEMES: &[&dyn Scheme] = &[];
 /// [`SchemeError::Unknown`].
 pub fn scheme(name: &str) -> Result<&'static dyn Scheme, SchemeError> {
     SCHEMES.iter().copied().find(|scheme| scheme.name() == name).ok_or_else(|| SchemeError::Unknown(name.to_owned()))
+}
+
+/// Checks that values fill the matrix and are finite.
+fn check_values(values: &[f32], n_rows: usize, n_cols: usize) -> Result<(), SchemeError> {
+    if n_rows.checked_mul(n_cols) != Some(values.len()) {
+        return Err(SchemeError::Shape { n_values: values.len(), n_rows, n_cols });
+    }
+    match values.iter().position(|value| !value.is_finite()) {
+        Some(index) => Err(SchemeError::NotFinite { index, value: values[index] }),
+        None => Ok(()),
+    }
 }

@@ -1,0 +1,121 @@
+//! Every scheme on ragged shapes and bad input: round trips under named budgets, products against decoded values.
+
+use labpipe_kernels::{SCHEMES, Scheme, SchemeError, SchemeSpec, reconstruction_error, scheme};
+use proptest::prelude::*;
+
+/// Lowest signal-to-noise ratio of a round trip of normal values, dB.
+const BUDGET_DB: [(&str, f64); 3] = [("nf4", 20.0), ("int8", 40.0), ("int4", 18.0)];
+/// Largest difference between a product from codes and one from decoded values, relative to Σ|w·x|.
+const MATVEC_BUDGET: f32 = 2e-6;
+
+fn spec(name: &str) -> SchemeSpec {
+    SchemeSpec { scheme: name.to_owned(), block_size: None, double_quant: false, symmetric: false }
+}
+
+fn variants() -> Vec<SchemeSpec> {
+    let mut variants: Vec<SchemeSpec> = SCHEMES.iter().map(|scheme| spec(scheme.name())).collect();
+    variants.push(SchemeSpec { double_quant: true, ..spec("nf4") });
+    variants.push(SchemeSpec { block_size: Some(128), ..spec("nf4") });
+    variants.push(SchemeSpec { symmetric: true, ..spec("int4") });
+    variants.push(SchemeSpec { block_size: Some(32), ..spec("int4") });
+    variants
+}
+
+fn get(spec: &SchemeSpec) -> &'static dyn Scheme {
+    scheme(&spec.scheme).expect("a registered scheme")
+}
+
+/// Sums of uniform numbers: nearly normal, the same in every run.
+fn normal(n: usize, seed: u64) -> Vec<f32> {
+    let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
+    let mut uniform = move || {
+        state ^= state << 13;
+        state ^= state >> 7;
+        state ^= state << 17;
+        (state >> 40) as f32 / (1u64 << 24) as f32
+    };
+    (0..n).map(|_| (0..6).map(|_| uniform()).sum::<f32>() - 3.0).collect()
+}
+
+#[test]
+fn round_trips_stay_within_their_error_budget_on_ragged_shapes() {
+    for spec in variants() {
+        for (n_rows, n_cols) in [(16, 256), (64, 172), (5, 64), (3, 1000)] {
+            let values = normal(n_rows * n_cols, 7);
+            let packed = get(&spec).pack(&spec, &values, n_rows, n_cols).expect("a packed matrix");
+            let (mse, sqnr_db) = reconstruction_error(&values, &packed);
+            let budget = BUDGET_DB.iter().find(|(name, _)| *name == spec.scheme).expect("a budget").1;
+            assert!(mse > 0.0 && sqnr_db.expect("a ratio") > budget, "{spec:?} {n_rows}x{n_cols}: {sqnr_db:?}");
+        }
+    }
+}
+
+#[test]
+fn zeros_stay_zeros_and_nf4_decodes_them_to_minus_zero() {
+    for spec in variants() {
+        let packed = get(&spec).pack(&spec, &[0.0; 130], 1, 130).expect("a packed matrix");
+        let mut out = [f32::NAN; 130];
+        get(&spec).unpack_rows(&packed, 0, &mut out);
+        assert!(out.iter().all(|value| *value == 0.0), "{spec:?}");
+        if spec.scheme == "nf4" && !spec.double_quant {
+            assert!(packed.codes.iter().all(|code| *code == 0) && out.iter().all(|value| value.is_sign_negative()));
+        }
+    }
+}
+
+#[test]
+fn values_that_are_not_finite_and_shapes_that_do_not_fit_are_refused() {
+    for spec in variants() {
+        let mut values = vec![1.0f32; 64];
+        assert!(matches!(get(&spec).pack(&spec, &values, 3, 30), Err(SchemeError::Shape { .. })));
+        values[9] = f32::NAN;
+        let error = get(&spec).pack(&spec, &values, 1, 64).expect_err("an error");
+        assert!(matches!(error, SchemeError::NotFinite { index: 9, .. }), "{error:?}");
+    }
+    assert!(scheme("nf5").is_err());
+    let bad = SchemeSpec { block_size: Some(63), ..spec("nf4") };
+    assert!(matches!(get(&bad).normalize(&bad), Err(SchemeError::BlockSize { found: 63, .. })));
+}
+
+#[test]
+fn an_odd_number_of_values_packs_code_7_behind_the_last() {
+    let packed = get(&spec("nf4")).pack(&spec("nf4"), &[1.0, -1.0, 1.0], 1, 3).expect("a packed matrix");
+    assert_eq!(packed.codes, [0xf0, 0xf7]);
+}
+
+#[test]
+fn packed_bytes_change_only_with_the_scheme_s_version() {
+    let golden = [("nf4", 1, 0x3829_u16), ("int8", 1, 0x90ab), ("int4", 1, 0x7de3)];
+    let values = normal(4 * 96, 3);
+    for (name, version, digest) in golden {
+        let packed = get(&spec(name)).pack(&spec(name), &values, 4, 96).expect("a packed matrix");
+        let bytes = packed.codes.iter().copied().chain(packed.scales.iter().flat_map(|scale| scale.to_le_bytes()));
+        let found = bytes.fold(0u16, |hash, byte| hash.rotate_left(5) ^ u16::from(byte).wrapping_mul(0x9e37));
+        assert_eq!((get(&spec(name)).version(), found), (version, digest), "{name}: found {found:#06x}");
+    }
+}
+
+proptest! {
+    #[test]
+    fn products_from_codes_equal_products_of_decoded_values(
+        n_rows in 1usize..9, n_cols in 1usize..300, seed in 0u64..1000, variant in 0usize..7
+    ) {
+        let spec = &variants()[variant];
+        let values = normal(n_rows * n_cols, seed);
+        let x = normal(n_cols, seed + 1);
+        let packed = get(spec).pack(spec, &values, n_rows, n_cols).expect("a packed matrix");
+        let mut decoded = vec![f32::NAN; n_rows * n_cols];
+        get(spec).unpack_rows(&packed, 0, &mut decoded);
+        let mut y = vec![f32::NAN; n_rows];
+        get(spec).matvec_rows(&packed, 0, &x, &mut y);
+        for (row, y) in decoded.chunks_exact(n_cols).zip(&y) {
+            let exact: f64 = row.iter().zip(&x).map(|(w, x)| f64::from(*w) * f64::from(*x)).sum();
+            let size: f32 = row.iter().zip(&x).map(|(w, x)| (w * x).abs()).sum();
+            prop_assert!((*y - exact as f32).abs() <= MATVEC_BUDGET * size + 1e-12, "{} against {}", y, exact);
+        }
+        let last = n_rows - 1;
+        let mut row = vec![f32::NAN; n_cols];
+        get(spec).unpack_rows(&packed, last, &mut row);
+        prop_assert_eq!(&row[..], &decoded[last * n_cols..]);
+    }
+}
