@@ -37,9 +37,9 @@ main-job:
 matrix:
     scripts/ci/matrix.sh
 
-# Runs one cell of the sweep, e.g. `just sweep-cell config=nf4`; without an argument the cell that $CELL names.
-sweep-cell cell=env("CELL", ""):
-    scripts/ci/sweep-cell.sh {{ quote(cell) }}
+# Runs one cell of the sweep, e.g. `just sweep-cell config=nf4`; without arguments the one that $NARROW names.
+sweep-cell *values:
+    scripts/ci/sweep-cell.sh {{ values }}
 
 # Runs the benchmarks (numbers worth reading only on an otherwise idle machine).
 bench:

@@ -14,6 +14,11 @@ labpipe() {
   fi
 }
 
+# newest FOLDER NAME: prints the path of the newest file of that name below a folder; nothing where there is none.
+newest() {
+  find "$1" -name "$2" -printf '%T@ %p\n' 2>/dev/null | sort -rn | head -n 1 | cut -d ' ' -f 2-
+}
+
 # Prints its arguments on stderr and ends the script.
 die() {
   printf '%s\n' "$*" >&2

@@ -4,7 +4,7 @@ source "$(dirname "$0")/common.sh"
 
 labpipe run pipelines/sensitivity.yaml
 
-report=$(find results/sensitivity -name report.md -printf '%T@ %p\n' | sort -rn | head -n 1 | cut -d ' ' -f 2-)
+report=$(newest results/sensitivity report.md)
 [ -n "$report" ] || die "the main job left no report.md under results/sensitivity"
 folder=$(dirname "$report")
 for name in lbl_analysis.md images/summary.png; do
