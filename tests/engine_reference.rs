@@ -35,7 +35,8 @@ fn ids(value: &Value) -> Vec<u32> {
 }
 
 fn tokens(text: &Path, n_chars: usize) -> Vec<u32> {
-    let tokenizer = tokenizers::Tokenizer::from_file(root().join("models/stories260k/tokenizer.json")).expect("a tokenizer");
+    let tokenizer =
+        tokenizers::Tokenizer::from_file(root().join("models/stories260k/tokenizer.json")).expect("a tokenizer");
     let text: String = std::fs::read_to_string(root().join(text)).expect("the text").chars().take(n_chars).collect();
     tokenizer.encode(text, true).expect("tokens").get_ids().to_vec()
 }
@@ -102,7 +103,10 @@ fn strided_perplexity_agrees_with_transformers_on_both_texts() {
             let size = |field: &str| row[field].as_u64().expect("a number") as usize;
             let (by_targets, legacy, n_scored) = strided(model.as_mut(), &tokens, size("max_length"), size("stride"));
             assert_eq!(n_scored, size("n_scored"));
-            assert!(relative(by_targets, row["ppl_by_valid_labels"].as_f64().expect("a number")) < 1e-4, "{name} {row}");
+            assert!(
+                relative(by_targets, row["ppl_by_valid_labels"].as_f64().expect("a number")) < 1e-4,
+                "{name} {row}"
+            );
             assert!(relative(legacy, row["ppl_seed_recipe"].as_f64().expect("a number")) < 1e-4, "{name} {row}");
         }
     }

@@ -1,8 +1,8 @@
 //! NF4 against bitsandbytes 0.50.2 (tests/fixtures/bnb_nf4_vectors.json at the workspace's root; README.md there).
 
+use labpipe_kernels::schemes::Nested;
 use labpipe_kernels::schemes::dynamic_map::dynamic_map;
 use labpipe_kernels::schemes::nf4::{TABLE, decode_nested, nest};
-use labpipe_kernels::schemes::Nested;
 use labpipe_kernels::{Packed, SchemeSpec, scheme};
 use serde_json::Value;
 
@@ -43,7 +43,12 @@ fn cases() -> Vec<Case> {
 }
 
 fn pack(case: &Case, double_quant: bool) -> Packed {
-    let shape: Vec<usize> = case.get("in")["shape"].as_array().expect("a shape").iter().map(|n| n.as_u64().expect("a size") as usize).collect();
+    let shape: Vec<usize> = case.get("in")["shape"]
+        .as_array()
+        .expect("a shape")
+        .iter()
+        .map(|n| n.as_u64().expect("a size") as usize)
+        .collect();
     let spec = SchemeSpec { scheme: "nf4".to_owned(), block_size: Some(64), double_quant, symmetric: false };
     scheme("nf4").expect("nf4").pack(&spec, &floats(case.get("in")), shape[0], shape[1]).expect("a packed matrix")
 }

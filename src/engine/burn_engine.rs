@@ -10,13 +10,11 @@ use super::spec::ModelSpec;
 use super::weights::{WeightReader, compute_dtype, pack};
 use crate::artifact::QuantizedModule;
 use crate::event::Progress;
-use crate::inference::{
-    Engine, EngineInfo, InferenceError, MemoryProbe, Model, ModelInfo, ModelRecipe, ModelSource,
-};
+use crate::inference::{Engine, EngineInfo, InferenceError, MemoryProbe, Model, ModelInfo, ModelRecipe, ModelSource};
 use crate::units::DType;
 use burn::tensor::Device;
-use labpipe_kernels::weight::HostWeight;
 use labpipe_kernels::reconstruction_error;
+use labpipe_kernels::weight::HostWeight;
 use std::path::PathBuf;
 
 /// Grows when the numbers that this engine computes change.

@@ -5,9 +5,7 @@ use super::kv_cache::KvCache;
 use super::score::{argmax, score_rows};
 use super::tap::Tap;
 use crate::event::Progress;
-use crate::inference::{
-    CaptureFilter, CaptureSink, Decoded, InferenceError, Model, ModelInfo, Prefilled, TokenScore,
-};
+use crate::inference::{CaptureFilter, CaptureSink, Decoded, InferenceError, Model, ModelInfo, Prefilled, TokenScore};
 use burn::tensor::{DType as BurnDType, Tensor};
 use std::time::Instant;
 

@@ -16,7 +16,12 @@ pub enum Activation {
 pub enum RopeScaling {
     None,
     /// Llama 3.1's piecewise scaling (transformers 5.17, `_compute_llama3_parameters`).
-    Llama3 { factor: f64, low_freq_factor: f64, high_freq_factor: f64, original_max_position: f64 },
+    Llama3 {
+        factor: f64,
+        low_freq_factor: f64,
+        high_freq_factor: f64,
+        original_max_position: f64,
+    },
 }
 
 /// Rotary position embedding, rotate-half form.

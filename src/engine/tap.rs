@@ -46,7 +46,16 @@ impl<'a> Tap<'a> {
     ) -> Result<Tap<'a>, InferenceError> {
         progress.begin(None, "tensors");
         let modules = if filter.modules.is_empty() { None } else { Some(globs(&filter.modules)?) };
-        Ok(Tap { capture: Some(Capture { sink, progress, modules, inputs: filter.inputs, first_token_idx: 0, kept_inputs: BTreeMap::new() }) })
+        Ok(Tap {
+            capture: Some(Capture {
+                sink,
+                progress,
+                modules,
+                inputs: filter.inputs,
+                first_token_idx: 0,
+                kept_inputs: BTreeMap::new(),
+            }),
+        })
     }
 
     /// Sets the position of the first row of the values that follow.

@@ -123,7 +123,8 @@ impl WeightReader<'_> {
     fn linear(&self, module: &str, linear: &LinearSpec, stored_bytes: &mut u64) -> Result<Linear, InferenceError> {
         let weight = self.module_weight(module, linear.n_out, linear.n_in)?;
         *stored_bytes += weight.stored_bytes();
-        let bias = if linear.bias { Some(self.row(&format!("{module}.bias"), linear.n_out, stored_bytes)?) } else { None };
+        let bias =
+            if linear.bias { Some(self.row(&format!("{module}.bias"), linear.n_out, stored_bytes)?) } else { None };
         Ok(Linear { weight: Arc::new(weight), bias })
     }
 
@@ -199,7 +200,13 @@ fn check_range(name: &str, dtype: DType, bytes: &[u8]) -> Result<(), InferenceEr
 ///
 /// # Errors
 /// `Quantize`, naming the module.
-pub fn pack(module: &str, spec: &SchemeSpec, values: &[f32], n_out: usize, n_in: usize) -> Result<HostWeight, InferenceError> {
+pub fn pack(
+    module: &str,
+    spec: &SchemeSpec,
+    values: &[f32],
+    n_out: usize,
+    n_in: usize,
+) -> Result<HostWeight, InferenceError> {
     schemes::scheme(&spec.scheme)
         .and_then(|scheme| scheme.pack(&scheme.normalize(spec)?, values, n_out, n_in))
         .map(HostWeight::Packed)

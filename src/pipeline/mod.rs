@@ -1,3 +1,21 @@
-//! (being written)
+//! Pipeline files: YAML text becomes a checked, expanded [`Pipeline`]. Pure: it opens no file and knows no engine.
+//!
+//! The text becomes a tree with positions (`node`), variables are substituted in it (`variables`), each stage is read alone
+//! against its parameters' types (`read`), and the matrix is expanded (`expand`); every problem found on the way is reported.
+
+mod diagnostics;
+mod expand;
+mod matrix;
+mod node;
+mod parse;
+mod read;
+mod schema;
+mod suggest;
 mod types;
-pub use types::*;
+mod variables;
+
+pub use matrix::github_matrix;
+pub use parse::parse;
+pub use schema::schema;
+pub use suggest::did_you_mean;
+pub use types::{Cell, Diagnostic, ParseOptions, Pipeline, PipelineError, PipelineStage, matrix_value_name};

@@ -105,10 +105,3 @@ pub fn matrix_value_name(value: &Value) -> String {
         _ => file_name.to_owned(),
     }
 }
-
-impl PipelineError {
-    /// Returns the diagnostics as a person reads them.
-    pub fn render(&self) -> String {
-        format!("{}: {} problem(s)", self.origin, self.diagnostics.len())
-    }
-}

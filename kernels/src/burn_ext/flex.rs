@@ -1,7 +1,7 @@
 //! The extension on burn's Flex backend: the host kernels over a Flex tensor's own memory.
 
-use super::host::linear_into;
 use super::StoredLinear;
+use super::host::linear_into;
 use crate::weight::HostWeight;
 use burn::backend::tensor::FloatTensor;
 use burn::tensor::{DType, Shape, TensorData};

@@ -52,8 +52,12 @@ fn fill_f32(dtype: DType, bytes: &[u8], values: &mut [f32]) {
 pub fn to_dtype(values: &[f32], dtype: DType) -> SharedBytes {
     match dtype {
         DType::F32 => SharedBytes::from_values(values.to_vec()),
-        DType::F16 => SharedBytes::from_values(values.par_iter().map(|&v| f16::from_f32(v).to_bits()).collect::<Vec<u16>>()),
-        DType::Bf16 => SharedBytes::from_values(values.par_iter().map(|&v| bf16::from_f32(v).to_bits()).collect::<Vec<u16>>()),
+        DType::F16 => {
+            SharedBytes::from_values(values.par_iter().map(|&v| f16::from_f32(v).to_bits()).collect::<Vec<u16>>())
+        }
+        DType::Bf16 => {
+            SharedBytes::from_values(values.par_iter().map(|&v| bf16::from_f32(v).to_bits()).collect::<Vec<u16>>())
+        }
     }
 }
 

@@ -28,7 +28,11 @@ pub struct StoredTensor {
 pub enum Checkpoint {
     Folder(SafetensorsFolder),
     /// Values drawn from the seed and the tensor's name, stored in `dtype`.
-    Random { seed: u64, dtype: DType, config: PathBuf },
+    Random {
+        seed: u64,
+        dtype: DType,
+        config: PathBuf,
+    },
 }
 
 impl Checkpoint {

@@ -16,7 +16,8 @@ pub fn random_values(seed: u64, name: &str, n: usize) -> Vec<f32> {
     values.par_chunks_mut(CHUNK).enumerate().for_each(|(chunk_idx, chunk)| {
         let first = (chunk_idx * CHUNK) as u64;
         for (i, value) in chunk.iter_mut().enumerate() {
-            *value = nearly_normal(mix(stream.wrapping_add((first + i as u64).wrapping_mul(0x9e37_79b9_7f4a_7c15)))) * STDEV;
+            *value =
+                nearly_normal(mix(stream.wrapping_add((first + i as u64).wrapping_mul(0x9e37_79b9_7f4a_7c15)))) * STDEV;
         }
     });
     values

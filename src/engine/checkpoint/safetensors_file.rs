@@ -87,8 +87,9 @@ impl SafetensorsFolder {
         // with every program that maps models.
         let map = unsafe { Mmap::map(&file) }.map_err(|error| fail(path, error.to_string()))?;
         let owner: Arc<Mmap> = Arc::new(map);
-        let parsed = SafeTensors::deserialize(&owner)
-            .map_err(|error| fail(path, format!("its header does not fit the file ({error}); was the download cut short?")))?;
+        let parsed = SafeTensors::deserialize(&owner).map_err(|error| {
+            fail(path, format!("its header does not fit the file ({error}); was the download cut short?"))
+        })?;
         let base = owner.as_ptr() as usize;
         for (name, view) in parsed.iter() {
             let dtype = match view.dtype() {

@@ -55,7 +55,9 @@ impl ConfigFile {
     /// Returns a true/false field, or nothing where it is absent or null.
     pub fn flag(&self, field: &str) -> Result<Option<bool>, InferenceError> {
         self.present(field)
-            .map(|value| value.as_bool().ok_or_else(|| self.error(format!("{field}: expected true or false, found {value}"))))
+            .map(|value| {
+                value.as_bool().ok_or_else(|| self.error(format!("{field}: expected true or false, found {value}")))
+            })
             .transpose()
     }
 
@@ -79,7 +81,9 @@ impl ConfigFile {
                     .as_u64()
                     .and_then(|size| usize::try_from(size).ok())
                     .filter(|size| (1..=MAX_DIM).contains(size))
-                    .ok_or_else(|| self.error(format!("{field}: expected a whole number from 1 to {MAX_DIM}, found {value}")))
+                    .ok_or_else(|| {
+                        self.error(format!("{field}: expected a whole number from 1 to {MAX_DIM}, found {value}"))
+                    })
             })
             .transpose()
     }
@@ -100,7 +104,8 @@ impl ConfigFile {
             None | Some("silu" | "swish") => Ok(Activation::Silu),
             Some("gelu_pytorch_tanh" | "gelu_new" | "gelu_fast") => Ok(Activation::GeluTanh),
             Some("gelu") => Ok(Activation::Gelu),
-            Some(other) => Err(self.error(format!("hidden_act {other:?} is not known; labpipe knows silu, gelu and gelu_pytorch_tanh"))),
+            Some(other) => Err(self
+                .error(format!("hidden_act {other:?} is not known; labpipe knows silu, gelu and gelu_pytorch_tanh"))),
         }
     }
 
@@ -119,9 +124,11 @@ impl ConfigFile {
     }
 
     fn rope_scaling(&self, scaling: &Value) -> Result<RopeScaling, InferenceError> {
-        let kind = scaling.get("rope_type").or_else(|| scaling.get("type")).and_then(Value::as_str).unwrap_or("default");
+        let kind =
+            scaling.get("rope_type").or_else(|| scaling.get("type")).and_then(Value::as_str).unwrap_or("default");
         let field = |name: &str| {
-            let value = scaling.get(name).ok_or_else(|| self.error(format!("rope scaling {kind}: {name} is missing")))?;
+            let value =
+                scaling.get(name).ok_or_else(|| self.error(format!("rope scaling {kind}: {name} is missing")))?;
             self.finite(name, value)
         };
         match kind {
@@ -132,7 +139,10 @@ impl ConfigFile {
                 high_freq_factor: field("high_freq_factor")?,
                 original_max_position: field("original_max_position_embeddings")?,
             }),
-            other => Err(self.error(format!("rope scaling {other:?} is not supported yet; labpipe knows default and llama3"))),
+            other => {
+                Err(self
+                    .error(format!("rope scaling {other:?} is not supported yet; labpipe knows default and llama3")))
+            }
         }
     }
 
@@ -142,12 +152,18 @@ impl ConfigFile {
         let n_heads = self.required_size("num_attention_heads")?;
         let n_kv_heads = self.size("num_key_value_heads")?.unwrap_or(n_heads);
         if n_heads % n_kv_heads != 0 {
-            return Err(self.error(format!("num_attention_heads {n_heads} is no multiple of num_key_value_heads {n_kv_heads}")));
+            return Err(
+                self.error(format!("num_attention_heads {n_heads} is no multiple of num_key_value_heads {n_kv_heads}"))
+            );
         }
         let head_dim = match self.size("head_dim")? {
             Some(head_dim) => head_dim,
             None if hidden_size % n_heads == 0 => hidden_size / n_heads,
-            None => return Err(self.error(format!("hidden_size {hidden_size} is no multiple of num_attention_heads {n_heads}"))),
+            None => {
+                return Err(
+                    self.error(format!("hidden_size {hidden_size} is no multiple of num_attention_heads {n_heads}"))
+                );
+            }
         };
         if head_dim % 2 != 0 {
             return Err(self.error(format!("head_dim {head_dim} is odd; rotary embeddings need pairs")));

@@ -1,0 +1,170 @@
+//! The entry: text to pipeline, every problem in it reported.
+
+use super::diagnostics::Problems;
+use super::expand::{RawStage, expand};
+use super::matrix::Matrix;
+use super::node::{Key, Node, Place};
+use super::suggest::did_you_mean;
+use super::types::{Cell, ParseOptions, Pipeline, PipelineError};
+use crate::stage::Catalogue;
+use std::collections::BTreeSet;
+
+const KEYS: [&str; 6] = ["version", "name", "vars", "device", "matrix", "stages"];
+
+/// Variables in file order, with what `--set` made of them.
+pub type Variables = Vec<(String, Node)>;
+
+/// Reads a pipeline file. `origin` names it in messages.
+///
+/// # Errors
+/// Every problem found, each with its place, snippet and hint.
+pub fn parse(
+    text: &str,
+    origin: &str,
+    catalogue: &Catalogue,
+    options: &ParseOptions,
+) -> Result<Pipeline, PipelineError> {
+    let mut problems = Problems::default();
+    let root = match Node::parse(text) {
+        Ok(root) => root,
+        Err(diagnostic) => {
+            problems.push(diagnostic);
+            return Err(problems.into_error(origin, text));
+        }
+    };
+    let pipeline = read(&root, origin, catalogue, options, &mut problems);
+    match pipeline {
+        Some(pipeline) if problems.is_empty() => Ok(pipeline),
+        _ => Err(problems.into_error(origin, text)),
+    }
+}
+
+fn read(
+    root: &Node,
+    origin: &str,
+    catalogue: &Catalogue,
+    options: &ParseOptions,
+    problems: &mut Problems,
+) -> Option<Pipeline> {
+    let Some(entries) = root.as_map() else {
+        let message = format!("expected a mapping with version, name and stages, found {}", root.describe());
+        problems.add(root.at, message, None);
+        return None;
+    };
+    for (key, _) in entries.iter().filter(|(key, _)| !KEYS.contains(&key.text.as_str())) {
+        problems.add(key.at, format!("unknown key {:?}", key.text), did_you_mean(&key.text, KEYS));
+    }
+    match root.get("version") {
+        None => problems.add(root.at, "version is missing", Some("begin the file with version: 1".to_owned())),
+        Some(version) if version.to_json() != 1 => {
+            problems.add(version.at, format!("version: expected 1, found {}", version.describe()), None);
+        }
+        Some(_) => {}
+    }
+    let name = name(root, problems);
+    let device = device(root, options, problems);
+    let mut matrix = Matrix::read(root.get("matrix"), &options.matrix, problems);
+    let variables = variables(root, &options.set, &mut matrix, problems);
+    let stages = stages(root, problems);
+    if stages.is_empty() {
+        return None;
+    }
+    let expanded = expand(&stages, &matrix, &variables, catalogue, &options.env, problems);
+    let all: BTreeSet<String> = matrix.variables.iter().cloned().collect();
+    let cells: Vec<Cell> = if matrix.variables.is_empty() {
+        Vec::new()
+    } else {
+        matrix.cells.iter().map(|cell| matrix.project(cell, &all)).collect()
+    };
+    Some(Pipeline { name, origin: origin.to_owned(), device, stages: expanded, cells })
+}
+
+fn name(root: &Node, problems: &mut Problems) -> String {
+    let Some(node) = root.get("name") else {
+        problems.add(root.at, "name is missing", Some("results go to results/<name>/".to_owned()));
+        return String::new();
+    };
+    let text = node.as_text().unwrap_or_default();
+    if !is_word(text) {
+        let message = format!("name: expected letters, digits, - and _, found {}", node.describe());
+        problems.add(node.at, message, Some("it becomes a folder under results/".to_owned()));
+    }
+    text.to_owned()
+}
+
+/// A word that is safe as a folder's name and in addresses.
+fn is_word(text: &str) -> bool {
+    let mut chars = text.chars();
+    chars.next().is_some_and(|first| first.is_ascii_alphanumeric())
+        && chars.all(|c| c.is_ascii_alphanumeric() || c == '-' || c == '_')
+        && text.len() <= 64
+}
+
+fn device(root: &Node, options: &ParseOptions, problems: &mut Problems) -> String {
+    let (device, at) = match (&options.device, root.get("device")) {
+        (Some(device), _) => (device.clone(), Place::default()),
+        (None, Some(node)) => (node.scalar_text().unwrap_or_default(), node.at),
+        (None, None) => ("auto".to_owned(), Place::default()),
+    };
+    let is_index = |index: &str| !index.is_empty() && index.len() < 4 && index.chars().all(|c| c.is_ascii_digit());
+    let known = ["auto", "cpu", "cuda", "wgpu"].contains(&device.as_str())
+        || device.strip_prefix("cuda:").is_some_and(is_index);
+    if !known {
+        let hint = did_you_mean(&device, ["auto", "cpu", "cuda", "cuda:0", "wgpu"]);
+        problems.add(at, format!("device: unknown device {device:?}"), hint);
+    }
+    device
+}
+
+fn variables(root: &Node, set: &[(String, String)], matrix: &mut Matrix, problems: &mut Problems) -> Variables {
+    let mut variables: Variables = match root.get("vars") {
+        None => Vec::new(),
+        Some(node) => match node.as_map() {
+            Some(entries) => entries.iter().map(|(key, value)| (key.text.clone(), value.clone())).collect(),
+            None => {
+                problems.add(node.at, format!("vars: expected a mapping, found {}", node.describe()), None);
+                Vec::new()
+            }
+        },
+    };
+    for (name, text) in set {
+        let value = match Node::parse(text) {
+            Ok(node) => Node { value: node.value, at: Place::default() },
+            Err(diagnostic) => {
+                problems.add(Place::default(), format!("--set {name}: {}", diagnostic.message), None);
+                continue;
+            }
+        };
+        if let Some((_, slot)) = variables.iter_mut().find(|(known, _)| known == name) {
+            *slot = value;
+        } else if matrix.variables.contains(name) {
+            matrix.fix(name, &value);
+        } else {
+            let known =
+                variables.iter().map(|(known, _)| known.as_str()).chain(matrix.variables.iter().map(String::as_str));
+            let hint = did_you_mean(name, known).or_else(|| Some("declare it under vars:".to_owned()));
+            problems.add(Place::default(), format!("--set {name}: the pipeline declares no such variable"), hint);
+        }
+    }
+    variables
+}
+
+fn stages(root: &Node, problems: &mut Problems) -> Vec<RawStage> {
+    let Some(node) = root.get("stages") else {
+        problems.add(root.at, "stages is missing", None);
+        return Vec::new();
+    };
+    let Some(entries) = node.as_map().filter(|entries| !entries.is_empty()) else {
+        let message = format!("stages: expected a mapping of names to stages, found {}", node.describe());
+        problems.add(node.at, message, None);
+        return Vec::new();
+    };
+    for (key, _) in entries.iter().filter(|(key, _)| !is_word(&key.text)) {
+        problems.add(key.at, stage_name_problem(key), Some("it becomes a folder in the results".to_owned()));
+    }
+    entries.iter().map(|(name, node)| RawStage { name: name.clone(), node: node.clone() }).collect()
+}
+
+fn stage_name_problem(key: &Key) -> String {
+    format!("stage name {:?}: expected a letter or digit, then letters, digits, - and _ (64 at most)", key.text)
+}
