@@ -1,3 +1,4 @@
+# shellcheck shell=bash
 # Sourced by the other scripts here: goes to the repository's root and says how labpipe is started.
 
 set -euo pipefail
