@@ -1,3 +1,14 @@
-//! (being written)
+//! Plans: the DAG of a pipeline's stages, each with its cache key and the reason it will or won't run. Pure: what it must know
+//! of the world it asks through [`Facts`].
+
+mod build;
+mod explain;
+mod external;
+mod keys;
+mod select;
 mod types;
-pub use types::*;
+
+pub use build::{Facts, PlanError, build, miss_reason, model_of};
+pub use keys::resolve_key;
+pub use select::{Remeasure, Selection};
+pub use types::{Key, KeyFields, Plan, PlanEdge, PlanNode, Reason};

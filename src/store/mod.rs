@@ -1,1 +1,25 @@
-//! (being written)
+//! The store: what stages produced, kept under keys, and what runs leave for people. It does I/O and nothing else; it knows
+//! records and folders, no stage and no engine.
+//!
+//! Artifacts are written aside, synced and renamed in, so that nothing half-written is ever visible; each key has an advisory
+//! lock that dies with its process.
+
+mod activations;
+mod cache;
+mod error;
+mod file_hash;
+mod fs;
+mod gc;
+mod metrics_csv;
+mod results;
+mod scatter;
+
+pub use activations::{ActivationFile, ActivationReader, ActivationWriter};
+pub use cache::{Artifact, FileEntry, Manifest, ManifestDraft, Staging, Store};
+pub use error::StoreError;
+pub use file_hash::FileHashes;
+pub use fs::write_atomically;
+pub use gc::{GcReport, Verdict};
+pub use metrics_csv::{MetricsRow, append_metrics_csv};
+pub use results::{Results, RunDir};
+pub use scatter::{ScatterWriter, read_scatter};

@@ -1,0 +1,99 @@
+//! Cache keys: blake3 over the named fields that determine what a stage produces.
+
+use super::build::{Facts, PlanError};
+use super::external::external_files;
+use super::types::{Key, KeyFields};
+use crate::pipeline::PipelineStage;
+use crate::stage::{ParamType, StageDescription};
+use labpipe_kernels::SCHEMES;
+use std::path::Path;
+
+/// Returns the hash of a set of fields.
+pub fn key_of(fields: &KeyFields) -> Key {
+    let mut hasher = blake3::Hasher::new();
+    for (name, value) in fields {
+        // Lengths keep fields apart whatever they hold.
+        hasher.update(format!("{}:{name}={}:{value}\n", name.len(), value.len()).as_bytes());
+    }
+    Key(hasher.finalize().to_hex().to_string())
+}
+
+/// Returns the fields that don't depend on inputs.
+///
+/// # Errors
+/// `MissingFile`, `Hash`.
+pub fn own_fields(
+    stage: &PipelineStage,
+    description: &StageDescription,
+    root: &Path,
+    facts: &dyn Facts,
+) -> Result<KeyFields, PlanError> {
+    let mut fields = KeyFields::new();
+    fields.insert("kind".to_owned(), stage.kind.clone());
+    fields.insert("stage.version".to_owned(), description.version.to_string());
+    for param in description.params {
+        if !matches!(param.ty, ParamType::StageRef(_) | ParamType::StageRefs(_)) {
+            let value = stage.params.get(param.name).map(ToString::to_string).unwrap_or_default();
+            fields.insert(format!("params.{}", param.name), value);
+        }
+    }
+    let files = external_files(description, &stage.params, root).map_err(|(param, reason)| PlanError::MissingFile {
+        stage: stage.address.clone(),
+        param,
+        reason,
+    })?;
+    for (_, written, path) in files {
+        let hash = facts.file_hash(&path).map_err(|reason| PlanError::Hash { stage: stage.address.clone(), reason })?;
+        fields.insert(format!("files.{written}"), hash);
+    }
+    if description.computes || description.measures {
+        let engine = facts.engine();
+        fields.insert("engine.backend".to_owned(), engine.backend.clone());
+        fields.insert("engine.numerics".to_owned(), engine.numerics_version.to_string());
+        let schemes: Vec<String> =
+            SCHEMES.iter().map(|scheme| format!("{}={}", scheme.name(), scheme.version())).collect();
+        fields.insert("engine.schemes".to_owned(), schemes.join(","));
+        if description.measures {
+            fields.insert("device".to_owned(), engine.device);
+        }
+    }
+    Ok(fields)
+}
+
+/// Adds what a stage takes from its inputs and returns the key. `lookup` gives an input's key and digest, or nothing for an
+/// input that failed (gathering stages alone have those); measurements count by their digest, so that new numbers always
+/// reach their consumers.
+pub fn resolve_key(
+    stage: &PipelineStage,
+    own: &KeyFields,
+    lookup: &dyn Fn(&str) -> Option<(Key, Option<String>)>,
+) -> (Key, KeyFields) {
+    let mut fields: KeyFields =
+        own.iter().filter(|(name, _)| !name.starts_with("inputs.")).map(|(n, v)| (n.clone(), v.clone())).collect();
+    for (param, addresses) in &stage.inputs {
+        for (i, address) in addresses.iter().enumerate() {
+            let value = match lookup(address) {
+                None => "failed".to_owned(),
+                Some((_, Some(digest))) => format!("digest:{digest}"),
+                Some((key, None)) => format!("key:{}", key.0),
+            };
+            fields.insert(format!("inputs.{param}[{i}]"), format!("{address} {value}"));
+        }
+    }
+    (key_of(&fields), fields)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn keys_keep_fields_apart_and_stay_what_they_were() {
+        let fields = |pairs: &[(&str, &str)]| {
+            pairs.iter().map(|(n, v)| ((*n).to_owned(), (*v).to_owned())).collect::<KeyFields>()
+        };
+        let key = key_of(&fields(&[("kind", "load"), ("params.model", "\"m\"")]));
+        assert_eq!(key.short(), "e2a4d7c6d0a6");
+        assert_ne!(key_of(&fields(&[("a", "b\nc=d")])), key_of(&fields(&[("a", "b"), ("c", "d")])));
+    }
+}

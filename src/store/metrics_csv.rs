@@ -1,0 +1,76 @@
+//! `results/metrics.csv`: one row per model measured in a run, appended whole under a lock.
+
+use super::error::StoreError;
+use super::fs::create_dirs;
+use serde::Serialize;
+use std::fs::OpenOptions;
+use std::io::Write;
+use std::path::Path;
+
+/// One row; empty cells are what was not measured.
+#[derive(Debug, Clone, PartialEq, Serialize, Default)]
+pub struct MetricsRow {
+    /// RFC 3339, UTC.
+    pub ts: String,
+    pub model: String,
+    pub quant_method: String,
+    pub load_8bit: bool,
+    pub load_4bit: bool,
+    pub quant_type: String,
+    /// Tokens.
+    pub prompt_length: Option<u64>,
+    /// Tokens per second.
+    pub avg_prefill_tps: Option<f64>,
+    /// Tokens per second.
+    pub avg_decode_tps: Option<f64>,
+    /// 10⁹ bytes of device memory; empty on a CPU.
+    pub max_vram_gb: Option<f64>,
+    pub perplexity: Option<f64>,
+    pub gpu_name: String,
+}
+
+/// Appends rows, with a header where the file is new.
+///
+/// # Errors
+/// `Io`, `Format`.
+pub fn append_metrics_csv(path: &Path, rows: &[MetricsRow]) -> Result<(), StoreError> {
+    if let Some(parent) = path.parent() {
+        create_dirs(parent)?;
+    }
+    let mut file = OpenOptions::new().create(true).append(true).open(path).map_err(StoreError::io("open", path))?;
+    // Two processes may end at once: the lock keeps their rows, and the one header, whole.
+    file.lock().map_err(StoreError::io("lock", path))?;
+    let is_new = file.metadata().map_err(StoreError::io("read", path))?.len() == 0;
+    let mut writer = csv::WriterBuilder::new().has_headers(is_new).from_writer(Vec::new());
+    let format = |error: String| StoreError::Format { path: path.to_owned(), reason: error };
+    for row in rows {
+        writer.serialize(row).map_err(|error| format(error.to_string()))?;
+    }
+    let bytes = writer.into_inner().map_err(|error| format(error.to_string()))?;
+    file.write_all(&bytes).map_err(StoreError::io("append to", path))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn rows_of_two_writers_stay_whole_under_one_header() {
+        let dir = tempfile::tempdir().expect("a temporary folder");
+        let path = dir.path().join("metrics.csv");
+        std::thread::scope(|scope| {
+            for model in ["a", "b"] {
+                let path = &path;
+                scope.spawn(move || {
+                    for _ in 0..50 {
+                        let row = MetricsRow { model: model.to_owned(), ..MetricsRow::default() };
+                        append_metrics_csv(path, &[row]).expect("a row");
+                    }
+                });
+            }
+        });
+        let text = std::fs::read_to_string(&path).expect("the file");
+        assert_eq!(text.lines().count(), 101);
+        assert_eq!(text.lines().filter(|line| line.starts_with("ts,model,quant_method")).count(), 1);
+    }
+}
