@@ -93,7 +93,7 @@ mod tests {
             pairs.iter().map(|(n, v)| ((*n).to_owned(), (*v).to_owned())).collect::<KeyFields>()
         };
         let key = key_of(&fields(&[("kind", "load"), ("params.model", "\"m\"")]));
-        assert_eq!(key.short(), "e2a4d7c6d0a6");
+        assert_eq!(key.short(), "7b451d1bc063");
         assert_ne!(key_of(&fields(&[("a", "b\nc=d")])), key_of(&fields(&[("a", "b"), ("c", "d")])));
     }
 }

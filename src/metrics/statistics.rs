@@ -1,0 +1,58 @@
+//! Statistics of repeated samples.
+
+use crate::artifact::Statistics;
+
+/// Returns the p-th percentile (0 to 100) of sorted values, by linear interpolation between order statistics.
+pub fn percentile(sorted: &[f64], p: f64) -> f64 {
+    let Some(last) = sorted.len().checked_sub(1) else { return f64::NAN };
+    let at = p / 100.0 * last as f64;
+    let low = (at.floor() as usize).min(last);
+    let high = (low + 1).min(last);
+    sorted[low] + (sorted[high] - sorted[low]) * (at - low as f64)
+}
+
+/// Returns the statistics of samples; nothing for none.
+pub fn statistics(samples: &[f64]) -> Option<Statistics> {
+    let n = samples.len();
+    if n == 0 {
+        return None;
+    }
+    let mut sorted = samples.to_vec();
+    sorted.sort_by(f64::total_cmp);
+    let mean = samples.iter().sum::<f64>() / n as f64;
+    let squares: f64 = samples.iter().map(|sample| (sample - mean).powi(2)).sum();
+    Some(Statistics {
+        n,
+        mean,
+        stdev: (n > 1).then(|| (squares / (n - 1) as f64).sqrt()),
+        median: percentile(&sorted, 50.0),
+        p90: percentile(&sorted, 90.0),
+        p95: (n >= 20).then(|| percentile(&sorted, 95.0)),
+        p99: (n >= 100).then(|| percentile(&sorted, 99.0)),
+        min: sorted[0],
+        max: sorted[n - 1],
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn percentiles_interpolate_linearly_as_numpy_does() {
+        let sorted = [1.0, 2.0, 4.0, 8.0];
+        assert_eq!(percentile(&sorted, 50.0), 3.0);
+        assert!((percentile(&sorted, 90.0) - 6.8).abs() < 1e-12);
+        assert_eq!(percentile(&sorted, 100.0), 8.0);
+    }
+
+    #[test]
+    fn tail_percentiles_need_enough_samples_and_the_spread_more_than_one() {
+        let few = statistics(&[3.0, 1.0, 2.0]).expect("statistics");
+        assert_eq!((few.mean, few.stdev, few.p95, few.p99), (2.0, Some(1.0), None, None));
+        let many: Vec<f64> = (0..100).map(f64::from).collect();
+        assert!(statistics(&many).expect("statistics").p99.is_some());
+        assert_eq!(statistics(&[1.0]).expect("statistics").stdev, None);
+        assert_eq!(statistics(&[]), None);
+    }
+}
