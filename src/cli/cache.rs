@@ -4,8 +4,8 @@ use super::args::{CacheAction, Global};
 use super::error::CliError;
 use super::print;
 use crate::store::Store;
+use crate::ui::table;
 use crate::units::format_bytes;
-use comfy_table::{ContentArrangement, Table, presets::UTF8_HORIZONTAL_ONLY};
 use std::time::Duration;
 
 const DAY: Duration = Duration::from_secs(86_400);
@@ -43,9 +43,7 @@ fn list(store: &Store) -> Result<u8, CliError> {
     artifacts.sort_by(|a, b| {
         (&a.0.pipeline, &a.0.created_at, &a.0.stage).cmp(&(&b.0.pipeline, &b.0.created_at, &b.0.stage))
     });
-    let mut table = Table::new();
-    table.load_style(UTF8_HORIZONTAL_ONLY).set_content_arrangement(ContentArrangement::Dynamic);
-    table.set_header(["key", "pipeline", "stage", "kind", "size", "created (UTC)"]);
+    let mut table = table(["key", "pipeline", "stage", "kind", "size", "created (UTC)"]);
     for (manifest, bytes) in &artifacts {
         let key: String = manifest.key.chars().take(12).collect();
         table.add_row([

@@ -6,7 +6,7 @@ use super::print;
 use super::workspace::{planned, read};
 use crate::pipeline::github_matrix;
 use crate::plan::Selection;
-use comfy_table::{ContentArrangement, Table, presets::UTF8_HORIZONTAL_ONLY};
+use crate::ui::table;
 use serde_json::{Value, json};
 
 /// Shows what would run, and why.
@@ -23,9 +23,7 @@ pub fn plan(global: &Global, args: &PlanArgs) -> Result<u8, CliError> {
         print(&serde_json::to_string_pretty(&rows).unwrap_or_default())?;
         return Ok(0);
     }
-    let mut table = Table::new();
-    table.load_style(UTF8_HORIZONTAL_ONLY).set_content_arrangement(ContentArrangement::Dynamic);
-    table.set_header(["stage", "kind", "action", "why", "key"]);
+    let mut table = table(["stage", "kind", "action", "why", "key"]);
     let n_run = rows.iter().filter(|row| row[2] == "run").count();
     let n = rows.len();
     table.add_rows(rows);

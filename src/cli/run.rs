@@ -80,7 +80,7 @@ fn start(global: &Global, file: &Path, read: Read, selection: &Selection, jobs: 
         status: "running".to_owned(),
         stages: Vec::new(),
     };
-    let run_dir = results.start(&read.pipeline.name, &run_file.run_id)?;
+    let run_dir = results.start(&read.pipeline.name, &run_file.run_id, &run_file.to_json())?;
     let events = sink(global.log_format(), global.level());
     let cancel = Arc::new(AtomicBool::new(false));
     catch_interrupts(&cancel)?;

@@ -5,7 +5,7 @@ use super::error::CliError;
 use super::print;
 use crate::pipeline::did_you_mean;
 use crate::store::{Results, RunDir};
-use comfy_table::{ContentArrangement, Table, presets::UTF8_HORIZONTAL_ONLY};
+use crate::ui::table;
 use serde_json::Value;
 
 /// Shows a stage's record of a run.
@@ -21,7 +21,7 @@ pub fn show(global: &Global, args: &ShowArgs) -> Result<u8, CliError> {
     })?;
     let address = address(&run, &args.stage)?;
     let record = record(&dir, &run, &address)?;
-    print(&if args.json { serde_json::to_string_pretty(&record).unwrap_or_default() } else { table(&record) })?;
+    print(&if args.json { serde_json::to_string_pretty(&record).unwrap_or_default() } else { text(&record) })?;
     Ok(0)
 }
 
@@ -58,7 +58,7 @@ fn record(dir: &RunDir, run: &Value, address: &str) -> Result<Value, CliError> {
     })
 }
 
-fn table(record: &Value) -> String {
+fn text(record: &Value) -> String {
     let mut text = String::new();
     let Value::Object(fields) = record else { return text };
     for (name, value) in fields {
@@ -82,9 +82,7 @@ fn table(record: &Value) -> String {
 /// Shows objects as rows; lists inside them (raw samples) only by their length.
 fn rows_table(rows: &[Value]) -> String {
     let columns: Vec<&String> = rows.iter().find_map(Value::as_object).into_iter().flat_map(|row| row.keys()).collect();
-    let mut table = Table::new();
-    table.load_style(UTF8_HORIZONTAL_ONLY).set_content_arrangement(ContentArrangement::Dynamic);
-    table.set_header(columns.iter().map(|column| column.as_str()));
+    let mut table = table(columns.iter().map(|column| column.as_str()));
     for row in rows {
         table.add_row(columns.iter().map(|column| match &row[column.as_str()] {
             Value::Array(items) => format!("{} values", items.len()),

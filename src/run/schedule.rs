@@ -186,7 +186,9 @@ impl Executor<'_> {
             .filter(|edge| edge.weight().param == "model");
         sources
             .filter_map(|edge| match &shared.states[&edge.source()] {
-                State::Ended { result: Some(result), .. } => result.recipe().ok(),
+                State::Ended { result: Some(result), .. } => {
+                    result.recipe().ok().map(|recipe| recipe.rooted(self.request.root))
+                }
                 _ => None,
             })
             .collect()

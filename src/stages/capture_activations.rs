@@ -80,7 +80,7 @@ impl Stage for CaptureActivations {
     }
 
     fn run(&self, context: &StageContext<'_>) -> Result<StageOutput, StageError> {
-        let recipe = context.input("model")?.recipe()?;
+        let recipe = context.recipe("model")?;
         let info = context.engine.inspect(&recipe)?;
         let (tokens, text_hash) = tokens(context, &info)?;
         if tokens.len() > info.n_ctx_max {

@@ -71,8 +71,7 @@ static DESCRIPTION: StageDescription = StageDescription {
     ],
 };
 
-const METHOD: &str =
-    "each token is timed alone, from its id to the next id chosen greedily; filling the context stays outside";
+const METHOD: &str = "each token is timed alone, from its id to the logits after it on the host; choosing the next token and filling the context stay outside";
 
 impl Stage for DecodeBench {
     fn description(&self) -> &'static StageDescription {
@@ -80,7 +79,7 @@ impl Stage for DecodeBench {
     }
 
     fn run(&self, context: &StageContext<'_>) -> Result<StageOutput, StageError> {
-        let recipe = context.input("model")?.recipe()?;
+        let recipe = context.recipe("model")?;
         let info = context.engine.inspect(&recipe)?;
         let (n_gen, depths) = (size(context.params, "n_gen"), sizes(context.params, "n_depth"));
         let deepest = depths.iter().copied().max().unwrap_or(0).max(1);
@@ -89,8 +88,9 @@ impl Stage for DecodeBench {
         }
         let tokens = tokens(context, &info, deepest)?;
         let plan = SamplePlan { warmup: size(context.params, "warmup"), samples: size(context.params, "samples") };
-        let probe = context.engine.memory_probe();
         let mut model = context.models.acquire(&recipe, context.progress)?;
+        // After loading: what quantizing took for a moment is not what running takes.
+        let probe = context.engine.memory_probe();
         model.reserve(deepest + n_gen)?;
         context.progress.begin(Some((depths.len() * (plan.warmup + plan.samples)) as u64), "sequences");
         let mut results: Vec<DecodeResult> = Vec::new();

@@ -83,6 +83,10 @@ impl Stage for Diff {
             context.progress.advance(1);
         }
         scatter.finish().map_err(store)?;
+        if modules.is_empty() {
+            let reason = format!("it and {} have no module in common", reference.address);
+            return Err(StageError::Input { address: candidate.address.clone(), reason });
+        }
         let worst = modules.iter().min_by(|a, b| a.cosine.total_cmp(&b.cosine));
         let summary = match worst {
             None => "no module is in both captures".to_owned(),

@@ -6,6 +6,7 @@ use crate::stage::{
 };
 use crate::units::{DType, format_bytes};
 use serde_json::{Map, Value, json};
+use std::path::PathBuf;
 
 /// The kind.
 pub struct Load;
@@ -69,7 +70,7 @@ impl Stage for Load {
 
     fn run(&self, context: &StageContext<'_>) -> Result<StageOutput, StageError> {
         let recipe = recipe(context);
-        let info = context.engine.inspect(&recipe)?;
+        let info = context.engine.inspect(&recipe.rooted(context.root))?;
         let weights_bytes = info.n_params * info.dtype.size_bytes() as u64;
         let summary = format!(
             "{}, {} parameters, {} as {}",
@@ -90,10 +91,10 @@ fn recipe(context: &StageContext<'_>) -> ModelRecipe {
     let params = context.params;
     let dtype = |name: &str| params.get(name).and_then(Value::as_str).and_then(DType::parse);
     let source = match params.get("model").and_then(Value::as_str) {
-        Some(model) => ModelSource::Path(context.root.join(model)),
+        Some(model) => ModelSource::Path(PathBuf::from(model)),
         None => {
             let random = params.get("random").unwrap_or(&Value::Null);
-            let config = context.root.join(random["config"].as_str().unwrap_or_default());
+            let config = PathBuf::from(random["config"].as_str().unwrap_or_default());
             ModelSource::Random { config, seed: random["seed"].as_u64().unwrap_or(0) }
         }
     };

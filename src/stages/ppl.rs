@@ -56,6 +56,13 @@ static DESCRIPTION: StageDescription = StageDescription {
             default: ParamDefault::Json("256"),
             help: "tokens between the starts of two windows, at most max_length; disjoint windows ignore it",
         },
+        ParamDesc {
+            name: "allow_short",
+            ty: ParamType::Bool,
+            unit: None,
+            default: ParamDefault::Json("false"),
+            help: "score a text that is shorter than one window as a single short one",
+        },
     ],
 };
 
@@ -74,7 +81,7 @@ impl Stage for Ppl {
     }
 
     fn run(&self, context: &StageContext<'_>) -> Result<StageOutput, StageError> {
-        let recipe = context.input("model")?.recipe()?;
+        let recipe = context.recipe("model")?;
         let info = context.engine.inspect(&recipe)?;
         let max_length = size(context.params, "max_length");
         if max_length > info.n_ctx_max {
@@ -82,6 +89,14 @@ impl Stage for Ppl {
             return Err(StageError::Param { param: "max_length".to_owned(), reason });
         }
         let text = tokenize(context, &context.params["text"], &info)?;
+        let may_be_short = context.params["allow_short"].as_bool().unwrap_or(false);
+        if text.tokens.len() < max_length && !may_be_short {
+            let n = text.tokens.len();
+            let reason = format!(
+                "{n} tokens are less than one window of max_length {max_length}; take a longer text, a smaller max_length, or allow_short: true"
+            );
+            return Err(StageError::Param { param: "text".to_owned(), reason });
+        }
         let named = context.params["convention"].as_array().into_iter().flatten().filter_map(Value::as_str);
         let conventions: Vec<Convention> = named.filter_map(Convention::parse).collect();
         // Conventions that cut the same windows are scored once.

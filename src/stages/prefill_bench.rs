@@ -73,7 +73,7 @@ impl Stage for PrefillBench {
     }
 
     fn run(&self, context: &StageContext<'_>) -> Result<StageOutput, StageError> {
-        let recipe = context.input("model")?.recipe()?;
+        let recipe = context.recipe("model")?;
         let info = context.engine.inspect(&recipe)?;
         let lengths = sizes(context.params, "n_prompt");
         let longest = lengths.iter().copied().max().unwrap_or(0);
@@ -82,8 +82,9 @@ impl Stage for PrefillBench {
         }
         let tokens = tokens(context, &info, longest)?;
         let plan = SamplePlan { warmup: size(context.params, "warmup"), samples: size(context.params, "samples") };
-        let probe = context.engine.memory_probe();
         let mut model = context.models.acquire(&recipe, context.progress)?;
+        // After loading: what quantizing took for a moment is not what running takes.
+        let probe = context.engine.memory_probe();
         model.reserve(longest)?;
         context.progress.begin(Some((lengths.len() * (plan.warmup + plan.samples)) as u64), "passes");
         let mut results: Vec<PrefillResult> = Vec::new();

@@ -46,12 +46,17 @@ impl Stage for Quantize {
         let mut recipe = context.input("model")?.recipe()?;
         let config = config(context)?;
         recipe.quantization = Some(config.clone());
-        let info = context.engine.inspect(&recipe)?;
+        let rooted = recipe.rooted(context.root);
+        let info = context.engine.inspect(&rooted)?;
+        if info.tied_embeddings && config.scheme_for("lm_head").is_some() {
+            let text = "lm_head shares the embedding's weight and stays in the base dtype";
+            context.progress.note(Level::Warning, text);
+        }
         for glob in config.unmatched(&info.linears) {
             context.progress.note(Level::Warning, &format!("{glob:?} in config {} matches no module", config.name));
         }
         let mut modules: Vec<QuantizedModule> = Vec::new();
-        context.engine.survey(&recipe, context.progress, &mut |module| modules.push(module))?;
+        context.engine.survey(&rooted, context.progress, &mut |module| modules.push(module))?;
         let totals = Totals::of(&modules, info.tied_embeddings, info.n_params, info.dtype.size_bytes() as u64);
         let summary = format!(
             "{}: {} of {} linears, {:.2} bits/weight, {} of weights (base {})",

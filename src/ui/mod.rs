@@ -4,10 +4,12 @@
 mod bars;
 mod lines;
 mod summary;
+mod table;
 
 pub use bars::Bars;
 pub use lines::{JsonLines, PlainLines};
 pub use summary::summary_table;
+pub use table::table;
 
 use crate::event::{EventSink, Level};
 use std::io::IsTerminal;

@@ -1,14 +1,12 @@
 //! The table at a run's end.
 
+use super::table::table;
 use crate::artifact::StageStatus;
 use crate::units::format_seconds;
-use comfy_table::{ContentArrangement, Table, presets::UTF8_HORIZONTAL_ONLY};
 
 /// Returns the stages of a run as a table: stage, outcome, time, what came out.
 pub fn summary_table(stages: &[StageStatus]) -> String {
-    let mut table = Table::new();
-    table.load_style(UTF8_HORIZONTAL_ONLY).set_content_arrangement(ContentArrangement::Dynamic);
-    table.set_header(["stage", "kind", "outcome", "time", "result"]);
+    let mut table = table(["stage", "kind", "outcome", "time", "result"]);
     for stage in stages {
         let text = match (&stage.error, &stage.summary) {
             (Some(error), _) if stage.outcome.as_deref() == Some("failed") => format!("failed to {error}"),
