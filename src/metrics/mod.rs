@@ -5,7 +5,7 @@ mod perplexity;
 mod statistics;
 
 pub use activation::ActivationDiff;
-pub use perplexity::{Convention, PerplexitySum, Window, windows};
+pub use perplexity::{Convention, PerplexitySum, Window, short_text_note, windows};
 pub use statistics::{percentile, statistics};
 
 /// Why a figure can't be computed.

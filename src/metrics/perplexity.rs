@@ -71,6 +71,15 @@ pub fn windows(n_tokens: usize, max_length: usize, stride: usize) -> Result<Vec<
     Ok(windows)
 }
 
+/// Returns what to tell the user where a text does not fill one window: its perplexity is that of a shorter context.
+pub fn short_text_note(n_tokens: usize, max_length: usize) -> Option<String> {
+    (n_tokens < max_length).then(|| {
+        format!(
+            "the text has {n_tokens} tokens, fewer than one window of {max_length}: it is scored as one short window"
+        )
+    })
+}
+
 /// Puts windows' log-likelihoods together.
 #[derive(Debug, Clone, Default)]
 pub struct PerplexitySum {

@@ -1,12 +1,37 @@
-//! Reports: records and artifacts in, bytes out; the stage writes them. Pure.
+//! Reports: records in, files as bytes out. The store writes them.
 //!
-//! An exporter is one file and one line in [`EXPORTERS`].
+//! This room reads no file and knows no engine. `evidence` puts records side by side, `findings` says in words what
+//! they show, and each exporter is one file and one line in [`EXPORTERS`].
 
-mod types;
+mod comparison;
+mod csv;
+mod details;
+mod evidence;
+mod findings;
+mod json;
+mod layer_findings;
+mod layers;
+mod markdown;
+mod md;
+mod measure;
+mod model;
+mod numbers;
+mod paths;
+pub mod plot;
+mod request;
 
-pub use types::{FORMATS, ReportError, ReportFile, ReportRequest, Scatter};
+#[cfg(test)]
+mod testing;
 
-/// Placeholder until exporters land in this commit series.
-pub fn render(_request: &ReportRequest<'_>) -> Result<Vec<ReportFile>, ReportError> {
-    Ok(Vec::new())
+pub use evidence::Evidence;
+pub use request::{NoScatter, ReportError, ReportFile, ReportRequest, ScatterSource, formats, render};
+
+/// A report format: its name in pipeline files, and what makes its files.
+#[derive(Clone, Copy)]
+pub struct Exporter {
+    pub name: &'static str,
+    pub export: fn(&Evidence<'_>) -> Result<Vec<ReportFile>, ReportError>,
 }
+
+/// Every format there is.
+pub static EXPORTERS: &[Exporter] = &[md::EXPORTER, csv::EXPORTER, json::EXPORTER];

@@ -1,8 +1,8 @@
 //! `report`: turns records into pages, tables and plots that a person reads.
 
-use crate::report::{FORMATS, ReportRequest, render};
+use crate::report::{ReportRequest, ScatterSource, render};
 use crate::stage::{
-    ParamDefault, ParamDesc, ParamType, Stage, StageContext, StageDescription, StageError, StageOutput,
+    ParamDefault, ParamDesc, ParamType, Stage, StageContext, StageDescription, StageError, StageInput, StageOutput,
 };
 use crate::store::read_scatter;
 use crate::units::format_bytes;
@@ -27,7 +27,7 @@ static DESCRIPTION: StageDescription = StageDescription {
         },
         ParamDesc {
             name: "formats",
-            ty: ParamType::SomeOf(FORMATS),
+            ty: ParamType::SomeOf(&["md", "csv", "json"]),
             unit: None,
             default: ParamDefault::Json("[\"md\", \"csv\", \"json\"]"),
             help: "what to write; plots come with md",
@@ -42,6 +42,22 @@ static DESCRIPTION: StageDescription = StageDescription {
     ],
 };
 
+/// Reads the points that a `diff` stage kept beside its record.
+struct ScatterFiles;
+
+impl ScatterSource for ScatterFiles {
+    fn read(
+        &self,
+        diff: &StageInput,
+        take: &mut dyn FnMut(&str, Vec<(f32, f32)>),
+    ) -> Result<(), Box<dyn std::error::Error + Send + Sync>> {
+        for (module, pairs) in read_scatter(&diff.dir.join("scatter.parquet"))? {
+            take(&module, pairs);
+        }
+        Ok(())
+    }
+}
+
 impl Stage for Report {
     fn description(&self) -> &'static StageDescription {
         &DESCRIPTION
@@ -49,15 +65,15 @@ impl Stage for Report {
 
     fn run(&self, context: &StageContext<'_>) -> Result<StageOutput, StageError> {
         let inputs = context.inputs.get("inputs").map(Vec::as_slice).unwrap_or_default();
-        let formats = context.params["formats"].as_array().into_iter().flatten().filter_map(Value::as_str);
-        let title = context.params.get("title").and_then(Value::as_str).unwrap_or(context.address);
+        let named = context.params["formats"].as_array().into_iter().flatten().filter_map(Value::as_str);
+        let named: Vec<String> = named.map(str::to_owned).collect();
         let request = ReportRequest {
-            title: title.to_owned(),
+            title: context.params.get("title").and_then(Value::as_str).unwrap_or(context.address),
+            pipeline: inputs.first().map_or("", |input| input.record.head.pipeline.as_str()),
             inputs,
             missing: context.missing_inputs,
-            formats: formats.map(str::to_owned).collect(),
-            scatter: &|input| read_scatter(&input.dir.join("scatter.parquet")).map_err(|error| error.to_string()),
-            progress: context.progress,
+            formats: &named,
+            scatter: &ScatterFiles,
         };
         let files = render(&request).map_err(|error| StageError::Other(error.to_string()))?;
         let mut listed = Vec::new();
@@ -75,5 +91,19 @@ impl Stage for Report {
         body.insert("files".to_owned(), Value::Array(listed));
         body.insert("missing_inputs".to_owned(), json!(context.missing_inputs));
         Ok(StageOutput { body, summary: format!("{} files, {}", files.len(), format_bytes(bytes)) })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::report::formats;
+
+    #[test]
+    fn the_parameter_offers_every_format_that_has_an_exporter() {
+        let ParamType::SomeOf(offered) = &DESCRIPTION.param("formats").expect("the parameter").ty else {
+            panic!("formats is a list of words");
+        };
+        assert_eq!(offered.to_vec(), formats());
     }
 }
