@@ -3,9 +3,25 @@
 use crate::event::Outcome;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
+use std::collections::BTreeMap;
 
 /// Version of every JSON file labpipe writes; it grows when a field changes its meaning.
 pub const FORMAT_VERSION: u32 = 1;
+
+/// A cache key: 64 hex digits of blake3.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Key(pub String);
+
+impl Key {
+    /// Returns the first 12 digits, for people.
+    pub fn short(&self) -> &str {
+        &self.0[..12.min(self.0.len())]
+    }
+}
+
+/// The fields that went into a key, by dotted name (`params.block_size`, `files.models/x/config.json`, `inputs.model`,
+/// `engine.numerics`, `device`): committed beside the artifact, so that a later miss can name the field that changed.
+pub type KeyFields = BTreeMap<String, String>;
 
 /// What is true of a stage's record whatever its kind; the kind's own fields stand beside these.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]

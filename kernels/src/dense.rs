@@ -43,6 +43,13 @@ pub fn matvec_rows(dtype: DenseType, bytes: &[u8], n_cols: usize, first_row: usi
         }
         return;
     }
+    if dtype == DenseType::F16 && level == Level::Avx512 {
+        let values: &[u16] = bytemuck::cast_slice(bytes);
+        for (row, y) in values[first_row * n_cols..].chunks_exact(n_cols).zip(y) {
+            *y = simd::dot_f16(level, row, x).unwrap_or(f32::NAN);
+        }
+        return;
+    }
     dot_rows(level, n_cols, first_row, x, y, |at, out| unpack(level, dtype, bytes, at, out));
 }
 

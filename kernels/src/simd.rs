@@ -103,6 +103,28 @@ pub fn decode_i8(level: Level, codes: &[i8], scale: f32, factor: f32, out: &mut 
     }
 }
 
+/// Returns Σ code·x for signed 8-bit codes, or nothing where this processor has no such path.
+pub fn dot_i8(level: Level, codes: &[i8], x: &[f32]) -> Option<f32> {
+    assert!(codes.len() >= x.len(), "dot_i8: too few codes");
+    match level {
+        // SAFETY: `level` is only ever a path that the processor has, and the lengths were checked.
+        #[cfg(target_arch = "x86_64")]
+        Level::Avx512 => Some(unsafe { x86::dot_i8_avx512(codes, x) }),
+        _ => None,
+    }
+}
+
+/// Returns Σ w·x for half-precision values given as bits, or nothing where this processor has no such path.
+pub fn dot_f16(level: Level, bits: &[u16], x: &[f32]) -> Option<f32> {
+    assert!(bits.len() >= x.len(), "dot_f16: too few values");
+    match level {
+        // SAFETY: `level` is only ever a path that the processor has, and the lengths were checked.
+        #[cfg(target_arch = "x86_64")]
+        Level::Avx512 => Some(unsafe { x86::dot_f16_avx512(bits, x) }),
+        _ => None,
+    }
+}
+
 /// Writes half-precision values, given as bits, as f32.
 pub fn decode_f16(level: Level, bits: &[u16], out: &mut [f32]) {
     let n = bits.len().min(out.len());
@@ -215,6 +237,56 @@ mod x86 {
             }
         }
         n
+    }
+
+    /// Returns Σ code·x.
+    ///
+    /// # Safety
+    /// The processor has avx512f, avx512bw and avx512vl; there is a code for every value of x.
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl,fma")]
+    pub unsafe fn dot_i8_avx512(codes: &[i8], x: &[f32]) -> f32 {
+        let n = x.len() / 64 * 64;
+        let mut sums = [_mm512_setzero_ps(); 4];
+        for at in (0..n).step_by(64) {
+            for (lane, sum) in sums.iter_mut().enumerate() {
+                // SAFETY: `at + 16·lane + 16` stays at or below `n`.
+                unsafe {
+                    let codes = _mm_loadu_si128(codes.as_ptr().add(at + 16 * lane).cast());
+                    let x = _mm512_loadu_ps(x.as_ptr().add(at + 16 * lane));
+                    *sum = _mm512_fmadd_ps(_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(codes)), x, *sum);
+                }
+            }
+        }
+        let rest: f32 = codes[n..].iter().zip(&x[n..]).map(|(code, x)| f32::from(*code) * x).sum();
+        sum_of(sums) + rest
+    }
+
+    /// Returns Σ w·x.
+    ///
+    /// # Safety
+    /// The processor has avx512f; there is a value for every value of x.
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl,fma")]
+    pub unsafe fn dot_f16_avx512(bits: &[u16], x: &[f32]) -> f32 {
+        let n = x.len() / 64 * 64;
+        let mut sums = [_mm512_setzero_ps(); 4];
+        for at in (0..n).step_by(64) {
+            for (lane, sum) in sums.iter_mut().enumerate() {
+                // SAFETY: `at + 16·lane + 16` stays at or below `n`.
+                unsafe {
+                    let half = _mm256_loadu_si256(bits.as_ptr().add(at + 16 * lane).cast());
+                    let x = _mm512_loadu_ps(x.as_ptr().add(at + 16 * lane));
+                    *sum = _mm512_fmadd_ps(_mm512_cvtph_ps(half), x, *sum);
+                }
+            }
+        }
+        let rest: f32 = bits[n..].iter().zip(&x[n..]).map(|(bits, x)| half::f16::from_bits(*bits).to_f32() * x).sum();
+        sum_of(sums) + rest
+    }
+
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl,fma")]
+    fn sum_of([a, b, c, d]: [__m512; 4]) -> f32 {
+        _mm512_reduce_add_ps(_mm512_add_ps(_mm512_add_ps(a, b), _mm512_add_ps(c, d)))
     }
 
     /// Returns Σ (table[code] − zero)·scale·x.
@@ -345,6 +417,14 @@ mod tests {
             let expected = run(Level::Portable);
             for level in available() {
                 assert_eq!(run(level), expected, "{level:?} n={n}");
+                let close = |found: Option<f32>, a: &[f32], b: &[f32]| {
+                    let products = a.iter().zip(b).map(|(a, b)| f64::from(*a) * f64::from(*b));
+                    let (exact, size) = products.fold((0.0, 0.0), |(sum, size), p| (sum + p, size + p.abs()));
+                    found.is_none_or(|found| (f64::from(found) - exact).abs() <= size * 1e-6)
+                };
+                let codes: Vec<f32> = signed.iter().map(|code| f32::from(*code)).collect();
+                assert!(close(dot_i8(level, &signed, &expected.2), &codes, &expected.2), "{level:?} n={n}");
+                assert!(close(dot_f16(level, &halves, &expected.0), &expected.2, &expected.0), "{level:?} n={n}");
                 let exact: f64 = expected.0.iter().zip(&expected.2).map(|(a, b)| f64::from(*a) * f64::from(*b)).sum();
                 let size: f64 = expected.0.iter().zip(&expected.2).map(|(a, b)| f64::from((a * b).abs())).sum();
                 let found = f64::from(dot(level, &expected.0, &expected.2));

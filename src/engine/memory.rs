@@ -10,7 +10,7 @@ use std::time::Duration;
 /// Time between two samples.
 const PERIOD: Duration = Duration::from_millis(5);
 
-const METHOD: &str = "peak anonymous resident memory of the process (RssAnon), sampled every 5 ms";
+const METHOD: &str = "peak anonymous resident memory of the process (RssAnon), sampled every 5 ms after loading, freed heap handed back before; memory-mapped weights are not anonymous";
 const UNKNOWN: &str = "not measured: this system has no /proc/self/status with RssAnon";
 
 /// Samples the process's anonymous resident memory on a thread of its own.
@@ -21,8 +21,9 @@ pub struct HostProbe {
 }
 
 impl HostProbe {
-    /// Starts to sample.
+    /// Starts to sample, after handing back what earlier stages freed: it is not this stage's.
     pub fn start() -> HostProbe {
+        trim_heap();
         let peak_bytes = Arc::new(AtomicU64::new(rss_anon_bytes().unwrap_or(0)));
         let stop = Arc::new(AtomicBool::new(false));
         let (peak, stopped) = (Arc::clone(&peak_bytes), Arc::clone(&stop));
@@ -65,6 +66,21 @@ impl MemoryProbe for HostProbe {
         }
     }
 }
+
+/// Gives freed heap memory back to the system, where the allocator can be asked to (glibc).
+#[cfg(all(target_os = "linux", target_env = "gnu"))]
+fn trim_heap() {
+    unsafe extern "C" {
+        fn malloc_trim(pad: usize) -> i32;
+    }
+    // SAFETY: malloc_trim takes any pad and may be called at any time from any thread (malloc_trim(3), MT-Safe).
+    unsafe {
+        malloc_trim(0);
+    }
+}
+
+#[cfg(not(all(target_os = "linux", target_env = "gnu")))]
+fn trim_heap() {}
 
 /// Returns the process's anonymous resident memory now, in bytes (Linux only).
 pub fn rss_anon_bytes() -> Option<u64> {

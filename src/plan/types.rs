@@ -1,24 +1,9 @@
 //! A plan: the DAG of a pipeline's stages, each with its key and the reason why it will or won't run.
 
+pub use crate::artifact::{Key, KeyFields};
 use crate::pipeline::PipelineStage;
 use crate::stage::StageDescription;
 use petgraph::graph::{DiGraph, NodeIndex};
-use std::collections::BTreeMap;
-
-/// A cache key: 64 hex digits of blake3.
-#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub struct Key(pub String);
-
-impl Key {
-    /// Returns the first 12 digits, for people.
-    pub fn short(&self) -> &str {
-        &self.0[..12.min(self.0.len())]
-    }
-}
-
-/// The fields that went into a key, by dotted name (`params.block_size`, `files.models/x/config.json`, `inputs.model`,
-/// `engine.numerics`, `device`): committed beside the artifact, so that a later miss can name the field that changed.
-pub type KeyFields = BTreeMap<String, String>;
 
 /// Why a stage will run, or won't.
 #[derive(Debug, Clone, PartialEq)]

@@ -3,8 +3,7 @@
 use super::error::StoreError;
 use super::file_hash::hash_file;
 use super::fs::{create_dirs, files_below, sync_dir, write_atomically};
-use crate::artifact::{FORMAT_VERSION, Record};
-use crate::plan::{Key, KeyFields};
+use crate::artifact::{FORMAT_VERSION, Key, KeyFields, Record};
 use serde::{Deserialize, Serialize};
 use std::fs::{self, File, TryLockError};
 use std::path::{Path, PathBuf};

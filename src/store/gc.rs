@@ -3,7 +3,7 @@
 use super::cache::{MANIFEST, Manifest, Store};
 use super::error::StoreError;
 use super::file_hash::hash_file;
-use crate::plan::Key;
+use crate::artifact::Key;
 use std::collections::BTreeSet;
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};

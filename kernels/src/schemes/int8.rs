@@ -64,7 +64,15 @@ impl Scheme for Int8 {
 
     fn matvec_rows(&self, packed: &Packed, first_row: usize, x: &[f32], y: &mut [f32]) {
         let level = simd::level();
-        dot_rows(level, packed.n_cols, first_row, x, y, |at, out| decode(level, packed, at, out));
+        let n_cols = packed.n_cols;
+        if level != simd::Level::Avx512 {
+            return dot_rows(level, n_cols, first_row, x, y, |at, out| decode(level, packed, at, out));
+        }
+        let codes: &[i8] = bytemuck::cast_slice(&packed.codes);
+        for (row_idx, y) in (first_row..).zip(y) {
+            let sum = simd::dot_i8(level, &codes[row_idx * n_cols..(row_idx + 1) * n_cols], x).unwrap_or(f32::NAN);
+            *y = sum * packed.scales[row_idx] * (1.0 / 127.0);
+        }
     }
 
     fn stored_bytes(&self, packed: &Packed) -> u64 {
