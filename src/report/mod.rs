@@ -1,1 +1,38 @@
-//! (being written)
+//! Reports: records in, files as bytes out. The store writes them.
+//!
+//! This room reads no file and knows no engine. `evidence` puts records side by side, `findings` says in words what
+//! they show, and each exporter is one file and one line in [`EXPORTERS`].
+
+mod comparison;
+mod csv;
+mod details;
+mod evidence;
+mod findings;
+mod json;
+mod layer_findings;
+mod layers;
+mod markdown;
+mod md;
+mod measure;
+mod model;
+mod numbers;
+mod paths;
+pub mod plot;
+mod request;
+
+#[cfg(test)]
+mod testing;
+
+pub use evidence::Evidence;
+pub use request::{NoScatter, ReportError, ReportFile, ReportRequest, ScatterSource, formats, render};
+
+/// A report format: its name in pipeline files, and what makes its files.
+#[derive(Clone, Copy)]
+pub struct Exporter {
+    pub name: &'static str,
+    pub export: fn(&Evidence<'_>) -> Result<Vec<ReportFile>, ReportError>,
+}
+
+/// Every format there is.
+pub static EXPORTERS: &[Exporter] = &[md::EXPORTER, csv::EXPORTER, json::EXPORTER];
+#[cfg(test)] mod preview_tmp;

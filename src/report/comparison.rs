@@ -1,0 +1,134 @@
+//! The comparison table: a row for each model.
+
+use super::Evidence;
+use super::markdown::{Table, code};
+use super::measure::Measure;
+use super::model::Model;
+use super::numbers::{mib, significant, thousands, with_spread};
+use std::collections::BTreeSet;
+
+const UNMEASURED: &str = "not measured";
+
+/// Returns the table, and the notes that say how each of its columns was measured.
+pub fn comparison(evidence: &Evidence<'_>) -> (Table, Vec<String>) {
+    let has_cells = evidence.models.iter().any(|model| model.cell.is_some());
+    let columns = Columns::of(evidence);
+    let mut header: Vec<String> = Vec::new();
+    if has_cells {
+        header.push("cell".to_owned());
+    }
+    header.extend(["model", "stored as", "weights", "bits/weight", "process peak"].map(str::to_owned));
+    header.extend(columns.prefill.iter().map(|label| format!("prefill {label} (tokens/s)")));
+    header.extend(columns.decode.iter().map(|label| format!("decode {label} (tokens/s)")));
+    header.extend(columns.perplexity.iter().map(|label| format!("perplexity {label}")));
+    let mut table = Table::new(header);
+    for model in &evidence.models {
+        let mut row: Vec<String> = Vec::new();
+        if has_cells {
+            row.push(model.cell.clone().unwrap_or_else(|| "all".to_owned()));
+        }
+        row.extend([code(&model.address), model.scheme.clone()]);
+        row.push(evidence.weights_bytes(&model.address).map_or_else(|| UNMEASURED.to_owned(), mib));
+        row.push(bits(evidence, model));
+        row.push(process_peak(evidence, model));
+        row.extend(columns.cells(evidence, model));
+        table.row(row);
+    }
+    (table, notes(evidence, &columns))
+}
+
+/// Labels by metric.
+struct Columns<'a> {
+    prefill: Vec<&'a str>,
+    decode: Vec<&'a str>,
+    perplexity: Vec<&'a str>,
+}
+
+impl<'a> Columns<'a> {
+    fn of(evidence: &'a Evidence<'_>) -> Columns<'a> {
+        Columns {
+            prefill: evidence.labels("prefill_tokens_per_second"),
+            decode: evidence.labels("decode_tokens_per_second"),
+            perplexity: evidence.labels("perplexity"),
+        }
+    }
+
+    fn cells(&self, evidence: &Evidence<'_>, model: &Model) -> Vec<String> {
+        let groups = [
+            ("prefill_tokens_per_second", &self.prefill, "n"),
+            ("decode_tokens_per_second", &self.decode, "n"),
+            ("perplexity", &self.perplexity, "n_scored"),
+        ];
+        let mut cells = Vec::new();
+        for (metric, labels, n_name) in groups {
+            for label in labels {
+                let found: Vec<&Measure> = evidence.measures_of(&model.address, metric, label).collect();
+                let several = found.len() > 1;
+                let texts: Vec<String> = found
+                    .into_iter()
+                    .map(|measure| {
+                        let value = with_spread(measure.value, measure.spread);
+                        let stage = if several { format!(", {}", code(&measure.stage)) } else { String::new() };
+                        format!("{value} ({n_name} = {}{stage})", thousands(measure.n))
+                    })
+                    .collect();
+                cells.push(if texts.is_empty() { UNMEASURED.to_owned() } else { texts.join("<br>") });
+            }
+        }
+        cells
+    }
+}
+
+fn bits(evidence: &Evidence<'_>, model: &Model) -> String {
+    let of = |label| evidence.measures_of(&model.address, "bits_per_weight", label).next();
+    match (of("all parameters"), of("linears")) {
+        (Some(all), Some(linears)) => format!("{} (linears {})", significant(all.value), significant(linears.value)),
+        (Some(all), None) => significant(all.value),
+        (None, Some(linears)) => format!("n/a (linears {})", significant(linears.value)),
+        (None, None) => "n/a".to_owned(),
+    }
+}
+
+/// Returns the highest peak of the model's measurements.
+fn process_peak(evidence: &Evidence<'_>, model: &Model) -> String {
+    let of_model = evidence.memories.iter().filter(|row| row.model == model.address);
+    of_model.filter_map(|row| row.result.process_peak_bytes).max().map_or_else(|| UNMEASURED.to_owned(), mib)
+}
+
+fn notes(evidence: &Evidence<'_>, columns: &Columns<'_>) -> Vec<String> {
+    let mut notes = vec![
+        "Weights: bytes of parameters as stored, tied weights once (1 MiB = 2\u{b2}\u{2070} bytes). Bits per weight: 8 \u{b7} bytes / parameters, over all \
+         parameters; in brackets over the linears that `quantize` went through."
+            .to_owned(),
+    ];
+    let methods: BTreeSet<&str> = evidence
+        .memories
+        .iter()
+        .filter(|row| row.result.process_peak_bytes.is_some())
+        .map(|row| row.result.process_peak_method.as_str())
+        .collect();
+    if !methods.is_empty() {
+        let methods: Vec<&str> = methods.into_iter().collect();
+        notes.push(format!("Process peak: the highest over a model's speed measurements, n = 1 each; {}.", methods.join("; ")));
+    }
+    if !columns.prefill.is_empty() {
+        notes.push(
+            "Prefill: mean \u{b1} standard deviation of n_prompt / time to the first token's logits over n passes; `pp128` is a prompt of 128 tokens."
+                .to_owned(),
+        );
+    }
+    if !columns.decode.is_empty() {
+        notes.push(
+            "Decode: mean \u{b1} standard deviation of n_gen / sum of token latencies over n sequences; `tg64 @ d256` is 64 tokens after 256 of context."
+                .to_owned(),
+        );
+    }
+    if !columns.perplexity.is_empty() {
+        notes.push(
+            "Perplexity: value \u{b1} standard error over n_scored tokens, lower is better; `hf-strided 512/256` is windows of 512 tokens that begin \
+             every 256."
+                .to_owned(),
+        );
+    }
+    notes
+}

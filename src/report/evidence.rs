@@ -1,0 +1,255 @@
+//! Everything the inputs' records say, put side by side.
+
+use super::measure::{Measure, Source};
+use super::model::{Model, compared_models, measured_model};
+use super::request::{ReportError, ReportRequest};
+use crate::artifact::{DecodeResult, MemoryFigures, ModuleDiff, PplResult, PrefillResult};
+use crate::stage::StageInput;
+use serde::de::DeserializeOwned;
+use serde_json::Value;
+use std::collections::BTreeSet;
+use std::sync::Arc;
+
+/// One row of a record's `results`, and whose it is.
+#[derive(Debug, Clone)]
+pub struct Row<T> {
+    pub stage: String,
+    pub model: String,
+    pub result: T,
+}
+
+/// A `diff` record.
+#[derive(Debug, Clone)]
+pub struct Diff<'a> {
+    pub stage: &'a StageInput,
+    pub mode: String,
+    /// Addresses of the models; the capture's own where its lineage is not known.
+    pub reference: String,
+    pub candidate: String,
+    pub rows: Vec<ModuleDiff>,
+}
+
+/// What a report is written from.
+pub struct Evidence<'a> {
+    pub request: &'a ReportRequest<'a>,
+    /// The request's inputs, each once.
+    pub inputs: Vec<&'a Arc<StageInput>>,
+    /// In order of first appearance, baselines first among those from one `load` stage.
+    pub models: Vec<Model>,
+    pub prefills: Vec<Row<PrefillResult>>,
+    pub decodes: Vec<Row<DecodeResult>>,
+    pub ppls: Vec<Row<PplResult>>,
+    pub memories: Vec<Row<MemoryFigures>>,
+    pub diffs: Vec<Diff<'a>>,
+    pub measures: Vec<Measure>,
+}
+
+impl<'a> Evidence<'a> {
+    /// Reads the request's records.
+    ///
+    /// # Errors
+    /// [`ReportError::Record`] where one lacks what its kind promises.
+    pub fn gather(request: &'a ReportRequest<'a>) -> Result<Evidence<'a>, ReportError> {
+        let mut seen = BTreeSet::new();
+        let inputs: Vec<&Arc<StageInput>> =
+            request.inputs.iter().filter(|input| seen.insert(input.address.as_str())).collect();
+        let mut evidence = Evidence {
+            request,
+            models: models_of(&inputs),
+            inputs,
+            prefills: Vec::new(),
+            decodes: Vec::new(),
+            ppls: Vec::new(),
+            memories: Vec::new(),
+            diffs: Vec::new(),
+            measures: Vec::new(),
+        };
+        for input in evidence.inputs.clone() {
+            evidence.read(input)?;
+        }
+        evidence.measure();
+        Ok(evidence)
+    }
+
+    fn read(&mut self, input: &'a StageInput) -> Result<(), ReportError> {
+        match input.kind.as_str() {
+            "prefill-bench" => {
+                self.prefills.extend(rows(input)?);
+                self.memories.push(memory(input)?);
+            }
+            "decode-bench" => {
+                self.decodes.extend(rows(input)?);
+                self.memories.push(memory(input)?);
+            }
+            "ppl" => self.ppls.extend(rows(input)?),
+            "diff" => self.diffs.push(diff(input)?),
+            "load" | "quantize" => {
+                let figures = memory(input)?;
+                if figures.result.weights_bytes.is_some() {
+                    self.memories.push(figures);
+                }
+            }
+            _ => {}
+        }
+        Ok(())
+    }
+
+    fn measure(&mut self) {
+        let mut measures = Vec::new();
+        for model in &self.models {
+            let source = Source { model: &model.address, stage: &model.address };
+            if let Some((bytes, n_params)) = model.linears() {
+                measures.push(source.bits_per_weight("linears", bytes, n_params));
+            }
+            if let (Some(bytes), Some(n_params)) = (self.weights_bytes(&model.address), model.n_params.filter(|n| *n > 0)) {
+                measures.push(source.bits_per_weight("all parameters", bytes, n_params));
+            }
+        }
+        measures.extend(self.memories.iter().flat_map(|row| row.source().memory(&row.result)));
+        measures.extend(self.prefills.iter().flat_map(|row| row.source().prefill(&row.result)));
+        measures.extend(self.decodes.iter().flat_map(|row| row.source().decode(&row.result)));
+        measures.extend(self.ppls.iter().flat_map(|row| row.source().ppl(&row.result, &self.ppl_label(&row.result))));
+        for diff in &self.diffs {
+            let source = Source { model: &diff.candidate, stage: &diff.stage.address };
+            measures.extend(diff.rows.iter().flat_map(|row| source.module_diff(row, &diff.mode)));
+        }
+        self.measures = measures;
+    }
+
+    /// Returns what names a perplexity: convention and window, and the text where there are several.
+    pub fn ppl_label(&self, row: &PplResult) -> String {
+        let several_texts = self.ppls.iter().any(|other| other.result.text_hash != row.text_hash);
+        let text = if several_texts { format!(", text {}", short_hash(&row.text_hash)) } else { String::new() };
+        format!("{} {}/{}{text}", row.convention, row.max_length, row.stride)
+    }
+
+    /// Returns the bytes of a model's parameters as stored, as any of its records has them.
+    pub fn weights_bytes(&self, model: &str) -> Option<u64> {
+        self.memories.iter().filter(|row| row.model == model).find_map(|row| row.result.weights_bytes)
+    }
+
+    /// Returns the measures of a model under a metric and label.
+    pub fn measures_of<'e>(
+        &'e self,
+        model: &'e str,
+        metric: &'e str,
+        label: &'e str,
+    ) -> impl Iterator<Item = &'e Measure> {
+        self.measures
+            .iter()
+            .filter(move |measure| measure.model == model && measure.metric == metric && measure.label == label)
+    }
+
+    /// Returns the labels that a metric has, in order of first appearance.
+    pub fn labels(&self, metric: &str) -> Vec<&str> {
+        let mut labels: Vec<&str> = Vec::new();
+        for measure in self.measures.iter().filter(|measure| measure.metric == metric) {
+            if !labels.contains(&measure.label.as_str()) {
+                labels.push(&measure.label);
+            }
+        }
+        labels
+    }
+
+    /// Returns what a quantized model is held against: an unquantized one from the same `load` stage that something
+    /// was measured of, the `load` stage itself first.
+    pub fn baseline_of(&self, model: &Model) -> Option<&Model> {
+        let candidates = || {
+            self.models.iter().filter(|other| {
+                !other.is_quantized && other.address != model.address && other.loaded_by == model.loaded_by
+            })
+        };
+        let is_measured = |other: &&Model| {
+            let compared = ["decode_tokens_per_second", "prefill_tokens_per_second", "perplexity", "weights_bytes"];
+            self.measures.iter().any(|one| one.model == other.address && compared.contains(&one.metric))
+        };
+        if !model.is_quantized {
+            return None;
+        }
+        candidates()
+            .filter(is_measured)
+            .find(|other| other.address == other.loaded_by)
+            .or_else(|| candidates().find(is_measured))
+    }
+}
+
+impl<T> Row<T> {
+    fn source(&self) -> Source<'_> {
+        Source { model: &self.model, stage: &self.stage }
+    }
+}
+
+/// Returns the first 12 digits of a hash.
+pub fn short_hash(hash: &str) -> &str {
+    hash.get(..12).unwrap_or(hash)
+}
+
+fn models_of(inputs: &[&Arc<StageInput>]) -> Vec<Model> {
+    let mut models: Vec<Model> = Vec::new();
+    let mut add = |stage: Option<&StageInput>| {
+        if let Some(stage) = stage
+            && models.iter().all(|model| model.address != stage.address)
+        {
+            models.push(Model::read(stage));
+        }
+    };
+    for input in inputs {
+        match input.kind.as_str() {
+            "diff" => {
+                let (reference, candidate) = compared_models(input);
+                add(reference);
+                add(candidate);
+            }
+            _ => add(measured_model(input)),
+        }
+    }
+    // Stable: models keep their order of appearance otherwise.
+    models.sort_by_key(|model| model.is_quantized);
+    models
+}
+
+fn rows<T: DeserializeOwned>(input: &StageInput) -> Result<Vec<Row<T>>, ReportError> {
+    let results: Vec<T> = field(input, "results")?;
+    let model = model_address(input);
+    let stage = &input.address;
+    Ok(results.into_iter().map(|result| Row { stage: stage.clone(), model: model.clone(), result }).collect())
+}
+
+fn memory(input: &StageInput) -> Result<Row<MemoryFigures>, ReportError> {
+    let body = &input.record.body;
+    let bytes = |name: &str| body.get(name).and_then(Value::as_u64);
+    let method = body.get("process_peak_method").and_then(Value::as_str).unwrap_or("method not recorded");
+    let result = MemoryFigures {
+        weights_bytes: bytes("weights_bytes"),
+        kv_cache_bytes: bytes("kv_cache_bytes"),
+        pool_peak_bytes: bytes("pool_peak_bytes"),
+        process_peak_bytes: bytes("process_peak_bytes"),
+        process_peak_method: method.to_owned(),
+    };
+    Ok(Row { stage: input.address.clone(), model: model_address(input), result })
+}
+
+fn diff(input: &StageInput) -> Result<Diff<'_>, ReportError> {
+    let (reference, candidate) = compared_models(input);
+    let name = |model: Option<&StageInput>, param: &str| {
+        let capture = input.input(param).map(|capture| capture.address.clone());
+        model.map(|model| model.address.clone()).or(capture).unwrap_or_else(|| param.to_owned())
+    };
+    Ok(Diff {
+        stage: input,
+        mode: field(input, "mode")?,
+        reference: name(reference, "reference"),
+        candidate: name(candidate, "candidate"),
+        rows: field(input, "modules")?,
+    })
+}
+
+fn model_address(input: &StageInput) -> String {
+    measured_model(input).map_or_else(|| input.address.clone(), |model| model.address.clone())
+}
+
+fn field<T: DeserializeOwned>(input: &StageInput, field: &'static str) -> Result<T, ReportError> {
+    let failed = |reason: String| ReportError::Record { stage: input.address.clone(), field, reason };
+    let value = input.record.body.get(field).ok_or_else(|| failed("it is missing".to_owned()))?;
+    serde_json::from_value(value.clone()).map_err(|error| failed(error.to_string()))
+}

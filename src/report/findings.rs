@@ -1,0 +1,171 @@
+//! What the numbers say, in plain words. Every sentence is computed.
+
+use super::Evidence;
+use super::evidence::Diff;
+use super::layer_findings::most_damaged;
+use super::markdown::{code, listed};
+use super::measure::Measure;
+use super::model::Model;
+use super::numbers::{mib, percent_change, significant, thousands, times};
+
+/// Most comparisons told one by one; above it only the extremes are.
+const N_TOLD: usize = 3;
+
+/// Returns the summary of a report: one paragraph of Markdown.
+pub fn paragraph(evidence: &Evidence<'_>) -> String {
+    let mut sentences = vec![opening(evidence)];
+    let pairs: Vec<(&Model, &Model)> =
+        evidence.models.iter().filter_map(|model| Some((model, evidence.baseline_of(model)?))).collect();
+    let told: Vec<String> = pairs.iter().filter_map(|(model, baseline)| against(evidence, model, baseline)).collect();
+    if told.len() <= N_TOLD {
+        sentences.extend(told);
+    } else {
+        sentences.extend(extremes(evidence, &pairs));
+    }
+    if evidence.diffs.len() <= N_TOLD {
+        sentences.extend(evidence.diffs.iter().filter_map(damage));
+    } else {
+        sentences.push(format!("The outputs of {} models were compared layer by layer.", evidence.diffs.len()));
+    }
+    let n_missing = evidence.request.missing.len();
+    if n_missing > 0 {
+        sentences.push(format!("{n_missing} input(s) did not succeed and are missing here."));
+    }
+    sentences.join(" ")
+}
+
+fn opening(evidence: &Evidence<'_>) -> String {
+    let name = |model: &Model| format!("{} ({})", code(&model.address), model.scheme);
+    match evidence.models.as_slice() {
+        [] => "No model was measured.".to_owned(),
+        [one] => format!("One model was looked at: {}.", name(one)),
+        few if few.len() <= 5 => {
+            let names: Vec<String> = few.iter().map(name).collect();
+            format!("{} models side by side: {}.", names.len(), listed(&names))
+        }
+        many => format!("{} models side by side.", many.len()),
+    }
+}
+
+/// Returns how a model differs from its baseline; None where nothing was measured of both.
+fn against(evidence: &Evidence<'_>, model: &Model, baseline: &Model) -> Option<String> {
+    let mut clauses = Vec::new();
+    if let Some((before, now)) = weights(evidence, model, baseline) {
+        let ratio = times(now as f64 / before as f64);
+        clauses.push(format!("takes {ratio} the weight memory ({} instead of {})", mib(now), mib(before)));
+    }
+    for (metric, verb) in [("prefill_tokens_per_second", "prefills"), ("decode_tokens_per_second", "decodes")] {
+        if let Some((before, now)) = common(evidence, model, baseline, metric) {
+            let ratio = times(now.value / before.value);
+            clauses.push(format!(
+                "{verb} at {ratio} the speed ({}: {} instead of {} tokens/s, n = {})",
+                now.label,
+                significant(now.value),
+                significant(before.value),
+                thousands(now.n)
+            ));
+        }
+    }
+    if let Some((before, now)) = common(evidence, model, baseline, "perplexity") {
+        clauses.push(perplexity_clause(before, now));
+    }
+    (!clauses.is_empty()).then(|| format!("Against {}, {} {}.", code(&baseline.address), code(&model.address), listed(&clauses)))
+}
+
+fn perplexity_clause(before: &Measure, now: &Measure) -> String {
+    let joint_stderr = before.spread.unwrap_or(0.0).hypot(now.spread.unwrap_or(0.0));
+    let is_small = (now.value - before.value).abs() < 2.0 * joint_stderr;
+    format!(
+        "has {} perplexity ({} instead of {}, {}, n_scored = {}{})",
+        percent_change(now.value / before.value),
+        significant(now.value),
+        significant(before.value),
+        now.label,
+        thousands(now.n),
+        if is_small { "; less than twice the joint standard error of two independent samples" } else { "" }
+    )
+}
+
+fn extremes(evidence: &Evidence<'_>, pairs: &[(&Model, &Model)]) -> Vec<String> {
+    let mut sentences = Vec::new();
+    let smallest = pairs
+        .iter()
+        .filter_map(|(model, baseline)| Some((model, weights(evidence, model, baseline)?)))
+        .min_by_key(|(_, (_, now))| *now);
+    if let Some((model, (before, now))) = smallest {
+        sentences.push(format!(
+            "The smallest is {} with {}, {} the unquantized weights.",
+            code(&model.address),
+            mib(now),
+            times(now as f64 / before as f64)
+        ));
+    }
+    let pair_of = |metric: &'static str| {
+        let measured = pairs.iter().filter_map(move |(model, baseline)| common(evidence, model, baseline, metric));
+        measured.map(|(before, now)| (now.value / before.value, before, now)).collect::<Vec<_>>()
+    };
+    for (metric, verb) in [("decode_tokens_per_second", "decodes"), ("prefill_tokens_per_second", "prefills")] {
+        let fastest = pair_of(metric).into_iter().max_by(|a, b| a.0.total_cmp(&b.0));
+        if let Some((ratio, before, now)) = fastest {
+            sentences.push(format!(
+                "Of the quantized, {} {verb} fastest: {} tokens/s ({}, n = {}), {} the speed of {}.",
+                code(&now.model),
+                significant(now.value),
+                now.label,
+                thousands(now.n),
+                times(ratio),
+                code(&before.model)
+            ));
+        }
+    }
+    let mut by_loss = pair_of("perplexity");
+    by_loss.sort_by(|a, b| a.0.total_cmp(&b.0));
+    if let (Some((least, _, best)), Some((most, _, worst))) = (by_loss.first(), by_loss.last()) {
+        sentences.push(format!(
+            "Perplexity changes least with {} ({}) and most with {} ({}), {}, n_scored = {}.",
+            code(&best.model),
+            percent_change(*least),
+            code(&worst.model),
+            percent_change(*most),
+            best.label,
+            thousands(best.n)
+        ));
+    }
+    sentences
+}
+
+fn weights(evidence: &Evidence<'_>, model: &Model, baseline: &Model) -> Option<(u64, u64)> {
+    let before = evidence.weights_bytes(&baseline.address).filter(|bytes| *bytes > 0)?;
+    Some((before, evidence.weights_bytes(&model.address)?))
+}
+
+/// Returns the first measure of both models with the same label, and, as for perplexity it must be, the same n: the
+/// baseline's and the model's.
+fn common<'e>(
+    evidence: &'e Evidence<'_>,
+    model: &'e Model,
+    baseline: &'e Model,
+    metric: &'static str,
+) -> Option<(&'e Measure, &'e Measure)> {
+    evidence.labels(metric).into_iter().find_map(|label| {
+        let now = evidence.measures_of(&model.address, metric, label).next()?;
+        let before = evidence.measures_of(&baseline.address, metric, label).next()?;
+        let is_comparable = before.value > 0.0 && (metric != "perplexity" || before.n == now.n);
+        is_comparable.then_some((before, now))
+    })
+}
+
+fn damage(diff: &Diff<'_>) -> Option<String> {
+    let ranked = most_damaged(&diff.rows);
+    let worst = ranked.first()?;
+    let sqnr = worst.sqnr_db.map_or_else(|| "no error".to_owned(), |db| format!("SQNR {db:.1} dB"));
+    Some(format!(
+        "Layer by layer, {} strays furthest from {} in {} ({sqnr}, cosine {:.4}, {} tokens); {} modules were compared.",
+        code(&diff.candidate),
+        code(&diff.reference),
+        code(&worst.module),
+        worst.cosine,
+        thousands(worst.n_tokens),
+        thousands(diff.rows.len())
+    ))
+}

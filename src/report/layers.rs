@@ -1,0 +1,254 @@
+//! Layer analysis: `lbl_analysis.md`, its summary plot, and a scatter plot per module.
+
+use super::Evidence;
+use super::evidence::Diff;
+use super::layer_findings::{Group, by_layer, by_op, is_linear, most_damaged};
+use super::markdown::{Table, code};
+use super::numbers::{significant, thousands};
+use super::paths::Names;
+use super::plot::{self, Canvas, PlotError};
+use super::request::{ReportError, ReportFile};
+use crate::artifact::ModuleDiff;
+use rayon::prelude::*;
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+
+/// Rows of the table of most damaged modules.
+const N_RANKED: usize = 10;
+/// Scatter plots shown in the text itself; the others are linked.
+const N_SHOWN: usize = 3;
+
+/// Where a diff's analysis stands in the report's folder.
+pub struct LayerFiles {
+    /// `lbl_analysis.md`, or in a folder of the stage's where there are several diffs.
+    pub document: String,
+    pub summary_image: String,
+    pub files: Vec<ReportFile>,
+}
+
+/// Returns each diff's files, in the diffs' order.
+///
+/// # Errors
+/// Scatter points that can't be read, a plot that can't be drawn.
+pub fn layer_analyses(evidence: &Evidence<'_>) -> Result<Vec<LayerFiles>, ReportError> {
+    let mut folders = Names::reserved(&["images"]);
+    let is_single = evidence.diffs.len() == 1;
+    let analyses = evidence.diffs.iter().map(|diff| {
+        let folder = if is_single { String::new() } else { format!("{}/", folders.give(&diff.stage.address)) };
+        layer_analysis(evidence, diff, &folder)
+    });
+    analyses.collect()
+}
+
+fn layer_analysis(evidence: &Evidence<'_>, diff: &Diff<'_>, folder: &str) -> Result<LayerFiles, ReportError> {
+    let subtitle = format!(
+        "{} against {} \u{b7} {} diff over {} tokens",
+        diff.candidate,
+        diff.reference,
+        diff.mode,
+        token_range(&diff.rows)
+    );
+    let mut files = plot_files(&plot::summary(&diff.rows, &subtitle), &format!("{folder}images/summary"))?;
+    let scatters = scatter_files(evidence, diff, folder)?;
+    let links: BTreeMap<&str, String> =
+        scatters.iter().map(|(module, file)| (module.as_str(), relative(&file.path, folder))).collect();
+    let document = format!("{folder}lbl_analysis.md");
+    files.push(ReportFile::text(&document, document_text(diff, &links)));
+    files.extend(scatters.into_iter().map(|(_, file)| file));
+    Ok(LayerFiles { document, summary_image: format!("{folder}images/summary.png"), files })
+}
+
+/// Returns a plot as `<stem>.png` and `<stem>.svg`.
+///
+/// # Errors
+/// Where it can't be drawn.
+pub fn plot_files(canvas: &Canvas, stem: &str) -> Result<Vec<ReportFile>, ReportError> {
+    let path = |extension: &str| PathBuf::from(format!("{stem}.{extension}"));
+    let failed = |extension: &'static str| move |source: PlotError| ReportError::Plot { path: path(extension), source };
+    let png = canvas.to_png().map_err(failed("png"))?;
+    let svg = canvas.to_svg().map_err(failed("svg"))?;
+    Ok(vec![ReportFile { path: path("png"), bytes: png }, ReportFile::text(path("svg"), svg)])
+}
+
+/// Returns a scatter plot for each module that has points, in execution order.
+fn scatter_files(
+    evidence: &Evidence<'_>,
+    diff: &Diff<'_>,
+    folder: &str,
+) -> Result<Vec<(String, ReportFile)>, ReportError> {
+    let mut points: BTreeMap<String, Vec<(f32, f32)>> = BTreeMap::new();
+    evidence
+        .request
+        .scatter
+        .read(diff.stage, &mut |module, pairs| {
+            points.insert(module.to_owned(), pairs);
+        })
+        .map_err(|error| ReportError::Scatter { stage: diff.stage.address.clone(), reason: error.to_string() })?;
+    let mut names = Names::reserved(&["summary", "ppl_vs_bytes"]);
+    let mut jobs: Vec<(&ModuleDiff, Vec<(f32, f32)>, PathBuf)> = Vec::new();
+    for row in &diff.rows {
+        if let Some(pairs) = points.remove(&row.module).filter(|pairs| !pairs.is_empty()) {
+            jobs.push((row, pairs, PathBuf::from(format!("{folder}images/{}.png", names.give(&row.module)))));
+        }
+    }
+    jobs.into_par_iter()
+        .map(|(row, pairs, path)| match plot::scatter(row, &pairs, (&diff.reference, &diff.candidate)).to_png() {
+            Ok(bytes) => Ok((row.module.clone(), ReportFile { path, bytes })),
+            Err(source) => Err(ReportError::Plot { path, source }),
+        })
+        .collect()
+}
+
+fn relative(path: &Path, folder: &str) -> String {
+    let text = path.to_string_lossy();
+    text.strip_prefix(folder).unwrap_or(&text).to_owned()
+}
+
+fn document_text(diff: &Diff<'_>, links: &BTreeMap<&str, String>) -> String {
+    let mut text = format!("# Layer analysis: {} against {}\n\n", code(&diff.candidate), code(&diff.reference));
+    text.push_str(&introduction(diff));
+    text.push_str(
+        "\n[Summary](#summary) \u{b7} [Most damaged modules](#most-damaged-modules) \u{b7} [By operation](#by-operation) \u{b7} [By layer](#by-layer) \u{b7} \
+         [All modules](#all-modules) \u{b7} [How to read this](#how-to-read-this)\n",
+    );
+    text.push_str("\n## Summary\n\n![Negative MSE and cosine similarity of every module in execution order](images/summary.png)\n\n");
+    text.push_str("The same as [SVG](images/summary.svg). Left axis: negative mean squared error, a decade a step; right axis: cosine similarity. Higher is closer to the reference.\n");
+    text.push_str(&damaged(diff, links));
+    text.push_str("\n## By operation\n\nIn execution order. Medians are over modules.\n\n");
+    text.push_str(&groups(&by_op(&diff.rows), "operation"));
+    let layers = by_layer(&diff.rows);
+    text.push_str("\n## By layer\n\n");
+    text.push_str(if layers.is_empty() { "No module belongs to a decoder layer.\n" } else { "Modules within the decoder's layers.\n\n" });
+    if !layers.is_empty() {
+        text.push_str(&groups(&layers, "layer"));
+    }
+    text.push_str("\n## All modules\n\nIn execution order.\n\n");
+    text.push_str(&all_modules(diff, links));
+    text.push_str(&legend(&diff.mode));
+    text
+}
+
+fn introduction(diff: &Diff<'_>) -> String {
+    let mode = match diff.mode.as_str() {
+        "cumulative" => "Both models ran whole, so what a module shows includes the errors of all modules before it".to_owned(),
+        "isolated" => "Each module of the candidate was fed the reference's input, so that it shows its own error alone".to_owned(),
+        other => format!("Mode `{other}`"),
+    };
+    let text_source = diff
+        .stage
+        .input("reference")
+        .and_then(|capture| capture.record.head.params.get("text"))
+        .and_then(|text| text.get("source"))
+        .and_then(|source| source.as_str())
+        .map(|source| format!(" of {}", code(source)))
+        .unwrap_or_default();
+    let n_linears = diff.rows.iter().filter(|row| is_linear(&row.op)).count();
+    format!(
+        "The same {} tokens{text_source} went through both models, and the outputs of {} modules ({} of them linears) were compared value by value. {mode} (`{}`). Computed \
+         by stage {} in run `{}`.\n",
+        token_range(&diff.rows),
+        thousands(diff.rows.len()),
+        thousands(n_linears),
+        diff.mode,
+        code(&diff.stage.address),
+        diff.stage.record.head.produced_by_run
+    )
+}
+
+fn token_range(rows: &[ModuleDiff]) -> String {
+    let min = rows.iter().map(|row| row.n_tokens).min().unwrap_or(0);
+    let max = rows.iter().map(|row| row.n_tokens).max().unwrap_or(0);
+    if min == max { thousands(max) } else { format!("{} to {}", thousands(min), thousands(max)) }
+}
+
+fn damaged(diff: &Diff<'_>, links: &BTreeMap<&str, String>) -> String {
+    let ranked = most_damaged(&diff.rows);
+    let mut text = "\n## Most damaged modules\n\nLinears by signal to noise (SQNR), lowest first; ties by cosine.\n\n".to_owned();
+    let mut table = Table::new(["rank", "module", "operation", "SQNR", "cosine", "cosine p01", "rel. error", "n tokens", "scatter"]);
+    for (idx, row) in ranked.iter().take(N_RANKED).enumerate() {
+        table.row([
+            (idx + 1).to_string(),
+            code(&row.module),
+            row.op.clone(),
+            sqnr(row.sqnr_db),
+            format!("{:.5}", row.cosine),
+            format!("{:.5}", row.cosine_p01),
+            relative_error(row),
+            thousands(row.n_tokens),
+            link(links, row),
+        ]);
+    }
+    text.push_str(&table.render());
+    for row in ranked.iter().take(N_SHOWN) {
+        if let Some(path) = links.get(row.module.as_str()) {
+            text.push_str(&format!("\n![{}: reference against candidate]({path})\n", row.module));
+        }
+    }
+    text
+}
+
+fn groups(groups: &[Group<'_>], name: &str) -> String {
+    let mut table = Table::new([name, "n modules", "SQNR median", "cosine mean", "MSE max", "most damaged", "its SQNR"]);
+    for group in groups {
+        table.row([
+            group.name.clone(),
+            thousands(group.n_modules),
+            sqnr(group.sqnr_db_median),
+            format!("{:.5}", group.cosine_mean),
+            significant(group.mse_max),
+            code(&group.worst.module),
+            sqnr(group.worst.sqnr_db),
+        ]);
+    }
+    table.render()
+}
+
+fn all_modules(diff: &Diff<'_>, links: &BTreeMap<&str, String>) -> String {
+    let mut table = Table::new([
+        "module", "layer", "operation", "n tokens", "MSE", "cosine", "cosine p01", "SQNR", "rel. error", "max \\|\u{394}\\|", "ref mean \\|x\\|",
+        "ref max \\|x\\|", "scatter",
+    ].map(|name| name.replace("\\|", "|")));
+    for row in &diff.rows {
+        table.row([
+            code(&row.module),
+            row.layer_idx.map_or_else(|| "n/a".to_owned(), |layer_idx| layer_idx.to_string()),
+            row.op.clone(),
+            thousands(row.n_tokens),
+            significant(row.mse),
+            format!("{:.6}", row.cosine),
+            format!("{:.6}", row.cosine_p01),
+            sqnr(row.sqnr_db),
+            relative_error(row),
+            significant(row.max_abs_diff),
+            significant(row.ref_mean_abs),
+            significant(row.ref_max_abs),
+            link(links, row),
+        ]);
+    }
+    table.render()
+}
+
+fn sqnr(db: Option<f64>) -> String {
+    db.map_or_else(|| "n/a".to_owned(), |db| format!("{db:.2} dB"))
+}
+
+fn relative_error(row: &ModuleDiff) -> String {
+    row.rel_frobenius.map_or_else(|| "n/a".to_owned(), |ratio| format!("{:.3} %", ratio * 100.0))
+}
+
+fn link(links: &BTreeMap<&str, String>, row: &ModuleDiff) -> String {
+    links.get(row.module.as_str()).map_or_else(|| "not kept".to_owned(), |path| format!("[plot]({path})"))
+}
+
+fn legend(mode: &str) -> String {
+    format!(
+        "\n## How to read this\n\n\
+         Everything is computed in f64 over the module's output, {mode} mode, n tokens as each row says; values are in the units of the activations.\n\n\
+         - **MSE**: mean squared difference. Modules differ in scale, so compare it within one operation only.\n\
+         - **cosine**: cosine similarity of the two outputs of a token, averaged over tokens; **p01** is its 1st percentile. A pair of zero rows counts as 1, a zero row \
+         against another as 0.\n\
+         - **SQNR**: 10\u{b7}log10(\u{3a3}r\u{b2}/\u{3a3}(r \u{2212} c)\u{b2}) in dB; n/a where there is no difference (or no signal).\n\
+         - **rel. error**: \u{2016}r \u{2212} c\u{2016}/\u{2016}r\u{2016} over all values (Frobenius norm).\n\
+         - **max |\u{394}|**: the largest single difference; **ref mean |x|**, **ref max |x|**: the reference's own size.\n"
+    )
+}

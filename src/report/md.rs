@@ -1,0 +1,192 @@
+//! `report.md`, with layer analyses and plots beside it.
+
+use super::comparison::comparison;
+use super::details::sections;
+use super::findings::paragraph;
+use super::layer_findings::most_damaged;
+use super::layers::{LayerFiles, layer_analyses, plot_files};
+use super::markdown::{Table, code, listed, plain};
+use super::numbers::thousands;
+use super::plot::{FrontierPoint, frontier};
+use super::request::{ReportError, ReportFile};
+use super::{Evidence, Exporter};
+use crate::units::format_seconds;
+use serde_json::Value;
+use std::collections::{BTreeMap, BTreeSet};
+
+pub const EXPORTER: Exporter = Exporter { name: "md", export };
+
+const FRONTIER: &str = "images/ppl_vs_bytes";
+
+fn export(evidence: &Evidence<'_>) -> Result<Vec<ReportFile>, ReportError> {
+    let layers = layer_analyses(evidence)?;
+    let frontier = frontier_plot(evidence)?;
+    let text = document(evidence, &layers, frontier.is_some());
+    let mut files = vec![ReportFile::text("report.md", text)];
+    files.extend(frontier.unwrap_or_default());
+    files.extend(layers.into_iter().flat_map(|layer| layer.files));
+    Ok(files)
+}
+
+fn document(evidence: &Evidence<'_>, layers: &[LayerFiles], has_frontier: bool) -> String {
+    let details = sections(evidence);
+    let mut headings = vec!["Models"];
+    headings.extend((!layers.is_empty()).then_some("Layer analysis"));
+    headings.extend(details.iter().map(|section| section.heading));
+    headings.push("Inputs");
+
+    let mut text = format!("# {}\n\n{}\n\n{}\n", plain(evidence.request.title), paragraph(evidence), environment(evidence));
+    let links: Vec<String> = headings.iter().map(|heading| format!("[{heading}](#{})", anchor(heading))).collect();
+    text.push_str(&format!("\n{}\n", links.join(" \u{b7} ")));
+    text.push_str(&models(evidence, has_frontier));
+    if !layers.is_empty() {
+        text.push_str(&layer_section(evidence, layers));
+    }
+    for section in &details {
+        text.push_str(&format!("\n## {}\n\n{}", section.heading, section.text));
+    }
+    text.push_str(&inputs(evidence));
+    text
+}
+
+/// Returns the anchor that Markdown viewers give to a heading of letters and spaces.
+fn anchor(heading: &str) -> String {
+    heading.to_lowercase().replace(' ', "-")
+}
+
+/// Returns who computed the numbers, and in which run.
+fn environment(evidence: &Evidence<'_>) -> String {
+    let mut devices = BTreeSet::new();
+    let mut engines = BTreeSet::new();
+    let mut clocks = BTreeSet::new();
+    let mut runs: BTreeMap<&str, Vec<String>> = BTreeMap::new();
+    for input in &evidence.inputs {
+        let head = &input.record.head;
+        devices.extend(head.device.as_deref());
+        let word = |name: &str| input.record.body.get(name).and_then(Value::as_str);
+        engines.extend(word("backend").or_else(|| word("engine")));
+        clocks.extend(word("clock"));
+        runs.entry(&head.produced_by_run).or_default().push(code(&input.address));
+    }
+    let join = |words: BTreeSet<&str>| words.into_iter().collect::<Vec<_>>().join("; ");
+    let mut parts = vec![format!("Pipeline: {}", code(evidence.request.pipeline))];
+    if !devices.is_empty() {
+        parts.push(format!("device: {}", join(devices)));
+    }
+    if !engines.is_empty() {
+        parts.push(format!("engine: {}", join(engines)));
+    }
+    if !clocks.is_empty() {
+        parts.push(format!("clock: {}", join(clocks)));
+    }
+    let runs: Vec<String> = match runs.len() {
+        0 => Vec::new(),
+        1 => runs.into_keys().map(|run| format!("all from run `{run}`")).collect(),
+        _ => runs.into_iter().map(|(run, stages)| format!("run `{run}`: {}", listed(&stages))).collect(),
+    };
+    if !runs.is_empty() {
+        parts.push(format!("results: {}", runs.join("; ")));
+    }
+    format!("{}.", parts.join(" \u{b7} "))
+}
+
+fn models(evidence: &Evidence<'_>, has_frontier: bool) -> String {
+    let (table, notes) = comparison(evidence);
+    let mut text = "\n## Models\n\n".to_owned();
+    if table.is_empty() {
+        text.push_str("No input names a model.\n");
+        return text;
+    }
+    text.push_str(&table.render());
+    text.push('\n');
+    for note in notes {
+        text.push_str(&format!("- {note}\n"));
+    }
+    if has_frontier {
+        text.push_str(&format!("\n![Perplexity against the bytes of the weights]({FRONTIER}.png)\n\nThe same as [SVG]({FRONTIER}.svg).\n"));
+    }
+    text
+}
+
+/// Draws perplexity against bytes, where at least two models have both under one label: the label most models have.
+fn frontier_plot(evidence: &Evidence<'_>) -> Result<Option<Vec<ReportFile>>, ReportError> {
+    let points_of = |label: &str| -> Vec<FrontierPoint> {
+        let point = |model: &super::model::Model| {
+            let measure = evidence.measures_of(&model.address, "perplexity", label).next()?;
+            let bytes = evidence.weights_bytes(&model.address)?;
+            Some(FrontierPoint {
+                label: model.name().to_owned(),
+                weights_mib: bytes as f64 / (1024.0 * 1024.0),
+                perplexity: measure.value,
+                stderr: measure.spread,
+                is_baseline: !model.is_quantized,
+            })
+        };
+        evidence.models.iter().filter_map(point).collect()
+    };
+    let mut best: Option<(&str, Vec<FrontierPoint>)> = None;
+    for label in evidence.labels("perplexity") {
+        let points = points_of(label);
+        if best.as_ref().is_none_or(|(_, most)| points.len() > most.len()) {
+            best = Some((label, points));
+        }
+    }
+    let Some((label, points)) = best.filter(|(_, points)| points.len() >= 2) else {
+        return Ok(None);
+    };
+    let n_scored: BTreeSet<usize> =
+        evidence.measures.iter().filter(|one| one.metric == "perplexity" && one.label == label).map(|one| one.n).collect();
+    let n_scored: Vec<String> = n_scored.into_iter().map(thousands).collect();
+    let subtitle = format!("{} models \u{b7} {label} \u{b7} {} tokens scored", points.len(), n_scored.join(" or "));
+    plot_files(&frontier(&points, &subtitle), FRONTIER).map(Some)
+}
+
+fn layer_section(evidence: &Evidence<'_>, layers: &[LayerFiles]) -> String {
+    let mut text = "\n## Layer analysis\n\nThe linear module whose output is furthest from the reference's, by signal to noise (SQNR), and where to read more.\n\n".to_owned();
+    let mut table = Table::new(["diff", "candidate", "reference", "modules", "most damaged linear", "SQNR", "cosine", "n tokens", "analysis"]);
+    for (diff, files) in evidence.diffs.iter().zip(layers) {
+        let ranked = most_damaged(&diff.rows);
+        let worst = ranked.first();
+        table.row([
+            code(&diff.stage.address),
+            code(&diff.candidate),
+            code(&diff.reference),
+            thousands(diff.rows.len()),
+            worst.map_or_else(|| "n/a".to_owned(), |row| code(&row.module)),
+            worst.and_then(|row| row.sqnr_db).map_or_else(|| "n/a".to_owned(), |db| format!("{db:.2} dB")),
+            worst.map_or_else(|| "n/a".to_owned(), |row| format!("{:.5}", row.cosine)),
+            worst.map_or_else(|| "n/a".to_owned(), |row| thousands(row.n_tokens)),
+            format!("[lbl_analysis.md]({})", files.document),
+        ]);
+    }
+    text.push_str(&table.render());
+    if let [only] = layers {
+        text.push_str(&format!("\n![Negative MSE and cosine similarity of every module]({})\n", only.summary_image));
+    }
+    text
+}
+
+fn inputs(evidence: &Evidence<'_>) -> String {
+    let mut text = "\n## Inputs\n\n".to_owned();
+    let mut table = Table::new(["stage", "kind", "computed in run", "started (UTC)", "took", "device", "key"]);
+    for input in &evidence.inputs {
+        let head = &input.record.head;
+        table.row([
+            code(&input.address),
+            input.kind.clone(),
+            code(&head.produced_by_run),
+            head.started_at.clone(),
+            format_seconds(head.duration_s),
+            head.device.clone().unwrap_or_else(|| "n/a".to_owned()),
+            code(super::evidence::short_hash(&input.key)),
+        ]);
+    }
+    text.push_str(&if table.is_empty() { "None.\n".to_owned() } else { table.render() });
+    if !evidence.request.missing.is_empty() {
+        text.push_str("\nMissing, because they failed or were skipped:\n\n");
+        for address in evidence.request.missing {
+            text.push_str(&format!("- {}\n", code(address)));
+        }
+    }
+    text
+}

@@ -1,0 +1,163 @@
+//! Measures: every number of a report in one shape, with unit, n, spread and method.
+
+use super::numbers::thousands;
+use crate::artifact::{DecodeResult, MemoryFigures, ModuleDiff, PplResult, PrefillResult};
+use serde::Serialize;
+
+/// What a measure's `spread` is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum SpreadKind {
+    /// Of single samples, with n − 1.
+    Stdev,
+    /// Of the mean.
+    Stderr,
+}
+
+impl SpreadKind {
+    pub fn name(self) -> &'static str {
+        match self {
+            SpreadKind::Stdev => "stdev",
+            SpreadKind::Stderr => "stderr",
+        }
+    }
+}
+
+/// One number.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct Measure {
+    /// Address of the model.
+    pub model: String,
+    /// `decode_tokens_per_second`.
+    pub metric: &'static str,
+    /// `tg128`, `hf-strided 512/256`, a module's name.
+    pub label: String,
+    pub value: f64,
+    pub unit: &'static str,
+    /// How many samples, tokens or modules the value comes from.
+    pub n: usize,
+    pub spread: Option<f64>,
+    pub spread_kind: Option<SpreadKind>,
+    pub method: String,
+    /// Address of the stage that measured it.
+    pub stage: String,
+}
+
+/// Names a model and the stage that measured it, for all measures of a record.
+#[derive(Debug, Clone, Copy)]
+pub struct Source<'a> {
+    pub model: &'a str,
+    pub stage: &'a str,
+}
+
+impl Source<'_> {
+    fn measure(&self, metric: &'static str, label: &str, value: f64, unit: &'static str, n: usize) -> Measure {
+        Measure {
+            model: self.model.to_owned(),
+            metric,
+            label: label.to_owned(),
+            value,
+            unit,
+            n,
+            spread: None,
+            spread_kind: None,
+            method: String::new(),
+            stage: self.stage.to_owned(),
+        }
+    }
+
+    /// Returns the speed and latency of a prefill.
+    pub fn prefill(&self, row: &PrefillResult) -> Vec<Measure> {
+        let n = row.samples_s.len();
+        let rate = self.measure("prefill_tokens_per_second", &row.label, row.tokens_per_second_mean, "tokens/s", n);
+        let ttft = self.measure("ttft_s", &row.label, row.ttft_s_mean, "s", n);
+        vec![
+            rate.spread(row.tokens_per_second_stdev, SpreadKind::Stdev)
+                .method("mean over passes of n_prompt / time to the first token's logits"),
+            ttft.spread(row.ttft_s_stdev, SpreadKind::Stdev).method("mean time to the first token's logits over passes"),
+        ]
+    }
+
+    /// Returns the speed and latency of a decode.
+    pub fn decode(&self, row: &DecodeResult) -> Vec<Measure> {
+        let n_sequences = row.n_sequences;
+        let rate =
+            self.measure("decode_tokens_per_second", &row.label, row.tokens_per_second, "tokens/s", n_sequences);
+        let latency =
+            self.measure("token_latency_s", &row.label, row.token_latency_s_mean, "s", row.samples_s.len());
+        vec![
+            rate.spread(row.tokens_per_second_stdev, SpreadKind::Stdev)
+                .method("mean over sequences of n_gen / sum of token latencies"),
+            latency.spread(row.token_latency_s_stdev, SpreadKind::Stdev).method("mean over single tokens"),
+        ]
+    }
+
+    /// Returns a perplexity and its mean NLL.
+    pub fn ppl(&self, row: &PplResult, label: &str) -> Vec<Measure> {
+        let method = format!(
+            "{}, {} window(s) of up to {} tokens, one every {}",
+            row.convention,
+            thousands(row.n_windows),
+            thousands(row.max_length),
+            thousands(row.stride)
+        );
+        let perplexity = self.measure("perplexity", label, row.perplexity, "1", row.n_scored);
+        let nll = self.measure("nll_mean", label, row.nll_mean, "nats/token", row.n_scored);
+        vec![
+            perplexity.spread(Some(row.stderr), SpreadKind::Stderr).method(&method),
+            nll.method(&method),
+        ]
+    }
+
+    /// Returns what is known of a record's memory figures.
+    pub fn memory(&self, figures: &MemoryFigures) -> Vec<Measure> {
+        let known = [
+            ("weights_bytes", figures.weights_bytes, "bytes of parameters as stored"),
+            ("kv_cache_bytes", figures.kv_cache_bytes, "bytes of the key-value cache as allocated"),
+            ("pool_peak_bytes", figures.pool_peak_bytes, "what the device allocator reserved at the stage's end"),
+            ("process_peak_bytes", figures.process_peak_bytes, figures.process_peak_method.as_str()),
+        ];
+        let measures = known.into_iter().filter_map(|(metric, bytes, method)| {
+            bytes.map(|bytes| self.measure(metric, self.stage, bytes as f64, "bytes", 1).method(method))
+        });
+        measures.collect()
+    }
+
+    /// Returns the bits a weight takes.
+    pub fn bits_per_weight(&self, label: &str, bytes: u64, n_params: u64) -> Measure {
+        let bits = 8.0 * bytes as f64 / n_params as f64;
+        self.measure("bits_per_weight", label, bits, "bits", 1).method("8 \u{b7} bytes as stored / number of parameters")
+    }
+
+    /// Returns the differences of one module's output.
+    pub fn module_diff(&self, row: &ModuleDiff, mode: &str) -> Vec<Measure> {
+        let method = format!("{mode} diff of the module's output over tokens");
+        let known = [
+            ("mse", Some(row.mse), "activation\u{b2}"),
+            ("cosine", Some(row.cosine), "1"),
+            ("cosine_p01", Some(row.cosine_p01), "1"),
+            ("sqnr_db", row.sqnr_db, "dB"),
+            ("rel_frobenius", row.rel_frobenius, "1"),
+            ("max_abs_diff", Some(row.max_abs_diff), "activation"),
+            ("ref_mean_abs", Some(row.ref_mean_abs), "activation"),
+            ("ref_max_abs", Some(row.ref_max_abs), "activation"),
+        ];
+        let measures = known.into_iter().filter_map(|(metric, value, unit)| {
+            value.map(|value| self.measure(metric, &row.module, value, unit, row.n_tokens).method(&method))
+        });
+        measures.collect()
+    }
+}
+
+impl Measure {
+    fn spread(mut self, spread: Option<f64>, kind: SpreadKind) -> Measure {
+        self.spread = spread;
+        self.spread_kind = spread.map(|_| kind);
+        self
+    }
+
+    fn method(mut self, method: &str) -> Measure {
+        self.method = method.to_owned();
+        self
+    }
+}

@@ -1,0 +1,121 @@
+//! The models of a report: who they are, what they were made from, what they weigh.
+
+use crate::artifact::QuantizedModule;
+use crate::inference::ModelRecipe;
+use crate::stage::StageInput;
+use serde_json::Value;
+use std::sync::Arc;
+
+/// A model that something was measured of, or that was reported on itself.
+#[derive(Debug, Clone)]
+pub struct Model {
+    /// Address of the `load` or `quantize` stage.
+    pub address: String,
+    /// `config=int8`, where the stage belongs to a cell of a matrix.
+    pub cell: Option<String>,
+    /// `nf4, block 64, double quantized`; `f16` where nothing is quantized.
+    pub scheme: String,
+    pub is_quantized: bool,
+    /// Address of the `load` stage that it comes from (its own, where it is one).
+    pub loaded_by: String,
+    /// Number of all parameters, where the `load` stage recorded it.
+    pub n_params: Option<u64>,
+    /// A `quantize` record's rows; empty for a `load` stage.
+    pub modules: Vec<QuantizedModule>,
+}
+
+impl Model {
+    /// Reads who a model is from its stage; what the record does not say stays unknown.
+    pub fn read(stage: &StageInput) -> Model {
+        let recipe = stage.recipe().ok();
+        let modules: Vec<QuantizedModule> =
+            stage.record.body.get("modules").and_then(|rows| serde_json::from_value(rows.clone()).ok()).unwrap_or_default();
+        let load = load_stage(stage);
+        let described = recipe.as_ref().map(describe);
+        let (scheme, is_quantized) = described.unwrap_or_else(|| ("unknown".to_owned(), stage.kind == "quantize"));
+        Model {
+            address: stage.address.clone(),
+            cell: cell_of(&stage.address).map(str::to_owned),
+            scheme,
+            is_quantized,
+            loaded_by: load.address.clone(),
+            n_params: load.record.body.get("model").and_then(|model| model.get("n_params")).and_then(Value::as_u64),
+            modules,
+        }
+    }
+
+    /// Returns how plots and sentences call the model: its cell, or its address.
+    pub fn name(&self) -> &str {
+        self.cell.as_deref().unwrap_or(&self.address)
+    }
+
+    /// Returns bytes and parameters of the linears that the `quantize` stage went through, kept ones included.
+    pub fn linears(&self) -> Option<(u64, u64)> {
+        let bytes = self.modules.iter().map(|module| module.bytes).sum();
+        let n_params = self.modules.iter().map(|module| module.n_params).sum();
+        (n_params > 0).then_some((bytes, n_params))
+    }
+}
+
+/// Returns the model that a measurement was made of: its `model` input, or itself for `load` and `quantize`.
+pub fn measured_model(stage: &StageInput) -> Option<&StageInput> {
+    match stage.kind.as_str() {
+        "load" | "quantize" => Some(stage),
+        _ => stage.input("model").map(Arc::as_ref),
+    }
+}
+
+/// Returns the models behind a `diff`: of its `reference` and `candidate` captures.
+pub fn compared_models(diff: &StageInput) -> (Option<&StageInput>, Option<&StageInput>) {
+    let of = |param| diff.input(param).and_then(|capture| measured_model(capture));
+    (of("reference"), of("candidate"))
+}
+
+/// Returns the text between the brackets of `nf4[config=int8]`.
+pub fn cell_of(address: &str) -> Option<&str> {
+    let (_, rest) = address.split_once('[')?;
+    rest.strip_suffix(']').filter(|cell| !cell.is_empty())
+}
+
+fn load_stage(stage: &StageInput) -> &StageInput {
+    let mut current = stage;
+    while let Some(parent) = current.input("model") {
+        current = parent;
+    }
+    current
+}
+
+/// Returns how weights are stored, in words, and whether any are quantized.
+fn describe(recipe: &ModelRecipe) -> (String, bool) {
+    let dtype = recipe.dtype.map_or("the file's own dtype", |dtype| dtype.name());
+    let Some(config) = &recipe.quantization else {
+        return (dtype.to_owned(), false);
+    };
+    let n_quantizing = config.overrides.iter().filter(|one| one.scheme.is_some()).count();
+    let Some(spec) = &config.scheme else {
+        return match n_quantizing {
+            0 => (dtype.to_owned(), false),
+            n => (format!("{dtype}, {n} override(s) quantized"), true),
+        };
+    };
+    let mut words = vec![spec.scheme.clone()];
+    words.extend(spec.block_size.map(|block_size| format!("block {block_size}")));
+    words.extend(spec.double_quant.then(|| "double quantized".to_owned()));
+    words.extend(spec.symmetric.then(|| "symmetric".to_owned()));
+    if !config.overrides.is_empty() || !config.keep.is_empty() {
+        words.push("mixed".to_owned());
+    }
+    (words.join(", "), true)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_cell_is_what_stands_in_brackets() {
+        assert_eq!(cell_of("nf4[config=int8,seed=1]"), Some("config=int8,seed=1"));
+        assert_eq!(cell_of("nf4"), None);
+        assert_eq!(cell_of("odd[]"), None);
+    }
+}

@@ -1,0 +1,66 @@
+//! Numbers as reports print them.
+
+use crate::units::format_significant;
+
+/// Formats a count with thousands separators: `9,612`.
+pub fn thousands(count: usize) -> String {
+    let digits = count.to_string();
+    let mut grouped = String::with_capacity(digits.len() + digits.len() / 3);
+    for (idx, digit) in digits.chars().enumerate() {
+        if idx > 0 && (digits.len() - idx).is_multiple_of(3) {
+            grouped.push(',');
+        }
+        grouped.push(digit);
+    }
+    grouped
+}
+
+/// Formats a number with about four significant digits.
+pub fn significant(value: f64) -> String {
+    format_significant(value)
+}
+
+/// Formats `mean ± spread` with as many decimals as the spread's two leading digits need; without a spread the value alone.
+pub fn with_spread(value: f64, spread: Option<f64>) -> String {
+    match spread.filter(|spread| *spread > 0.0 && spread.is_finite() && value.is_finite()) {
+        None => significant(value),
+        Some(spread) => {
+            let n_decimals = (1.0 - spread.log10().floor()).clamp(0.0, 6.0) as usize;
+            format!("{value:.n_decimals$} \u{b1} {spread:.n_decimals$}")
+        }
+    }
+}
+
+/// Formats bytes in MiB, the unit of comparison tables; small models keep their digits.
+pub fn mib(bytes: u64) -> String {
+    let value = bytes as f64 / (1024.0 * 1024.0);
+    if value >= 100.0 { format!("{value:.1} MiB") } else { format!("{value:.3} MiB") }
+}
+
+/// Formats a change as a signed percentage: `+26.0 %`.
+pub fn percent_change(ratio: f64) -> String {
+    let percent = (ratio - 1.0) * 100.0;
+    let sign = if percent < 0.0 { "\u{2212}" } else { "+" };
+    format!("{sign}{:.1} %", percent.abs())
+}
+
+/// Formats a ratio: `0.31x`.
+pub fn times(ratio: f64) -> String {
+    if ratio >= 10.0 { format!("{ratio:.1}x") } else { format!("{ratio:.2}x") }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn numbers_read_well() {
+        assert_eq!([thousands(0), thousands(999), thousands(9612), thousands(1_234_567)], ["0", "999", "9,612", "1,234,567"]);
+        assert_eq!(with_spread(9.0614, Some(0.2134)), "9.06 ± 0.21");
+        assert_eq!(with_spread(1432.6, Some(38.2)), "1433 ± 38");
+        assert_eq!(with_spread(9.0614, None), "9.061");
+        assert_eq!(mib(1_044_992), "0.997 MiB");
+        assert_eq!([percent_change(1.26), percent_change(0.5)], ["+26.0 %", "−50.0 %"]);
+        assert_eq!([times(0.3141), times(12.34)], ["0.31x", "12.3x"]);
+    }
+}

@@ -1,0 +1,200 @@
+//! Synthetic inputs for this room's tests.
+
+use super::{ReportError, ReportFile, ReportRequest, ScatterSource, render};
+use crate::artifact::{ModuleDiff, Record, RecordHead};
+use crate::bench::{decode_result, prefill_result};
+use crate::stage::StageInput;
+use serde_json::{Map, Value, json};
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+use std::sync::Arc;
+
+/// Returns a stage input whose key is made of its address.
+pub fn input(address: &str, kind: &str, body: Value, inputs: &[(&str, &Arc<StageInput>)]) -> Arc<StageInput> {
+    let head = RecordHead {
+        format_version: 1,
+        pipeline: "sensitivity".to_owned(),
+        run_id: "20260102-030405-abcd".to_owned(),
+        produced_by_run: "20260102-030405-abcd".to_owned(),
+        stage: address.to_owned(),
+        kind: kind.to_owned(),
+        key: "0123456789abcdef".repeat(4),
+        cached: false,
+        started_at: "2026-01-02T03:04:05Z".to_owned(),
+        duration_s: 1.25,
+        device: Some("cpu: a processor, 2 threads".to_owned()),
+        params: Map::from_iter([("text".to_owned(), json!({"source": "experiments/data/tinystories.txt"}))]),
+    };
+    let Value::Object(body) = body else { panic!("a body is an object") };
+    let mut lineage: BTreeMap<String, Vec<Arc<StageInput>>> = BTreeMap::new();
+    for (param, input) in inputs {
+        lineage.entry((*param).to_owned()).or_default().push(Arc::clone(input));
+    }
+    Arc::new(StageInput {
+        address: address.to_owned(),
+        kind: kind.to_owned(),
+        key: head.key.clone(),
+        record: Record { head, body },
+        dir: PathBuf::from("cache").join(address),
+        inputs: lineage,
+    })
+}
+
+/// Returns a model loaded in f16.
+pub fn load(address: &str) -> Arc<StageInput> {
+    let recipe = json!({"source": {"path": "models/x"}, "dtype": "f16", "compute_dtype": null, "quantization": null});
+    input(address, "load", json!({"recipe": recipe, "model": {"family": "llama", "n_params": 260_032}}), &[])
+}
+
+/// Returns a model quantized with a scheme; `scheme` null keeps all.
+pub fn quantize(address: &str, base: &Arc<StageInput>, scheme: Option<(&str, Option<usize>)>, bytes: u64) -> Arc<StageInput> {
+    let spec = scheme.map(|(name, block_size)| {
+        json!({"scheme": name, "block_size": block_size, "double_quant": false, "symmetric": false})
+    });
+    let name = scheme.map_or("f16", |(name, _)| name);
+    let quantization = json!({"name": name, "scheme": spec, "compute_dtype": null, "keep": [], "overrides": []});
+    let recipe =
+        json!({"source": {"path": "models/x"}, "dtype": "f16", "compute_dtype": null, "quantization": quantization});
+    let module = json!({
+        "module": "model.layers.0.mlp.up_proj", "scheme": name, "block_size": 64, "double_quant": false,
+        "n_params": 11_008, "bits_per_weight": 8.0 * bytes as f64 / 11_008.0, "bytes": bytes,
+        "weight_mse": 1e-4, "weight_sqnr_db": 20.5,
+    });
+    input(address, "quantize", json!({"recipe": recipe, "modules": [module]}), &[("model", base)])
+}
+
+fn with_memory(mut body: Value, weights_bytes: u64) -> Value {
+    body["weights_bytes"] = json!(weights_bytes);
+    body["kv_cache_bytes"] = json!(65_536);
+    body["pool_peak_bytes"] = Value::Null;
+    body["process_peak_bytes"] = json!(weights_bytes + 20_000_000);
+    body["process_peak_method"] = json!("peak anonymous RSS of the process");
+    body
+}
+
+/// Returns a prefill-bench record of `model`.
+pub fn prefill(address: &str, model: &Arc<StageInput>, seconds: &[f64], weights_bytes: u64) -> Arc<StageInput> {
+    let row = prefill_result(128, seconds.to_vec()).unwrap();
+    input(address, "prefill-bench", with_memory(json!({"results": [row]}), weights_bytes), &[("model", model)])
+}
+
+/// Returns a decode-bench record of `model`.
+pub fn decode(address: &str, model: &Arc<StageInput>, seconds: f64, weights_bytes: u64) -> Arc<StageInput> {
+    let sequences: Vec<Vec<f64>> =
+        (0..3).map(|idx| (0..64).map(|token| seconds * (1.0 + 0.002 * f64::from(idx + token % 5))).collect()).collect();
+    let rows: Vec<_> = [0, 256].map(|n_depth| decode_result(64, n_depth, &sequences).unwrap()).into();
+    input(address, "decode-bench", with_memory(json!({"results": rows}), weights_bytes), &[("model", model)])
+}
+
+/// Returns a ppl record of `model`.
+pub fn ppl(address: &str, model: &Arc<StageInput>, perplexity: f64) -> Arc<StageInput> {
+    let row = json!({
+        "convention": "hf-strided", "max_length": 512, "stride": 256, "n_tokens": 9613, "n_windows": 37,
+        "n_scored": 9612, "bos": "added by tokenizer (id 1)", "text_hash": "ab".repeat(32),
+        "tokenizer_hash": "cd".repeat(32), "nll_mean": perplexity.ln(), "perplexity": perplexity, "stderr": 0.021 * perplexity,
+    });
+    input(address, "ppl", json!({"results": [row]}), &[("model", model)])
+}
+
+/// Returns a diff record of captures of two models.
+pub fn diff(address: &str, reference: &Arc<StageInput>, candidate: &Arc<StageInput>, n_layers: usize) -> Arc<StageInput> {
+    let capture = |model: &Arc<StageInput>| {
+        input(&format!("acts-{}", model.address), "capture-activations", json!({"tensors": []}), &[("model", model)])
+    };
+    let (reference, candidate) = (capture(reference), capture(candidate));
+    let body = json!({"mode": "cumulative", "modules": module_diffs(n_layers)});
+    input(address, "diff", body, &[("reference", &reference), ("candidate", &candidate)])
+}
+
+/// Returns a plausible diff: errors that grow with depth, exact embedding.
+pub fn module_diffs(n_layers: usize) -> Vec<ModuleDiff> {
+    let ops = [
+        ("input_layernorm", "norm", 0.02), ("self_attn.q_proj", "q_proj", 1.3), ("self_attn.k_proj", "k_proj", 1.1),
+        ("self_attn.v_proj", "v_proj", 0.08), ("self_attn", "attn", 0.03), ("self_attn.o_proj", "o_proj", 0.04),
+        ("post_attention_layernorm", "norm", 0.02), ("mlp.gate_proj", "gate_proj", 0.2), ("mlp.up_proj", "up_proj", 0.15),
+        ("mlp.act_fn", "act", 0.05), ("mlp.down_proj", "down_proj", 0.12), ("", "block", 0.5),
+    ];
+    let row = |module: String, layer_idx: Option<usize>, op: &str, mse: f64| {
+        let loss = (mse / (mse + 12.0)).sqrt() * 0.4;
+        ModuleDiff {
+            module,
+            layer_idx,
+            op: op.to_owned(),
+            n_tokens: 500,
+            mse,
+            cosine: 1.0 - loss,
+            cosine_p01: 1.0 - 2.5 * loss,
+            sqnr_db: (mse > 0.0).then(|| 18.0 - 4.0 * mse.log10()),
+            rel_frobenius: Some(loss * 1.5),
+            max_abs_diff: 8.0 * mse.sqrt(),
+            ref_mean_abs: 0.8,
+            ref_max_abs: 14.5,
+        }
+    };
+    let mut rows = vec![row("model.embed_tokens".to_owned(), None, "embedding", 0.0)];
+    for layer_idx in 0..n_layers {
+        for (idx, (name, op, scale)) in ops.iter().enumerate() {
+            let growth = 0.02 * 1.35f64.powi(layer_idx.min(12) as i32) * (1.0 + 0.3 * ((layer_idx * 7 + idx * 3) % 5) as f64);
+            let module = format!("model.layers.{layer_idx}.{name}");
+            rows.push(row(module.trim_end_matches('.').to_owned(), Some(layer_idx), op, scale * growth));
+        }
+    }
+    rows.push(row("model.norm".to_owned(), None, "norm", 0.09));
+    rows.push(row("lm_head".to_owned(), None, "lm_head", 0.8));
+    rows
+}
+
+/// Points near the y = x line for every module but norms.
+pub struct NearlyEqual;
+
+impl ScatterSource for NearlyEqual {
+    fn read(
+        &self,
+        diff: &StageInput,
+        take: &mut dyn FnMut(&str, Vec<(f32, f32)>),
+    ) -> Result<(), Box<dyn std::error::Error + Send + Sync>> {
+        for row in diff.record.body["modules"].as_array().into_iter().flatten() {
+            let module = row["module"].as_str().ok_or("module is no text")?;
+            if !module.contains("norm") {
+                let x = |idx: i32| ((idx * 7919 % 1000) as f32 / 100.0 - 5.0).powi(3) / 20.0;
+                take(module, (0..300).map(|idx| (x(idx), x(idx) + ((idx * 31 % 17) as f32 - 8.0) * 0.05)).collect());
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Returns fp16 against nf4: speed, perplexity, a diff over `n_layers` layers.
+pub fn two_models(n_layers: usize) -> Vec<Arc<StageInput>> {
+    let fp16 = load("fp16");
+    let nf4 = quantize("nf4", &fp16, Some(("nf4", Some(64))), 6_200);
+    let seconds = [0.0101, 0.0099, 0.0103, 0.0100, 0.0102];
+    vec![
+        prefill("prefill-fp16", &fp16, &seconds, 520_064),
+        prefill("prefill-nf4", &nf4, &seconds.map(|second| second * 1.3), 161_220),
+        decode("decode-fp16", &fp16, 0.0012, 520_064),
+        decode("decode-nf4", &nf4, 0.001, 161_220),
+        ppl("ppl-fp16", &fp16, 9.0614951),
+        ppl("ppl-nf4", &nf4, 11.4171032),
+        diff("diff", &fp16, &nf4, n_layers),
+    ]
+}
+
+/// Renders with every default but the inputs.
+pub fn rendered(inputs: &[Arc<StageInput>], missing: &[String], formats: &[&str]) -> Result<Vec<ReportFile>, ReportError> {
+    let formats: Vec<String> = formats.iter().map(|format| (*format).to_owned()).collect();
+    render(&ReportRequest {
+        title: "FP16 against NF4, layer by layer",
+        pipeline: "sensitivity",
+        inputs,
+        missing,
+        formats: &formats,
+        scatter: &NearlyEqual,
+    })
+}
+
+/// Returns a file's text.
+pub fn text_of<'a>(files: &'a [ReportFile], path: &str) -> &'a str {
+    let file = files.iter().find(|file| file.path == PathBuf::from(path)).unwrap_or_else(|| panic!("{path} is there"));
+    std::str::from_utf8(&file.bytes).unwrap()
+}
