@@ -60,9 +60,7 @@ pub fn prefill_result(n_prompt: usize, samples_s: Vec<f64>) -> Result<PrefillRes
 /// not above 0.
 pub fn decode_result(n_gen: usize, n_depth: usize, sequences: &[Vec<f64>]) -> Result<DecodeResult, BenchError> {
     let label = decode_label(n_gen, n_depth);
-    if let Some((sequence_idx, sequence)) =
-        sequences.iter().enumerate().find(|(_, sequence)| sequence.len() != n_gen)
-    {
+    if let Some((sequence_idx, sequence)) = sequences.iter().enumerate().find(|(_, sequence)| sequence.len() != n_gen) {
         return Err(BenchError::BadSequence { label, sequence_idx, expected: n_gen, found: sequence.len() });
     }
     let samples_s: Vec<f64> = sequences.concat();

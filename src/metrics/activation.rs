@@ -53,8 +53,7 @@ impl ActivationDiff {
         }
         self.check_finite("reference", reference)?;
         self.check_finite("candidate", candidate)?;
-        for (reference_row, candidate_row) in
-            reference.chunks_exact(self.width).zip(candidate.chunks_exact(self.width))
+        for (reference_row, candidate_row) in reference.chunks_exact(self.width).zip(candidate.chunks_exact(self.width))
         {
             self.push_row(reference_row, candidate_row);
         }
@@ -133,7 +132,7 @@ fn row_cosine(dot: f64, reference_square: f64, candidate_square: f64) -> f64 {
     match (reference_square == 0.0, candidate_square == 0.0) {
         (true, true) => 1.0,
         (true, false) | (false, true) => 0.0,
-        (false, false) => (dot / (reference_square.sqrt() * candidate_square.sqrt())).clamp(-1.0, 1.0),
+        (false, false) => (dot / (reference_square * candidate_square).sqrt()).clamp(-1.0, 1.0),
     }
 }
 

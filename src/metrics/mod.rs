@@ -1,4 +1,5 @@
-//! Formulae over numbers: statistics of samples, perplexity, activation and weight errors. Everything is computed in f64.
+//! Formulae over numbers: statistics of samples, perplexity, activation and weight errors. Everything is computed in
+//! f64.
 //!
 //! This room knows no model, no file and no clock. The formulae are those of docs/definitions.md.
 

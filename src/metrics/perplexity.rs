@@ -92,8 +92,7 @@ pub fn windows(
     let mut covered_end = 0;
     for begin in (0..n_tokens).step_by(stride) {
         let end = begin.saturating_add(max_length).min(n_tokens);
-        let window =
-            Window { begin, end, first_target: (covered_end - begin).max(1), trg_len: end - covered_end };
+        let window = Window { begin, end, first_target: (covered_end - begin).max(1), trg_len: end - covered_end };
         if window.begin + window.first_target < window.end {
             windows.push(window);
         }
@@ -108,7 +107,9 @@ pub fn windows(
 /// Returns what to tell the user where a text does not fill one window: its perplexity is that of a shorter context.
 pub fn short_text_note(n_tokens: usize, max_length: usize) -> Option<String> {
     (n_tokens < max_length).then(|| {
-        format!("the text has {n_tokens} tokens, fewer than one window of {max_length}: it is scored as one short window")
+        format!(
+            "the text has {n_tokens} tokens, fewer than one window of {max_length}: it is scored as one short window"
+        )
     })
 }
 

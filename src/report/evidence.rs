@@ -101,7 +101,9 @@ impl<'a> Evidence<'a> {
             if let Some((bytes, n_params)) = model.linears() {
                 measures.push(source.bits_per_weight("linears", bytes, n_params));
             }
-            if let (Some(bytes), Some(n_params)) = (self.weights_bytes(&model.address), model.n_params.filter(|n| *n > 0)) {
+            if let (Some(bytes), Some(n_params)) =
+                (self.weights_bytes(&model.address), model.n_params.filter(|n| *n > 0))
+            {
                 measures.push(source.bits_per_weight("all parameters", bytes, n_params));
             }
         }

@@ -74,17 +74,16 @@ impl Source<'_> {
         vec![
             rate.spread(row.tokens_per_second_stdev, SpreadKind::Stdev)
                 .method("mean over passes of n_prompt / time to the first token's logits"),
-            ttft.spread(row.ttft_s_stdev, SpreadKind::Stdev).method("mean time to the first token's logits over passes"),
+            ttft.spread(row.ttft_s_stdev, SpreadKind::Stdev)
+                .method("mean time to the first token's logits over passes"),
         ]
     }
 
     /// Returns the speed and latency of a decode.
     pub fn decode(&self, row: &DecodeResult) -> Vec<Measure> {
         let n_sequences = row.n_sequences;
-        let rate =
-            self.measure("decode_tokens_per_second", &row.label, row.tokens_per_second, "tokens/s", n_sequences);
-        let latency =
-            self.measure("token_latency_s", &row.label, row.token_latency_s_mean, "s", row.samples_s.len());
+        let rate = self.measure("decode_tokens_per_second", &row.label, row.tokens_per_second, "tokens/s", n_sequences);
+        let latency = self.measure("token_latency_s", &row.label, row.token_latency_s_mean, "s", row.samples_s.len());
         vec![
             rate.spread(row.tokens_per_second_stdev, SpreadKind::Stdev)
                 .method("mean over sequences of n_gen / sum of token latencies"),
@@ -103,10 +102,7 @@ impl Source<'_> {
         );
         let perplexity = self.measure("perplexity", label, row.perplexity, "1", row.n_scored);
         let nll = self.measure("nll_mean", label, row.nll_mean, "nats/token", row.n_scored);
-        vec![
-            perplexity.spread(Some(row.stderr), SpreadKind::Stderr).method(&method),
-            nll.method(&method),
-        ]
+        vec![perplexity.spread(Some(row.stderr), SpreadKind::Stderr).method(&method), nll.method(&method)]
     }
 
     /// Returns what is known of a record's memory figures.
@@ -126,14 +122,14 @@ impl Source<'_> {
     /// Returns the bits a weight takes.
     pub fn bits_per_weight(&self, label: &str, bytes: u64, n_params: u64) -> Measure {
         let bits = 8.0 * bytes as f64 / n_params as f64;
-        self.measure("bits_per_weight", label, bits, "bits", 1).method("8 \u{b7} bytes as stored / number of parameters")
+        self.measure("bits_per_weight", label, bits, "bits", 1).method("8 · bytes as stored / number of parameters")
     }
 
     /// Returns the differences of one module's output.
     pub fn module_diff(&self, row: &ModuleDiff, mode: &str) -> Vec<Measure> {
         let method = format!("{mode} diff of the module's output over tokens");
         let known = [
-            ("mse", Some(row.mse), "activation\u{b2}"),
+            ("mse", Some(row.mse), "activation²"),
             ("cosine", Some(row.cosine), "1"),
             ("cosine_p01", Some(row.cosine_p01), "1"),
             ("sqnr_db", row.sqnr_db, "dB"),

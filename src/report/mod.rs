@@ -24,7 +24,9 @@ mod request;
 mod testing;
 
 pub use evidence::Evidence;
-pub use request::{NoScatter, ReportError, ReportFile, ReportRequest, ScatterSource, formats, render};
+pub use request::{
+    NoScatter, ReportError, ReportFile, ReportRequest, ScatterFailure, ScatterPoints, ScatterSource, formats, render,
+};
 
 /// A report format: its name in pipeline files, and what makes its files.
 #[derive(Clone, Copy)]
@@ -35,4 +37,3 @@ pub struct Exporter {
 
 /// Every format there is.
 pub static EXPORTERS: &[Exporter] = &[md::EXPORTER, csv::EXPORTER, json::EXPORTER];
-#[cfg(test)] mod preview_tmp;

@@ -28,8 +28,12 @@ impl Model {
     /// Reads who a model is from its stage; what the record does not say stays unknown.
     pub fn read(stage: &StageInput) -> Model {
         let recipe = stage.recipe().ok();
-        let modules: Vec<QuantizedModule> =
-            stage.record.body.get("modules").and_then(|rows| serde_json::from_value(rows.clone()).ok()).unwrap_or_default();
+        let modules: Vec<QuantizedModule> = stage
+            .record
+            .body
+            .get("modules")
+            .and_then(|rows| serde_json::from_value(rows.clone()).ok())
+            .unwrap_or_default();
         let load = load_stage(stage);
         let described = recipe.as_ref().map(describe);
         let (scheme, is_quantized) = described.unwrap_or_else(|| ("unknown".to_owned(), stage.kind == "quantize"));
@@ -44,9 +48,16 @@ impl Model {
         }
     }
 
-    /// Returns how plots and sentences call the model: its cell, or its address.
-    pub fn name(&self) -> &str {
-        self.cell.as_deref().unwrap_or(&self.address)
+    /// Returns how plots call the model: its cell (without the variable's name where there is only one), or its
+    /// address.
+    pub fn name(&self) -> String {
+        match self.cell.as_deref() {
+            None => self.address.clone(),
+            Some(cell) => match cell.split_once('=') {
+                Some((_, value)) if !cell.contains(',') => value.to_owned(),
+                _ => cell.to_owned(),
+            },
+        }
     }
 
     /// Returns bytes and parameters of the linears that the `quantize` stage went through, kept ones included.

@@ -1,6 +1,6 @@
 //! Synthetic inputs for this room's tests.
 
-use super::{ReportError, ReportFile, ReportRequest, ScatterSource, render};
+use super::{ReportError, ReportFile, ReportRequest, ScatterFailure, ScatterPoints, ScatterSource, render};
 use crate::artifact::{ModuleDiff, Record, RecordHead};
 use crate::bench::{decode_result, prefill_result};
 use crate::stage::StageInput;
@@ -47,7 +47,12 @@ pub fn load(address: &str) -> Arc<StageInput> {
 }
 
 /// Returns a model quantized with a scheme; `scheme` null keeps all.
-pub fn quantize(address: &str, base: &Arc<StageInput>, scheme: Option<(&str, Option<usize>)>, bytes: u64) -> Arc<StageInput> {
+pub fn quantize(
+    address: &str,
+    base: &Arc<StageInput>,
+    scheme: Option<(&str, Option<usize>)>,
+    bytes: u64,
+) -> Arc<StageInput> {
     let spec = scheme.map(|(name, block_size)| {
         json!({"scheme": name, "block_size": block_size, "double_quant": false, "symmetric": false})
     });
@@ -91,13 +96,19 @@ pub fn ppl(address: &str, model: &Arc<StageInput>, perplexity: f64) -> Arc<Stage
     let row = json!({
         "convention": "hf-strided", "max_length": 512, "stride": 256, "n_tokens": 9613, "n_windows": 37,
         "n_scored": 9612, "bos": "added by tokenizer (id 1)", "text_hash": "ab".repeat(32),
-        "tokenizer_hash": "cd".repeat(32), "nll_mean": perplexity.ln(), "perplexity": perplexity, "stderr": 0.021 * perplexity,
+        "tokenizer_hash": "cd".repeat(32), "nll_mean": perplexity.ln(), "perplexity": perplexity,
+        "stderr": 0.021 * perplexity,
     });
     input(address, "ppl", json!({"results": [row]}), &[("model", model)])
 }
 
 /// Returns a diff record of captures of two models.
-pub fn diff(address: &str, reference: &Arc<StageInput>, candidate: &Arc<StageInput>, n_layers: usize) -> Arc<StageInput> {
+pub fn diff(
+    address: &str,
+    reference: &Arc<StageInput>,
+    candidate: &Arc<StageInput>,
+    n_layers: usize,
+) -> Arc<StageInput> {
     let capture = |model: &Arc<StageInput>| {
         input(&format!("acts-{}", model.address), "capture-activations", json!({"tensors": []}), &[("model", model)])
     };
@@ -109,10 +120,18 @@ pub fn diff(address: &str, reference: &Arc<StageInput>, candidate: &Arc<StageInp
 /// Returns a plausible diff: errors that grow with depth, exact embedding.
 pub fn module_diffs(n_layers: usize) -> Vec<ModuleDiff> {
     let ops = [
-        ("input_layernorm", "norm", 0.02), ("self_attn.q_proj", "q_proj", 1.3), ("self_attn.k_proj", "k_proj", 1.1),
-        ("self_attn.v_proj", "v_proj", 0.08), ("self_attn", "attn", 0.03), ("self_attn.o_proj", "o_proj", 0.04),
-        ("post_attention_layernorm", "norm", 0.02), ("mlp.gate_proj", "gate_proj", 0.2), ("mlp.up_proj", "up_proj", 0.15),
-        ("mlp.act_fn", "act", 0.05), ("mlp.down_proj", "down_proj", 0.12), ("", "block", 0.5),
+        ("input_layernorm", "norm", 0.02),
+        ("self_attn.q_proj", "q_proj", 1.3),
+        ("self_attn.k_proj", "k_proj", 1.1),
+        ("self_attn.v_proj", "v_proj", 0.08),
+        ("self_attn", "attn", 0.03),
+        ("self_attn.o_proj", "o_proj", 0.04),
+        ("post_attention_layernorm", "norm", 0.02),
+        ("mlp.gate_proj", "gate_proj", 0.2),
+        ("mlp.up_proj", "up_proj", 0.15),
+        ("mlp.act_fn", "act", 0.05),
+        ("mlp.down_proj", "down_proj", 0.12),
+        ("", "block", 0.5),
     ];
     let row = |module: String, layer_idx: Option<usize>, op: &str, mse: f64| {
         let loss = (mse / (mse + 12.0)).sqrt() * 0.4;
@@ -134,7 +153,8 @@ pub fn module_diffs(n_layers: usize) -> Vec<ModuleDiff> {
     let mut rows = vec![row("model.embed_tokens".to_owned(), None, "embedding", 0.0)];
     for layer_idx in 0..n_layers {
         for (idx, (name, op, scale)) in ops.iter().enumerate() {
-            let growth = 0.02 * 1.35f64.powi(layer_idx.min(12) as i32) * (1.0 + 0.3 * ((layer_idx * 7 + idx * 3) % 5) as f64);
+            let growth =
+                0.02 * 1.35f64.powi(layer_idx.min(12) as i32) * (1.0 + 0.3 * ((layer_idx * 7 + idx * 3) % 5) as f64);
             let module = format!("model.layers.{layer_idx}.{name}");
             rows.push(row(module.trim_end_matches('.').to_owned(), Some(layer_idx), op, scale * growth));
         }
@@ -148,11 +168,7 @@ pub fn module_diffs(n_layers: usize) -> Vec<ModuleDiff> {
 pub struct NearlyEqual;
 
 impl ScatterSource for NearlyEqual {
-    fn read(
-        &self,
-        diff: &StageInput,
-        take: &mut dyn FnMut(&str, Vec<(f32, f32)>),
-    ) -> Result<(), Box<dyn std::error::Error + Send + Sync>> {
+    fn read(&self, diff: &StageInput, take: &mut dyn FnMut(&str, ScatterPoints)) -> Result<(), ScatterFailure> {
         for row in diff.record.body["modules"].as_array().into_iter().flatten() {
             let module = row["module"].as_str().ok_or("module is no text")?;
             if !module.contains("norm") {
@@ -181,7 +197,11 @@ pub fn two_models(n_layers: usize) -> Vec<Arc<StageInput>> {
 }
 
 /// Renders with every default but the inputs.
-pub fn rendered(inputs: &[Arc<StageInput>], missing: &[String], formats: &[&str]) -> Result<Vec<ReportFile>, ReportError> {
+pub fn rendered(
+    inputs: &[Arc<StageInput>],
+    missing: &[String],
+    formats: &[&str],
+) -> Result<Vec<ReportFile>, ReportError> {
     let formats: Vec<String> = formats.iter().map(|format| (*format).to_owned()).collect();
     render(&ReportRequest {
         title: "FP16 against NF4, layer by layer",
@@ -195,6 +215,6 @@ pub fn rendered(inputs: &[Arc<StageInput>], missing: &[String], formats: &[&str]
 
 /// Returns a file's text.
 pub fn text_of<'a>(files: &'a [ReportFile], path: &str) -> &'a str {
-    let file = files.iter().find(|file| file.path == PathBuf::from(path)).unwrap_or_else(|| panic!("{path} is there"));
+    let file = files.iter().find(|file| file.path.as_os_str() == path).unwrap_or_else(|| panic!("{path} is there"));
     std::str::from_utf8(&file.bytes).unwrap()
 }
