@@ -163,7 +163,7 @@ fn damage(diff: &Diff<'_>) -> Option<String> {
     let worst = ranked.first()?;
     if worst.mse == 0.0 {
         return Some(format!(
-            "Layer by layer, no module of {} differs from {}'s in what quantization touches ({} tokens).",
+            "Layer by layer, the linears of {} put out exactly what those of {} do ({} tokens).",
             code(&diff.candidate),
             code(&diff.reference),
             thousands(worst.n_tokens)

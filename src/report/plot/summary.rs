@@ -49,7 +49,8 @@ pub fn summary(rows: &[ModuleDiff], subtitle: &str) -> Canvas {
     let n_columns = parts.iter().map(|part| part.len()).max().unwrap_or(0);
     let plot_width = (n_columns as f64 * 24.0).clamp(860.0, 1320.0);
     let mse = Axis::negative_symlog(rows.iter().map(|row| -row.mse), N_DECADES);
-    let cosine = Axis::linear(rows.iter().map(|row| row.cosine).chain([1.0]), 6);
+    // Never narrower than a thousandth, and never past 1, also where all are equal.
+    let cosine = Axis::linear(rows.iter().map(|row| row.cosine).chain([0.999, 1.0]), 6);
     let names: Vec<Vec<(usize, String)>> = parts.iter().map(|part| tick_names(part, plot_width)).collect();
     let names_height = names.iter().flatten().map(|(_, name)| text_width(name, 11.0)).fold(0.0, f64::max);
     let panel_height = PLOT_HEIGHT + names_height + PANEL_GAP;
@@ -229,6 +230,18 @@ mod tests {
             let apart = |pair: &[(i64, f64)]| pair[0].0 != pair[1].0 || pair[1].1 - pair[0].1 >= 12.0;
             assert!(names.windows(2).all(apart));
         }
+    }
+
+    #[test]
+    fn equal_models_have_a_cosine_axis_that_ends_at_1() {
+        let mut rows = module_diffs(1);
+        for row in &mut rows {
+            (row.mse, row.cosine, row.sqnr_db) = (0.0, 1.0, None);
+        }
+        let canvas = summary(&rows, "fp16 against fp16");
+        let has =
+            |label: &str| canvas.shapes.iter().any(|shape| matches!(shape, Shape::Text { text, .. } if text == label));
+        assert!(has("1.0000") && !has("1.0002"), "{:?}", canvas.shapes);
     }
 
     #[test]
