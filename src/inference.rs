@@ -8,7 +8,7 @@ use crate::event::Progress;
 use crate::quantization::QuantizationConfig;
 use crate::units::DType;
 use serde::{Deserialize, Serialize};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 /// Where weights come from.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -30,6 +30,17 @@ pub struct ModelRecipe {
     /// What weights are multiplied in; null takes the engine's default (f32 on a CPU).
     pub compute_dtype: Option<DType>,
     pub quantization: Option<QuantizationConfig>,
+}
+
+impl ModelRecipe {
+    /// Returns the recipe with its paths, which are kept as the pipeline file writes them, starting at `root`.
+    pub fn rooted(&self, root: &Path) -> ModelRecipe {
+        let source = match &self.source {
+            ModelSource::Path(path) => ModelSource::Path(root.join(path)),
+            ModelSource::Random { config, seed } => ModelSource::Random { config: root.join(config), seed: *seed },
+        };
+        ModelRecipe { source, ..self.clone() }
+    }
 }
 
 /// Who computes: goes into records and, with `device`, into the keys of measurements.

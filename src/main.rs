@@ -1,1 +1,7 @@
-fn main() {}
+//! The `labpipe` program.
+
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    labpipe::cli::main()
+}

@@ -159,6 +159,14 @@ pub struct StageContext<'a> {
 }
 
 impl StageContext<'_> {
+    /// Returns the recipe of the model under that parameter, its paths starting at the root.
+    ///
+    /// # Errors
+    /// Where there is no such input or its record holds no recipe.
+    pub fn recipe(&self, param: &str) -> Result<ModelRecipe, StageError> {
+        Ok(self.input(param)?.recipe()?.rooted(self.root))
+    }
+
     /// Returns the first input under that parameter.
     ///
     /// # Errors

@@ -3,9 +3,13 @@
 
 use labpipe::engine::BurnEngine;
 use labpipe::event::NullProgress;
-use labpipe::inference::{Engine, Model, ModelRecipe, ModelSource};
+use labpipe::inference::{
+    CaptureFilter, CaptureSink, CaptureSite, Engine, InferenceError, Model, ModelRecipe, ModelSource,
+};
+use labpipe::metrics::ActivationDiff;
 use labpipe::units::DType;
 use serde_json::Value;
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 fn root() -> PathBuf {
@@ -28,6 +32,12 @@ fn recipe() -> ModelRecipe {
 
 fn open(recipe: &ModelRecipe) -> Box<dyn Model> {
     BurnEngine::cpu().open(recipe, &NullProgress).expect("a model")
+}
+
+fn nf4(double_quant: bool) -> ModelRecipe {
+    let text = format!("scheme: nf4\ndouble_quant: {double_quant}\n");
+    let config = labpipe::quantization::parse(&text, "nf4", "nf4").expect("a config");
+    ModelRecipe { quantization: Some(config), ..recipe() }
 }
 
 fn ids(value: &Value) -> Vec<u32> {
@@ -110,4 +120,127 @@ fn strided_perplexity_agrees_with_transformers_on_both_texts() {
             assert!(relative(legacy, row["ppl_seed_recipe"].as_f64().expect("a number")) < 1e-4, "{name} {row}");
         }
     }
+}
+
+#[test]
+fn nf4_perplexity_agrees_with_bitsandbytes_with_and_without_double_quantization() {
+    let reference = reference();
+    for (double_quant, case) in [(false, "nf4_bs64"), (true, "nf4_bs64_dq")] {
+        let mut model = open(&nf4(double_quant));
+        for (name, text) in [
+            ("tinystories_first_20000_chars", "experiments/data/tinystories.txt"),
+            ("wiki_first_20000_chars", "experiments/data/wikitext2-head.txt"),
+        ] {
+            let row = &reference[case][name]["strided"][0];
+            let (found, legacy, _) = strided(model.as_mut(), &tokens(Path::new(text), 20_000), 512, 256);
+            assert!(
+                relative(found, row["ppl_by_valid_labels"].as_f64().expect("a number")) < 1e-3,
+                "{case} {name} {found}"
+            );
+            assert!(
+                relative(legacy, row["ppl_seed_recipe"].as_f64().expect("a number")) < 1e-3,
+                "{case} {name} {legacy}"
+            );
+        }
+    }
+}
+
+/// Keeps what a capture hands over.
+#[derive(Default)]
+struct Kept(BTreeMap<String, (usize, Vec<f32>)>);
+
+impl CaptureSink for Kept {
+    fn take(&mut self, site: &CaptureSite, _first: usize, width: usize, values: &[f32]) -> Result<(), String> {
+        let (_, kept) = self.0.entry(site.module.clone()).or_insert((width, Vec::new()));
+        kept.extend_from_slice(values);
+        Ok(())
+    }
+
+    fn alias(&mut self, _site: &CaptureSite, _first: &CaptureSite) -> Result<(), String> {
+        Ok(())
+    }
+}
+
+fn capture(recipe: &ModelRecipe, tokens: &[u32]) -> BTreeMap<String, (usize, Vec<f32>)> {
+    let mut kept = Kept::default();
+    open(recipe).capture(tokens, &CaptureFilter::default(), &mut kept, &NullProgress).expect("a capture");
+    kept.0
+}
+
+#[test]
+fn every_linear_s_cumulative_error_agrees_with_bitsandbytes() {
+    let reference = reference();
+    let prompt = ids(&reference["prompt_ids"]);
+    let base = capture(&recipe(), &prompt);
+    for (double_quant, case) in [(false, "nf4_bs64"), (true, "nf4_bs64_dq")] {
+        let quantized = capture(&nf4(double_quant), &prompt);
+        let expected = reference[case]["activation_diff_prompt"].as_object().expect("a mapping");
+        assert!(expected.len() >= 12);
+        for (module, expected) in expected {
+            let (width, values) = &base[module];
+            let mut diff = ActivationDiff::new(*width);
+            diff.push_rows(values, &quantized[module].1).expect("finite values");
+            let found = diff.finish(module, None, "");
+            let (mse, cosine) = (expected["mse"].as_f64().expect("mse"), expected["cosine"].as_f64().expect("cosine"));
+            assert!(relative(found.mse, mse) < 1e-3, "{case} {module}: MSE {} against {mse}", found.mse);
+            // The reference's cosine is an f32 near 1: its own rounding is 6e-8.
+            let rounding = 6e-8 / (1.0 - cosine);
+            let error = relative(1.0 - found.cosine, 1.0 - cosine);
+            assert!(
+                error < 1e-3 + rounding,
+                "{case} {module}: 1 - cosine {} against {}",
+                1.0 - found.cosine,
+                1.0 - cosine
+            );
+        }
+    }
+}
+
+#[test]
+fn no_path_holds_more_than_a_panel_of_dequantized_weights_a_thread() {
+    let shape = root().join("tests/fixtures/smollm2-135m/config.json");
+    for scheme in ["nf4", "int8", "int4"] {
+        let config = labpipe::quantization::parse(&format!("scheme: {scheme}\n"), scheme, scheme).expect("a config");
+        let source = ModelSource::Random { config: shape.clone(), seed: 1 };
+        let mut model =
+            open(&ModelRecipe { source, dtype: Some(DType::F16), compute_dtype: None, quantization: Some(config) });
+        model.last_logits(&(0..64).collect::<Vec<u32>>()).expect("logits");
+    }
+    let largest = 1536 * 576 * 4;
+    let peak = labpipe_kernels::burn_ext::peak_panel_bytes();
+    assert!(peak > 0 && peak <= labpipe_kernels::burn_ext::PANEL_BYTES && peak < largest, "{peak} bytes");
+}
+
+#[test]
+fn tied_weights_are_found_under_either_name_and_give_the_same_logits_in_any_stored_type() {
+    let prompt: Vec<u32> = (10..40).collect();
+    let logits = |folder: &str, dtype: Option<DType>| {
+        let source = ModelSource::Path(root().join("models").join(folder));
+        open(&ModelRecipe { source, dtype, compute_dtype: None, quantization: None })
+            .last_logits(&prompt)
+            .expect("logits")
+    };
+    let bf16 = logits("tinystories-656k", None);
+    let from_head = logits("tinystories-656k-f32", Some(DType::Bf16));
+    assert_eq!(bf16, from_head);
+}
+
+#[test]
+fn half_precision_compute_stays_near_f32() {
+    let tokens = tokens(Path::new("experiments/data/tinystories.txt"), 4_000);
+    let perplexity = |compute| {
+        strided(open(&ModelRecipe { compute_dtype: Some(compute), ..recipe() }).as_mut(), &tokens, 512, 512).0
+    };
+    let exact = perplexity(DType::F32);
+    assert!(relative(perplexity(DType::F16), exact) < 5e-3);
+    assert!(relative(perplexity(DType::Bf16), exact) < 3e-2);
+}
+
+#[test]
+fn bad_tokens_and_contexts_are_errors() {
+    let mut model = open(&recipe());
+    assert!(matches!(model.last_logits(&[600]), Err(InferenceError::TokenOutOfRange { token: 600, vocab_size: 512 })));
+    assert!(matches!(model.prefill(&[1; 513]), Err(InferenceError::ContextTooLong { asked: 513, n_ctx_max: 512 })));
+    model.prefill(&[1]).expect("a prefill");
+    assert!(matches!(model.decode(4), Err(InferenceError::ContextTooLong { .. })));
 }

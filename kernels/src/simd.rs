@@ -72,7 +72,7 @@ pub struct NibbleRow<'a> {
 /// Returns Σ (table[code] − zero)·scale·x without storing decoded values, or nothing where this processor or this shape has
 /// no such path (decode and [`dot`] then).
 pub fn dot_nibbles(level: Level, row: NibbleRow<'_>, x: &[f32]) -> Option<f32> {
-    let fits = row.block % 32 == 0 && x.len() % 32 == 0;
+    let fits = row.block.is_multiple_of(32) && x.len().is_multiple_of(32);
     let n_blocks = x.len().div_ceil(row.block.max(1));
     assert!(row.codes.len() * 2 >= x.len() && row.scales.len() >= n_blocks, "dot_nibbles: too few codes or scales");
     assert!(row.zeros.is_empty() || row.zeros.len() >= n_blocks, "dot_nibbles: too few zero points");

@@ -116,9 +116,10 @@ impl Model for BurnModel {
             self.synchronize()?;
             let start = Instant::now();
             let logits = self.step(&[token])?;
-            token = greedy(&logits)?;
             self.synchronize()?;
-            decoded.push(Decoded { token, duration_s: start.elapsed().as_secs_f64() });
+            let duration_s = start.elapsed().as_secs_f64();
+            token = greedy(&logits)?;
+            decoded.push(Decoded { token, duration_s });
         }
         self.next_token = Some(token);
         Ok(decoded)

@@ -170,7 +170,7 @@ impl WeightReader<'_> {
         tensor: &StoredTensor,
         dtype: DType,
     ) -> Result<labpipe_kernels::weight::SharedBytes, InferenceError> {
-        let is_aligned = tensor.bytes.as_slice().as_ptr() as usize % dtype.size_bytes() == 0;
+        let is_aligned = (tensor.bytes.as_slice().as_ptr() as usize).is_multiple_of(dtype.size_bytes());
         if dtype == tensor.dtype && is_aligned {
             return Ok(tensor.bytes.clone());
         }

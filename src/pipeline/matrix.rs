@@ -7,6 +7,9 @@ use super::types::{Cell, Pipeline, matrix_value_name};
 use serde_json::{Value, json};
 use std::collections::{BTreeMap, BTreeSet};
 
+/// More cells than this are taken for a mistake.
+const MAX_CELLS: usize = 4096;
+
 /// A cell with its values as they stand in the file.
 pub type CellValues = Vec<(String, Node)>;
 
@@ -42,11 +45,22 @@ impl Matrix {
             axes.push((key.text.clone(), axis(key, value, problems)));
         }
         let variables: Vec<String> = axes.iter().map(|(name, _)| name.clone()).collect();
+        let n_cells = axes.iter().fold(1usize, |n, (_, values)| n.saturating_mul(values.len()));
+        if n_cells > MAX_CELLS {
+            problems.add(node.at, format!("matrix: {n_cells} cells; at most {MAX_CELLS} are allowed"), None);
+            return Matrix::default();
+        }
         let mut cells = product(&axes);
         let excluded = combinations(node.get("exclude"), &variables, false, problems);
         cells.retain(|cell| !excluded.iter().any(|pattern| matches(cell, pattern)));
         cells.extend(combinations(node.get("include"), &variables, true, problems));
         let mut matrix = Matrix { names: value_names(&variables, &cells), variables, cells };
+        for (variable, values) in &matrix.names {
+            let names: BTreeSet<&String> = values.iter().map(|(_, name)| name).collect();
+            if names.len() < values.len() {
+                problems.add(node.at, format!("matrix.{variable}: two of its values have the same name"), None);
+            }
+        }
         matrix.narrow(narrow, problems);
         if matrix.cells.is_empty() && problems.is_empty() {
             problems.add(node.at, "matrix: no cell is left", None);

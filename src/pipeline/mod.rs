@@ -16,6 +16,7 @@ mod variables;
 
 pub use matrix::github_matrix;
 pub use parse::parse;
+pub use read::expected;
 pub use schema::schema;
 pub use suggest::did_you_mean;
 pub use types::{Cell, Diagnostic, ParseOptions, Pipeline, PipelineError, PipelineStage, matrix_value_name};

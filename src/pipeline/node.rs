@@ -51,6 +51,19 @@ impl Node {
         }
     }
 
+    /// Returns the tree without places: it does not stand in the file.
+    pub fn unplaced(self) -> Node {
+        let value = match self.value {
+            NodeValue::List(items) => NodeValue::List(items.into_iter().map(Node::unplaced).collect()),
+            NodeValue::Map(entries) => {
+                let strip = |(key, node): (Key, Node)| (Key { at: Place::default(), ..key }, node.unplaced());
+                NodeValue::Map(entries.into_iter().map(strip).collect())
+            }
+            other => other,
+        };
+        Node { value, at: Place::default() }
+    }
+
     /// Describes the value for a message: `the text "abc"`, `a list`.
     pub fn describe(&self) -> String {
         match &self.value {

@@ -129,7 +129,7 @@ fn variables(root: &Node, set: &[(String, String)], matrix: &mut Matrix, problem
     };
     for (name, text) in set {
         let value = match Node::parse(text) {
-            Ok(node) => Node { value: node.value, at: Place::default() },
+            Ok(node) => node.unplaced(),
             Err(diagnostic) => {
                 problems.add(Place::default(), format!("--set {name}: {}", diagnostic.message), None);
                 continue;

@@ -182,18 +182,16 @@ impl Chosen {
         if !self.strict {
             return Ok(());
         }
-        for edge in plan.graph.edge_references() {
-            let (input, consumer) = (&plan.graph[edge.source()], &plan.graph[edge.target()]);
-            if edge.weight().data && consumer.selected && !input.selected && input.runs {
-                let why = match &input.reason {
-                    Reason::Changed(changes) => changes
-                        .iter()
-                        .map(|(field, before, now)| format!("{field} was {before}, is {now}"))
-                        .collect::<Vec<_>>()
-                        .join("; "),
+        let chosen: BTreeSet<String> =
+            plan.graph.node_weights().filter(|n| n.selected).map(|n| n.stage.address.clone()).collect();
+        let needed = reach(&plan.graph, &chosen, Direction::Incoming);
+        for node in plan.order.iter().map(|node| &plan.graph[*node]) {
+            if !node.selected && node.runs && needed.contains(&node.stage.address) {
+                let why = match &node.reason {
+                    Reason::Changed(_) => format!("it changed ({})", node.reason.explain()),
                     _ => "it is not there".to_owned(),
                 };
-                return Err(PlanError::Stale { stage: input.stage.address.clone(), why });
+                return Err(PlanError::Stale { stage: node.stage.address.clone(), why });
             }
         }
         Ok(())

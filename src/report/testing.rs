@@ -87,7 +87,7 @@ pub fn prefill(address: &str, model: &Arc<StageInput>, seconds: &[f64], weights_
 pub fn decode(address: &str, model: &Arc<StageInput>, seconds: f64, weights_bytes: u64) -> Arc<StageInput> {
     let sequences: Vec<Vec<f64>> =
         (0..3).map(|idx| (0..64).map(|token| seconds * (1.0 + 0.002 * f64::from(idx + token % 5))).collect()).collect();
-    let rows: Vec<_> = [0, 256].map(|n_depth| decode_result(64, n_depth, &sequences).unwrap()).into();
+    let rows: Vec<_> = [0, 256].map(|n_depth| decode_result(64, n_depth, sequences.clone()).unwrap()).into();
     input(address, "decode-bench", with_memory(json!({"results": rows}), weights_bytes), &[("model", model)])
 }
 

@@ -1,1 +1,50 @@
-//! (being written)
+//! Runs a plan: who may run when, which model is loaded, what is committed, what the run leaves.
+//!
+//! `schedule` decides and waits, `job` does one stage, `residency` lends models. Nothing here prints.
+
+mod environment;
+mod facts;
+mod job;
+mod metrics_rows;
+mod progress;
+mod residency;
+mod run_file;
+mod schedule;
+
+pub use environment::environment;
+pub use facts::StoreFacts;
+pub use metrics_rows::metrics_rows;
+pub use residency::Residency;
+pub use run_file::{RunFile, run_id, timestamp};
+pub use schedule::{RunOutcome, RunRequest, execute};
+
+/// Why a stage did not give a result.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum JobError {
+    #[error(transparent)]
+    Stage(#[from] crate::stage::StageError),
+    #[error(transparent)]
+    Store(#[from] crate::store::StoreError),
+    #[error("go on: stage code panicked ({message}); this is a bug in labpipe, please report it")]
+    Panic { message: String },
+}
+
+impl JobError {
+    /// Returns the exit code of a run in which this is the worst that happened.
+    pub fn exit_code(&self) -> u8 {
+        match self {
+            JobError::Panic { .. } => 1,
+            JobError::Stage(crate::stage::StageError::Inference(error)) if error.is_device() => 4,
+            JobError::Stage(_) | JobError::Store(_) => 3,
+        }
+    }
+
+    fn is_cancelled(&self) -> bool {
+        match self {
+            JobError::Stage(error) => error.is_cancelled(),
+            JobError::Store(error) => matches!(error, crate::store::StoreError::Cancelled { .. }),
+            JobError::Panic { .. } => false,
+        }
+    }
+}

@@ -95,7 +95,7 @@ impl Store {
         for entry in fs::read_dir(&tmp).map_err(StoreError::io("list", &tmp))?.filter_map(Result::ok) {
             let name = entry.file_name().to_string_lossy().into_owned();
             let key = name.split('.').next().unwrap_or_default().to_owned();
-            if self.is_free(&Key(key)) {
+            if entry.path().is_dir() && self.is_free(&Key(key)) {
                 remove(&entry.path(), "left by a run that was killed", dry_run, &mut report)?;
             }
         }

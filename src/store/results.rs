@@ -32,15 +32,16 @@ impl Results {
         &self.dir
     }
 
-    /// Makes a run's folder and lets `latest` name it.
+    /// Makes a run's folder with its first `run.json`, and lets `latest` name it.
     ///
     /// # Errors
     /// `Io` where the folder can't be written: nothing has run yet then.
-    pub fn start(&self, pipeline: &str, run_id: &str) -> Result<RunDir, StoreError> {
-        let path = self.dir.join(pipeline).join(run_id);
-        create_dirs(&path)?;
+    pub fn start(&self, pipeline: &str, run_id: &str, run: &Value) -> Result<RunDir, StoreError> {
+        let dir = RunDir { path: self.dir.join(pipeline).join(run_id) };
+        create_dirs(&dir.path)?;
+        dir.write_run(run)?;
         self.point_latest(Path::new(pipeline).join(run_id).as_path())?;
-        Ok(RunDir { path })
+        Ok(dir)
     }
 
     #[cfg(unix)]

@@ -30,7 +30,7 @@ impl Scheme for Int4 {
 
     fn normalize(&self, spec: &SchemeSpec) -> Result<SchemeSpec, SchemeError> {
         let group = spec.block_size.unwrap_or(128);
-        if group < 8 || group % 8 != 0 {
+        if group < 8 || !group.is_multiple_of(8) {
             return Err(SchemeError::BlockSize { scheme: "int4", found: group, expected: "a multiple of 8" });
         }
         if spec.double_quant {
@@ -58,7 +58,7 @@ impl Scheme for Int4 {
                     for (i, value) in group.iter().enumerate() {
                         let at = group_idx * layout.group + i;
                         let code = (value / scale + f32::from(zero)).round_ties_even().clamp(0.0, 15.0) as u8;
-                        codes[at / 2] |= if at % 2 == 0 { code << 4 } else { code };
+                        codes[at / 2] |= if at.is_multiple_of(2) { code << 4 } else { code };
                     }
                 }
             });
@@ -76,7 +76,7 @@ impl Scheme for Int4 {
     fn matvec_rows(&self, packed: &Packed, first_row: usize, x: &[f32], y: &mut [f32]) {
         let level = simd::level();
         let layout = Layout::new(&packed.spec, packed.n_cols);
-        if !x.len().is_multiple_of(32) || layout.group % 32 != 0 || level != simd::Level::Avx512 {
+        if !x.len().is_multiple_of(32) || !layout.group.is_multiple_of(32) || level != simd::Level::Avx512 {
             return dot_rows(level, packed.n_cols, first_row, x, y, |at, out| decode(level, &layout, packed, at, out));
         }
         for (row_idx, y) in (first_row..).zip(y) {

@@ -1,0 +1,58 @@
+# syntax=docker/dockerfile:1
+#
+# Two images of one binary:
+#
+#   docker build --target cpu  -t labpipe:cpu  .
+#   docker build --target cuda -t labpipe:cuda .
+#
+#   docker run --rm -v "$PWD/results:/lab/results" labpipe:cpu run pipelines/sensitivity.yaml
+#
+# `cuda` is the base that GPU runs will need: the CUDA runtime with NVRTC, which compiles kernels when they are first used. The binary in it is the
+# same as in `cpu` until the CUDA engine is part of labpipe; until then it too computes on the CPU, and `--device cuda` says so
+# and ends with exit code 4.
+
+ARG RUST_VERSION=1.95
+ARG CUDA_VERSION=13.0.1
+
+# --- build: bookworm's glibc (2.36) is older than that of either runtime image --------------------------------------
+FROM rust:${RUST_VERSION}-slim-bookworm AS build
+WORKDIR /src
+COPY . .
+# The registry and the target folder are caches of the builder, not layers: hence the copy in the same step.
+RUN --mount=type=cache,target=/usr/local/cargo/registry \
+    --mount=type=cache,target=/src/target \
+    cargo build --release --locked --bin labpipe \
+    && install -D target/release/labpipe /out/labpipe
+
+# --- what both images hold beside the binary: pipelines, configs, sample text, small models ----------------------------
+FROM scratch AS house
+COPY --from=build /out/labpipe /usr/local/bin/labpipe
+COPY pipelines /lab/pipelines
+COPY experiments /lab/experiments
+COPY models /lab/models
+COPY LICENSE README.md /lab/
+
+# --- CUDA --------------------------------------------------------------------------------------------------------
+FROM nvidia/cuda:${CUDA_VERSION}-runtime-ubuntu24.04 AS cuda
+COPY --from=house / /
+# The uid is free in both bases (ubuntu's own user has 1000).
+RUN useradd --uid 10001 --home-dir /lab labpipe \
+    && mkdir -p /lab/cache /lab/results \
+    && chown -R labpipe /lab
+USER labpipe
+WORKDIR /lab
+VOLUME ["/lab/cache", "/lab/results"]
+ENTRYPOINT ["labpipe"]
+CMD ["--help"]
+
+# --- CPU: the default target --------------------------------------------------------------------------------------
+FROM debian:bookworm-slim AS cpu
+COPY --from=house / /
+RUN useradd --uid 10001 --home-dir /lab labpipe \
+    && mkdir -p /lab/cache /lab/results \
+    && chown -R labpipe /lab
+USER labpipe
+WORKDIR /lab
+VOLUME ["/lab/cache", "/lab/results"]
+ENTRYPOINT ["labpipe"]
+CMD ["--help"]

@@ -1,0 +1,50 @@
+//! `doctor`: what this machine has, and what of labpipe works on it.
+
+use super::engine;
+use super::error::CliError;
+use super::print;
+use crate::run::environment;
+use crate::units::format_bytes;
+use serde_json::Value;
+use std::fmt::Write;
+use std::path::Path;
+
+/// Where the NVIDIA driver says its version.
+const NVIDIA_DRIVER: &str = "/proc/driver/nvidia/version";
+
+/// Tells.
+pub fn doctor() -> Result<u8, CliError> {
+    let mut text = format!("labpipe {}\n", env!("CARGO_PKG_VERSION"));
+    match engine::build("auto") {
+        Err(error) => {
+            let _ = writeln!(text, "engine:  none ({error})");
+        }
+        Ok((engine, reason)) => {
+            let info = engine.info();
+            let environment = environment(&info);
+            let _ = writeln!(text, "engine:  {}", info.backend);
+            let _ = writeln!(text, "device:  {} (auto takes {reason})", info.device);
+            let _ = writeln!(text, "clock:   {}", info.clock);
+            let _ = writeln!(
+                text,
+                "kernels: {:?} is the best of {:?}",
+                labpipe_kernels::simd::level(),
+                labpipe_kernels::simd::available()
+            );
+            let memory = environment["memory_bytes"].as_u64().map_or("unknown".to_owned(), format_bytes);
+            let _ = writeln!(text, "memory:  {memory}, {} threads", environment["n_threads"]);
+            let _ =
+                writeln!(text, "system:  {} {}", std::env::consts::OS, environment["kernel"].as_str().unwrap_or(""));
+        }
+    }
+    let driver = std::fs::read_to_string(NVIDIA_DRIVER).ok().and_then(|text| text.lines().next().map(str::to_owned));
+    let _ = writeln!(text, "nvidia:  {}", driver.unwrap_or_else(|| "no driver found".to_owned()));
+    let _ = writeln!(text, "cuda:    not in this build; every stage runs on the CPU");
+    let schemes: Vec<Value> = labpipe_kernels::SCHEMES.iter().map(|scheme| Value::from(scheme.name())).collect();
+    let _ = writeln!(text, "schemes: {}", schemes.iter().filter_map(Value::as_str).collect::<Vec<_>>().join(", "));
+    let here = Path::new("pipelines").is_dir();
+    let _ =
+        writeln!(text, "try:     {}", if here { "labpipe run pipelines/sensitivity.yaml" } else { "labpipe run FILE" });
+    print(&text)?;
+    Ok(0)
+}

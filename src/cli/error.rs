@@ -1,0 +1,58 @@
+//! Errors at the edge, with their exit codes and hints.
+
+use crate::inference::InferenceError;
+use crate::pipeline::PipelineError;
+use crate::plan::PlanError;
+use crate::store::StoreError;
+use std::path::PathBuf;
+
+/// Why a command ended.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum CliError {
+    #[error("{0}")]
+    Pipeline(PipelineError),
+    #[error("failed to read {path}: {source}")]
+    Read { path: PathBuf, source: std::io::Error },
+    #[error("failed to {0}")]
+    Plan(#[from] PlanError),
+    #[error("failed to {0}")]
+    Store(#[from] StoreError),
+    #[error("failed to {0}")]
+    Device(#[from] InferenceError),
+    #[error("{message}")]
+    Usage { message: String, hint: Option<String> },
+    #[error("failed to write to stdout: {0}")]
+    Output(std::io::Error),
+}
+
+impl CliError {
+    /// Returns the documented exit code.
+    pub fn exit_code(&self) -> u8 {
+        match self {
+            CliError::Device(_) => 4,
+            CliError::Store(_) | CliError::Output(_) => 3,
+            CliError::Pipeline(_) | CliError::Read { .. } | CliError::Plan(_) | CliError::Usage { .. } => 2,
+        }
+    }
+
+    /// Returns the error as a person reads it.
+    pub fn render(&self) -> String {
+        // A pipeline's diagnostics come with their own layout and hints.
+        if let CliError::Pipeline(error) = self {
+            return error.render();
+        }
+        let hint = match self {
+            CliError::Usage { hint, .. } => hint.clone(),
+            CliError::Read { source, .. } if source.kind() == std::io::ErrorKind::NotFound => {
+                Some("the path starts where labpipe was started; ready-made files are in pipelines/".to_owned())
+            }
+            CliError::Plan(PlanError::MissingFile { .. }) => {
+                Some("relative paths start at --root; --set NAME=VALUE changes a variable".to_owned())
+            }
+            _ => None,
+        };
+        let hint = hint.map(|hint| format!("\n  = hint: {hint}")).unwrap_or_default();
+        format!("error: {self}{hint}")
+    }
+}

@@ -1,0 +1,76 @@
+//! `plan`, `graph`, `validate`, `matrix`: what a pipeline is, without running it.
+
+use super::args::{Global, GraphArgs, GraphFormat, MatrixArgs, MatrixFormat, PipelineArgs, PlanArgs};
+use super::error::CliError;
+use super::print;
+use super::workspace::{planned, read};
+use crate::pipeline::github_matrix;
+use crate::plan::Selection;
+use crate::ui::table;
+use serde_json::{Value, json};
+
+/// Shows what would run, and why.
+pub fn plan(global: &Global, args: &PlanArgs) -> Result<u8, CliError> {
+    let read = read(&args.pipeline.file, args.pipeline.options())?;
+    let rows = planned(global, &read, &args.select.selection())?.plan.rows();
+    if args.json {
+        let rows: Vec<Value> = rows
+            .iter()
+            .map(|[stage, kind, action, why, key]| {
+                json!({ "stage": stage, "kind": kind, "action": action, "why": why, "key": key })
+            })
+            .collect();
+        print(&serde_json::to_string_pretty(&rows).unwrap_or_default())?;
+        return Ok(0);
+    }
+    let mut table = table(["stage", "kind", "action", "why", "key"]);
+    let n_run = rows.iter().filter(|row| row[2] == "run").count();
+    let n = rows.len();
+    table.add_rows(rows);
+    print(&format!("{table}\n{n_run} of {n} stages would run"))?;
+    Ok(0)
+}
+
+/// Prints the graph.
+pub fn graph(global: &Global, args: &GraphArgs) -> Result<u8, CliError> {
+    let read = read(&args.pipeline.file, args.pipeline.options())?;
+    let plan = planned(global, &read, &Selection::default())?.plan;
+    print(&match args.format {
+        GraphFormat::Dot => plan.to_dot(),
+        GraphFormat::Mermaid => plan.to_mermaid(),
+    })?;
+    Ok(0)
+}
+
+/// Checks a pipeline file and that what it names is there.
+pub fn validate(global: &Global, args: &PipelineArgs) -> Result<u8, CliError> {
+    let read = read(&args.file, args.options())?;
+    let plan = planned(global, &read, &Selection::default())?.plan;
+    let cells = match read.pipeline.cells.len() {
+        0 => String::new(),
+        n => format!(", {n} cells"),
+    };
+    print(&format!("{}: ok, {} stages{cells}", args.file.display(), plan.order.len()))?;
+    Ok(0)
+}
+
+/// Lists the cells of the matrix.
+pub fn matrix(_global: &Global, args: &MatrixArgs) -> Result<u8, CliError> {
+    let read = read(&args.pipeline.file, args.pipeline.options())?;
+    let cells = &read.pipeline.cells;
+    print(&match args.format {
+        MatrixFormat::Github => github_matrix(&read.pipeline).to_string(),
+        MatrixFormat::Json => {
+            let cells: Vec<Value> = cells
+                .iter()
+                .map(|cell| {
+                    Value::Object(cell.values.iter().map(|(k, v)| (k.clone(), Value::from(v.as_str()))).collect())
+                })
+                .collect();
+            serde_json::to_string_pretty(&cells).unwrap_or_default()
+        }
+        MatrixFormat::Text if cells.is_empty() => "no matrix".to_owned(),
+        MatrixFormat::Text => cells.iter().map(|cell| cell.label()).collect::<Vec<_>>().join("\n"),
+    })?;
+    Ok(0)
+}

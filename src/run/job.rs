@@ -1,0 +1,94 @@
+//! One stage: from the cache, or computed and committed.
+
+use super::JobError;
+use super::progress::StageProgress;
+use super::residency::Residency;
+use super::run_file::timestamp;
+use crate::artifact::{FORMAT_VERSION, Record, RecordHead};
+use crate::inference::Engine;
+use crate::plan::{Key, KeyFields, PlanNode};
+use crate::stage::{Stage, StageContext, StageError, StageInput};
+use crate::store::{Artifact, ManifestDraft, Store};
+use std::collections::BTreeMap;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Instant;
+
+/// All that one stage's computation needs.
+pub struct Job<'a> {
+    pub node: &'a PlanNode,
+    pub stage: &'a Arc<dyn Stage>,
+    pub key: Key,
+    pub fields: KeyFields,
+    pub inputs: BTreeMap<String, Vec<Arc<StageInput>>>,
+    pub missing: Vec<String>,
+    /// Compute though cached.
+    pub forced: bool,
+    pub pipeline: &'a str,
+    pub run_id: &'a str,
+    pub root: &'a Path,
+    pub store: &'a Store,
+    pub engine: &'a Arc<dyn Engine>,
+    pub models: &'a Residency,
+    pub progress: &'a StageProgress,
+}
+
+impl Job<'_> {
+    /// Returns the artifact, and whether it was in the cache: another process may have computed it while this one waited.
+    ///
+    /// # Errors
+    /// Whatever stopped the stage; nothing is committed then.
+    pub fn run(&self) -> Result<(Artifact, bool, String), JobError> {
+        use crate::event::Progress;
+        let staging = self.store.begin(&self.key, &|| !self.progress.is_cancelled())?;
+        if !self.forced
+            && let Some(artifact) = self.store.get(&self.key)
+        {
+            return Ok((artifact, true, String::new()));
+        }
+        let (started_at, start) = (timestamp(), Instant::now());
+        let context = StageContext {
+            address: &self.node.stage.address,
+            params: &self.node.stage.params,
+            root: self.root,
+            inputs: &self.inputs,
+            missing_inputs: &self.missing,
+            out_dir: staging.dir(),
+            engine: self.engine.as_ref(),
+            models: self.models,
+            progress: self.progress,
+        };
+        let output = match catch_unwind(AssertUnwindSafe(|| self.stage.run(&context))) {
+            Ok(output) => output?,
+            Err(payload) => return Err(JobError::Panic { message: message(payload.as_ref()) }),
+        };
+        if self.progress.is_cancelled() {
+            return Err(StageError::Cancelled.into());
+        }
+        let computes = self.node.description.computes || self.node.description.measures;
+        let head = RecordHead {
+            format_version: FORMAT_VERSION,
+            pipeline: self.pipeline.to_owned(),
+            run_id: self.run_id.to_owned(),
+            produced_by_run: self.run_id.to_owned(),
+            stage: self.node.stage.address.clone(),
+            kind: self.node.stage.kind.clone(),
+            key: self.key.0.clone(),
+            cached: false,
+            started_at,
+            duration_s: start.elapsed().as_secs_f64(),
+            device: computes.then(|| self.engine.info().device),
+            params: self.node.stage.params.clone(),
+        };
+        let mut body = output.body;
+        body.insert("summary".to_owned(), output.summary.clone().into());
+        let draft = ManifestDraft { record: Record { head, body }, fields: self.fields.clone() };
+        Ok((staging.commit(draft)?, false, output.summary))
+    }
+}
+
+fn message(payload: &(dyn std::any::Any + Send)) -> String {
+    let text = payload.downcast_ref::<String>().map(String::as_str).or_else(|| payload.downcast_ref::<&str>().copied());
+    text.unwrap_or("no message").lines().next().unwrap_or_default().to_owned()
+}

@@ -1,0 +1,65 @@
+//! A stage's progress, told as events: at most twenty a second.
+
+use crate::event::{Event, EventSink, Level, Progress};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+const PERIOD: Duration = Duration::from_millis(50);
+
+/// Progress of one stage.
+pub struct StageProgress {
+    stage: String,
+    events: Arc<dyn EventSink>,
+    cancel: Arc<AtomicBool>,
+    state: Mutex<State>,
+}
+
+#[derive(Default)]
+struct State {
+    done: u64,
+    total: Option<u64>,
+    unit: String,
+    told: Option<Instant>,
+}
+
+impl StageProgress {
+    pub fn new(stage: &str, events: Arc<dyn EventSink>, cancel: Arc<AtomicBool>) -> StageProgress {
+        StageProgress { stage: stage.to_owned(), events, cancel, state: Mutex::default() }
+    }
+
+    fn tell(&self, state: &mut State) {
+        state.told = Some(Instant::now());
+        self.events.emit(Event::StageProgress {
+            stage: self.stage.clone(),
+            done: state.done,
+            total: state.total,
+            unit: state.unit.clone(),
+        });
+    }
+}
+
+impl Progress for StageProgress {
+    fn begin(&self, total: Option<u64>, unit: &str) {
+        let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        *state = State { done: 0, total, unit: unit.to_owned(), told: None };
+        self.tell(&mut state);
+    }
+
+    fn advance(&self, n: u64) {
+        let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        state.done += n;
+        let is_last = state.total == Some(state.done);
+        if is_last || state.told.is_none_or(|told| told.elapsed() >= PERIOD) {
+            self.tell(&mut state);
+        }
+    }
+
+    fn note(&self, level: Level, text: &str) {
+        self.events.emit(Event::Note { stage: Some(self.stage.clone()), level, text: text.to_owned() });
+    }
+
+    fn is_cancelled(&self) -> bool {
+        self.cancel.load(Ordering::Relaxed)
+    }
+}

@@ -1,0 +1,122 @@
+//! `decode-bench`: how fast tokens are generated one by one, each of them timed.
+
+use super::MODELS;
+use super::bench_tokens::{describe, size, sizes, tokens, too_long};
+use crate::artifact::DecodeResult;
+use crate::bench::{SamplePlan, decode_result, sample};
+use crate::stage::{
+    ParamDefault, ParamDesc, ParamType, Stage, StageContext, StageDescription, StageError, StageOutput,
+};
+use serde_json::{Map, json};
+
+/// The kind.
+pub struct DecodeBench;
+
+static DESCRIPTION: StageDescription = StageDescription {
+    kind: "decode-bench",
+    summary: "Times greedy generation token by token, after contexts of given depths.",
+    version: 1,
+    measures: true,
+    computes: true,
+    params: &[
+        ParamDesc {
+            name: "model",
+            ty: ParamType::StageRef(MODELS),
+            unit: None,
+            default: ParamDefault::Required,
+            help: "the model to time",
+        },
+        ParamDesc {
+            name: "n_gen",
+            ty: ParamType::Integer { min: 1, max: 1_000_000 },
+            unit: Some("tokens"),
+            default: ParamDefault::Json("32"),
+            help: "tokens generated a sequence",
+        },
+        ParamDesc {
+            name: "n_depth",
+            ty: ParamType::Integers { min: 0, max: i64::MAX },
+            unit: Some("tokens"),
+            default: ParamDefault::Json("[0]"),
+            help: "context before the first generated token; 0 is a single first token",
+        },
+        ParamDesc {
+            name: "samples",
+            ty: ParamType::Integer { min: 1, max: 100_000 },
+            unit: Some("sequences"),
+            default: ParamDefault::Json("3"),
+            help: "sequences that count, for each depth",
+        },
+        ParamDesc {
+            name: "warmup",
+            ty: ParamType::Integer { min: 0, max: 100_000 },
+            unit: Some("sequences"),
+            default: ParamDefault::Json("1"),
+            help: "sequences before those",
+        },
+        ParamDesc {
+            name: "text",
+            ty: ParamType::TextSource,
+            unit: None,
+            default: ParamDefault::Absent,
+            help: "where the context comes from; random tokens unless given",
+        },
+        ParamDesc {
+            name: "seed",
+            ty: ParamType::Integer { min: 0, max: i64::MAX },
+            unit: None,
+            default: ParamDefault::Json("0"),
+            help: "seed of random tokens",
+        },
+    ],
+};
+
+const METHOD: &str = "each token is timed alone, from its id to the logits after it on the host; choosing the next token and filling the context stay outside";
+
+impl Stage for DecodeBench {
+    fn description(&self) -> &'static StageDescription {
+        &DESCRIPTION
+    }
+
+    fn run(&self, context: &StageContext<'_>) -> Result<StageOutput, StageError> {
+        let recipe = context.recipe("model")?;
+        let info = context.engine.inspect(&recipe)?;
+        let (n_gen, depths) = (size(context.params, "n_gen"), sizes(context.params, "n_depth"));
+        let deepest = depths.iter().copied().max().unwrap_or(0).max(1);
+        if deepest + n_gen > info.n_ctx_max {
+            return Err(too_long(&format!("n_depth {deepest} + n_gen {n_gen}"), deepest + n_gen, &info));
+        }
+        let tokens = tokens(context, &info, deepest)?;
+        let plan = SamplePlan { warmup: size(context.params, "warmup"), samples: size(context.params, "samples") };
+        let mut model = context.models.acquire(&recipe, context.progress)?;
+        // After loading: what quantizing took for a moment is not what running takes.
+        let probe = context.engine.memory_probe();
+        model.reserve(deepest + n_gen)?;
+        context.progress.begin(Some((depths.len() * (plan.warmup + plan.samples)) as u64), "sequences");
+        let mut results: Vec<DecodeResult> = Vec::new();
+        for n_depth in depths {
+            let prompt = &tokens[..n_depth.max(1)];
+            let sequences = sample(
+                plan,
+                context.progress,
+                || StageError::Cancelled,
+                || {
+                    model.prefill(prompt)?;
+                    let decoded = model.decode(n_gen)?;
+                    Ok::<_, StageError>(decoded.iter().map(|token| token.duration_s).collect::<Vec<f64>>())
+                },
+            )?;
+            results.extend(decode_result(n_gen, n_depth, sequences));
+        }
+        let summary: Vec<String> = results.iter().map(summary).collect();
+        let mut body = Map::new();
+        body.insert("results".to_owned(), json!(results));
+        describe(&mut body, probe.finish(), &**model, &context.engine.info(), METHOD);
+        Ok(StageOutput { body, summary: summary.join(", ") })
+    }
+}
+
+fn summary(row: &DecodeResult) -> String {
+    let spread = row.tokens_per_second_stdev.map(|stdev| format!(" ± {stdev:.1}")).unwrap_or_default();
+    format!("{} {:.1}{spread} t/s (n = {} × {})", row.label, row.tokens_per_second, row.n_sequences, row.n_gen)
+}

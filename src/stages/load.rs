@@ -1,0 +1,111 @@
+//! `load`: names a model and checks that its files are whole. Weights are read when a consumer first needs them.
+
+use crate::inference::{ModelRecipe, ModelSource};
+use crate::stage::{
+    ParamDefault, ParamDesc, ParamType, Params, Stage, StageContext, StageDescription, StageError, StageOutput,
+};
+use crate::units::{DType, format_bytes};
+use serde_json::{Map, Value, json};
+use std::path::PathBuf;
+
+/// The kind.
+pub struct Load;
+
+const DTYPES: &[&str] = &["f32", "f16", "bf16"];
+
+static DESCRIPTION: StageDescription = StageDescription {
+    kind: "load",
+    summary: "Names a model's weights, checks that its files are whole, and tells what it is.",
+    version: 1,
+    measures: false,
+    computes: true,
+    params: &[
+        ParamDesc {
+            name: "model",
+            ty: ParamType::Model,
+            unit: None,
+            default: ParamDefault::Absent,
+            help: "a folder in Hugging Face layout: config.json, tokenizer.json, *.safetensors",
+        },
+        ParamDesc {
+            name: "random",
+            ty: ParamType::RandomModel,
+            unit: None,
+            default: ParamDefault::Absent,
+            help: "the shapes of a config.json with random weights, in place of model",
+        },
+        ParamDesc {
+            name: "dtype",
+            ty: ParamType::OneOf(DTYPES),
+            unit: None,
+            default: ParamDefault::Absent,
+            help: "how weights are stored; the file's own type unless given",
+        },
+        ParamDesc {
+            name: "compute_dtype",
+            ty: ParamType::OneOf(DTYPES),
+            unit: None,
+            default: ParamDefault::Absent,
+            help: "what weights are multiplied in; f32 on a CPU unless given",
+        },
+    ],
+};
+
+impl Stage for Load {
+    fn description(&self) -> &'static StageDescription {
+        &DESCRIPTION
+    }
+
+    fn check(&self, params: &Params) -> Vec<(&'static str, String, Option<String>)> {
+        let given = |name: &str| params.get(name).is_some_and(|value| !value.is_null());
+        match (given("model"), given("random")) {
+            (true, true) => vec![("random", "both model and random are given".to_owned(), Some("keep one".to_owned()))],
+            (false, false) => {
+                let hint = "model: FOLDER, or random: {config: FILE, seed: N}".to_owned();
+                vec![("model", "neither model nor random is given".to_owned(), Some(hint))]
+            }
+            _ => Vec::new(),
+        }
+    }
+
+    fn run(&self, context: &StageContext<'_>) -> Result<StageOutput, StageError> {
+        let recipe = recipe(context);
+        let info = context.engine.inspect(&recipe.rooted(context.root))?;
+        let weights_bytes = info.n_params * info.dtype.size_bytes() as u64;
+        let summary = format!(
+            "{}, {} parameters, {} as {}",
+            info.family,
+            count(info.n_params),
+            format_bytes(weights_bytes),
+            info.dtype
+        );
+        let mut body = Map::new();
+        body.insert("recipe".to_owned(), json!(recipe));
+        body.insert("model".to_owned(), json!(info));
+        body.insert("weights_bytes".to_owned(), json!(weights_bytes));
+        Ok(StageOutput { body, summary })
+    }
+}
+
+fn recipe(context: &StageContext<'_>) -> ModelRecipe {
+    let params = context.params;
+    let dtype = |name: &str| params.get(name).and_then(Value::as_str).and_then(DType::parse);
+    let source = match params.get("model").and_then(Value::as_str) {
+        Some(model) => ModelSource::Path(PathBuf::from(model)),
+        None => {
+            let random = params.get("random").unwrap_or(&Value::Null);
+            let config = PathBuf::from(random["config"].as_str().unwrap_or_default());
+            ModelSource::Random { config, seed: random["seed"].as_u64().unwrap_or(0) }
+        }
+    };
+    ModelRecipe { source, dtype: dtype("dtype"), compute_dtype: dtype("compute_dtype"), quantization: None }
+}
+
+/// Formats a number of parameters: `134.5 M`.
+pub fn count(n: u64) -> String {
+    match n {
+        0..1_000_000 => format!("{:.1} k", n as f64 / 1e3),
+        1_000_000..1_000_000_000 => format!("{:.1} M", n as f64 / 1e6),
+        _ => format!("{:.2} B", n as f64 / 1e9),
+    }
+}

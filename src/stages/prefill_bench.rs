@@ -1,0 +1,112 @@
+//! `prefill-bench`: how fast a prompt is read, in one pass to the first token's logits.
+
+use super::MODELS;
+use super::bench_tokens::{describe, size, sizes, tokens, too_long};
+use crate::artifact::PrefillResult;
+use crate::bench::{SamplePlan, prefill_result, sample};
+use crate::stage::{
+    ParamDefault, ParamDesc, ParamType, Stage, StageContext, StageDescription, StageError, StageOutput,
+};
+use serde_json::{Map, json};
+
+/// The kind.
+pub struct PrefillBench;
+
+static DESCRIPTION: StageDescription = StageDescription {
+    kind: "prefill-bench",
+    summary: "Times whole prompts in one pass to the first token's logits.",
+    version: 1,
+    measures: true,
+    computes: true,
+    params: &[
+        ParamDesc {
+            name: "model",
+            ty: ParamType::StageRef(MODELS),
+            unit: None,
+            default: ParamDefault::Required,
+            help: "the model to time",
+        },
+        ParamDesc {
+            name: "n_prompt",
+            ty: ParamType::Integers { min: 1, max: i64::MAX },
+            unit: Some("tokens"),
+            default: ParamDefault::Json("[128]"),
+            help: "prompt lengths",
+        },
+        ParamDesc {
+            name: "samples",
+            ty: ParamType::Integer { min: 1, max: 100_000 },
+            unit: Some("passes"),
+            default: ParamDefault::Json("5"),
+            help: "passes that count, for each length",
+        },
+        ParamDesc {
+            name: "warmup",
+            ty: ParamType::Integer { min: 0, max: 100_000 },
+            unit: Some("passes"),
+            default: ParamDefault::Json("2"),
+            help: "passes before those",
+        },
+        ParamDesc {
+            name: "text",
+            ty: ParamType::TextSource,
+            unit: None,
+            default: ParamDefault::Absent,
+            help: "where the prompt comes from; random tokens unless given",
+        },
+        ParamDesc {
+            name: "seed",
+            ty: ParamType::Integer { min: 0, max: i64::MAX },
+            unit: None,
+            default: ParamDefault::Json("0"),
+            help: "seed of random tokens",
+        },
+    ],
+};
+
+const METHOD: &str = "each sample is one pass over the whole prompt from an empty cache to the last position's logits on the \
+                      host; tokenizing and sampling stay outside";
+
+impl Stage for PrefillBench {
+    fn description(&self) -> &'static StageDescription {
+        &DESCRIPTION
+    }
+
+    fn run(&self, context: &StageContext<'_>) -> Result<StageOutput, StageError> {
+        let recipe = context.recipe("model")?;
+        let info = context.engine.inspect(&recipe)?;
+        let lengths = sizes(context.params, "n_prompt");
+        let longest = lengths.iter().copied().max().unwrap_or(0);
+        if longest > info.n_ctx_max {
+            return Err(too_long(&format!("n_prompt {longest}"), longest, &info));
+        }
+        let tokens = tokens(context, &info, longest)?;
+        let plan = SamplePlan { warmup: size(context.params, "warmup"), samples: size(context.params, "samples") };
+        let mut model = context.models.acquire(&recipe, context.progress)?;
+        // After loading: what quantizing took for a moment is not what running takes.
+        let probe = context.engine.memory_probe();
+        model.reserve(longest)?;
+        context.progress.begin(Some((lengths.len() * (plan.warmup + plan.samples)) as u64), "passes");
+        let mut results: Vec<PrefillResult> = Vec::new();
+        for n_prompt in lengths {
+            let prompt = &tokens[..n_prompt];
+            let samples_s = sample(
+                plan,
+                context.progress,
+                || StageError::Cancelled,
+                || Ok::<_, StageError>(model.prefill(prompt)?.duration_s),
+            )?;
+            results.extend(prefill_result(n_prompt, samples_s));
+        }
+        let summary: Vec<String> = results.iter().map(summary).collect();
+        let mut body = Map::new();
+        body.insert("results".to_owned(), json!(results));
+        describe(&mut body, probe.finish(), &**model, &context.engine.info(), METHOD);
+        Ok(StageOutput { body, summary: summary.join(", ") })
+    }
+}
+
+fn summary(row: &PrefillResult) -> String {
+    let spread = row.tokens_per_second_stdev.map(|stdev| format!(" ± {stdev:.0}")).unwrap_or_default();
+    format!("{} {:.0}{spread} t/s (n = {})", row.label, row.tokens_per_second_mean, row.n_samples)
+}

@@ -1,0 +1,147 @@
+//! `quantize`: chooses a scheme for every linear, and tells what each costs and loses. Packed weights are made again when a
+//! consumer first needs them.
+
+use crate::artifact::QuantizedModule;
+use crate::event::Level;
+use crate::quantization::{self, QuantizationConfig};
+use crate::stage::{
+    ParamDefault, ParamDesc, ParamType, Stage, StageContext, StageDescription, StageError, StageOutput,
+};
+use crate::units::format_bytes;
+use serde_json::{Map, Value, json};
+
+/// The kind.
+pub struct Quantize;
+
+static DESCRIPTION: StageDescription = StageDescription {
+    kind: "quantize",
+    summary: "Quantizes a loaded model's linear layers by a config, and measures each weight's error and size.",
+    version: 1,
+    measures: false,
+    computes: true,
+    params: &[
+        ParamDesc {
+            name: "model",
+            ty: ParamType::StageRef(&["load"]),
+            unit: None,
+            default: ParamDefault::Required,
+            help: "the model to quantize",
+        },
+        ParamDesc {
+            name: "config",
+            ty: ParamType::QuantizationConfig,
+            unit: None,
+            default: ParamDefault::Required,
+            help: "which scheme each module gets; files are in experiments/",
+        },
+    ],
+};
+
+impl Stage for Quantize {
+    fn description(&self) -> &'static StageDescription {
+        &DESCRIPTION
+    }
+
+    fn run(&self, context: &StageContext<'_>) -> Result<StageOutput, StageError> {
+        let mut recipe = context.input("model")?.recipe()?;
+        let config = config(context)?;
+        recipe.quantization = Some(config.clone());
+        let rooted = recipe.rooted(context.root);
+        let info = context.engine.inspect(&rooted)?;
+        if info.tied_embeddings && config.scheme_for("lm_head").is_some() {
+            let text = "lm_head shares the embedding's weight and stays in the base dtype";
+            context.progress.note(Level::Warning, text);
+        }
+        for glob in config.unmatched(&info.linears) {
+            context.progress.note(Level::Warning, &format!("{glob:?} in config {} matches no module", config.name));
+        }
+        let mut modules: Vec<QuantizedModule> = Vec::new();
+        context.engine.survey(&rooted, context.progress, &mut |module| modules.push(module))?;
+        let totals = Totals::of(&modules, info.tied_embeddings, info.n_params, info.dtype.size_bytes() as u64);
+        let summary = format!(
+            "{}: {} of {} linears, {:.2} bits/weight, {} of weights (base {})",
+            config.name,
+            totals.n_quantized,
+            modules.len(),
+            totals.bits_per_weight,
+            format_bytes(totals.weights_bytes),
+            format_bytes(totals.base_bytes)
+        );
+        let mut body = Map::new();
+        body.insert("recipe".to_owned(), json!(recipe));
+        body.insert("model".to_owned(), json!(info));
+        body.insert("config".to_owned(), json!(config));
+        body.insert("weights_bytes".to_owned(), json!(totals.weights_bytes));
+        body.insert("totals".to_owned(), totals.to_json());
+        body.insert("modules".to_owned(), json!(modules));
+        Ok(StageOutput { body, summary })
+    }
+}
+
+fn config(context: &StageContext<'_>) -> Result<QuantizationConfig, StageError> {
+    let value = context.params.get("config").unwrap_or(&Value::Null);
+    let wrap = |error: quantization::QuantizationError| StageError::Other(error.to_string());
+    let Some(written) = value.as_str() else {
+        return quantization::from_value(value, "inline").map_err(wrap);
+    };
+    let path = context.root.join(written);
+    let text = std::fs::read_to_string(&path)
+        .map_err(|error| StageError::Read { path: path.clone(), reason: error.to_string() })?;
+    let name = path.file_stem().map(|stem| stem.to_string_lossy().into_owned()).unwrap_or_default();
+    quantization::parse(&text, written, &name).map_err(wrap)
+}
+
+struct Totals {
+    n_quantized: usize,
+    n_kept: usize,
+    /// Parameters of quantized modules, and the bytes they take.
+    quantized_params: u64,
+    quantized_bytes: u64,
+    bits_per_weight: f64,
+    /// All weights of the model, embeddings and norms included.
+    weights_bytes: u64,
+    base_bytes: u64,
+}
+
+impl Totals {
+    fn of(modules: &[QuantizedModule], tied: bool, n_params: u64, base_size: u64) -> Totals {
+        let quantized: Vec<&QuantizedModule> = modules.iter().filter(|module| is_quantized(module)).collect();
+        let quantized_params: u64 = quantized.iter().map(|module| module.n_params).sum();
+        let quantized_bytes: u64 = quantized.iter().map(|module| module.bytes).sum();
+        // A tied head is the embedding: its parameters are counted once.
+        let counted = modules.iter().filter(|module| !(tied && module.module == "lm_head" && !is_quantized(module)));
+        let (counted_params, counted_bytes) =
+            counted.fold((0, 0), |(n, b), module| (n + module.n_params, b + module.bytes));
+        let weights_bytes = counted_bytes + n_params.saturating_sub(counted_params) * base_size;
+        Totals {
+            n_quantized: quantized.len(),
+            n_kept: modules.len() - quantized.len(),
+            quantized_params,
+            quantized_bytes,
+            bits_per_weight: 8.0 * weights_bytes as f64 / n_params.max(1) as f64,
+            weights_bytes,
+            base_bytes: n_params * base_size,
+        }
+    }
+
+    fn to_json(&self) -> Value {
+        json!({
+            "n_quantized": self.n_quantized,
+            "n_kept": self.n_kept,
+            "quantized_params": self.quantized_params,
+            "quantized_bytes": self.quantized_bytes,
+            "quantized_bits_per_weight": if self.quantized_params > 0 {
+                Some(8.0 * self.quantized_bytes as f64 / self.quantized_params as f64)
+            } else {
+                None
+            },
+            "weights_bytes": self.weights_bytes,
+            "base_bytes": self.base_bytes,
+            "bits_per_weight": self.bits_per_weight,
+        })
+    }
+}
+
+fn is_quantized(module: &QuantizedModule) -> bool {
+    !["f32", "f16", "bf16"].contains(&module.scheme.as_str())
+}

@@ -1,0 +1,270 @@
+//! Runs from the outside: the program on real models, its records, its exit codes, its cache.
+#![cfg(feature = "cpu")]
+
+mod support;
+
+use serde_json::Value;
+use support::Lab;
+
+/// A pipeline that is quick and has every kind of stage.
+const SMALL: &str = r#"
+version: 1
+name: small
+vars:
+  model: models/stories260k
+  config: { scheme: nf4 }
+  text: { source: experiments/data/tinystories.txt, n_chars: 3000 }
+stages:
+  base:    { kind: load, model: "${model}", dtype: f16 }
+  small:   { kind: quantize, model: base, config: "${config}" }
+  prefill: { kind: prefill-bench, model: small, n_prompt: [16, 32], samples: 3, warmup: 1 }
+  decode:  { kind: decode-bench, model: small, n_gen: 4, n_depth: [0, 8], samples: 2, warmup: 0 }
+  ppl:     { kind: ppl, model: small, text: "${text}", convention: [hf-strided, hf-strided-legacy, disjoint], max_length: 64, stride: 32 }
+  acts-a:  { kind: capture-activations, model: base, text: "${text}", n_tokens: 40 }
+  acts-b:  { kind: capture-activations, model: small, text: "${text}", n_tokens: 40 }
+  diff:    { kind: diff, reference: acts-a, candidate: acts-b, scatter_points: 50 }
+  report:  { kind: report, inputs: [small, prefill, decode, ppl, diff] }
+"#;
+
+fn lab() -> Lab {
+    let lab = Lab::new();
+    lab.write("small.yaml", SMALL);
+    lab
+}
+
+fn has_fields(value: &Value, fields: &[&str]) {
+    for field in fields {
+        assert!(value.get(field).is_some(), "field {field} is missing in {value}");
+    }
+}
+
+#[test]
+fn every_record_has_the_fields_of_the_contract() {
+    let lab = lab();
+    lab.expect(0, &["run", "small.yaml"]);
+    let head = [
+        "format_version",
+        "pipeline",
+        "run_id",
+        "produced_by_run",
+        "stage",
+        "kind",
+        "key",
+        "cached",
+        "started_at",
+        "duration_s",
+        "device",
+        "params",
+    ];
+    for stage in ["base", "small", "prefill", "decode", "ppl", "acts-a", "acts-b", "diff", "report"] {
+        has_fields(&lab.record(stage), &head);
+    }
+    let ppl = lab.record("ppl");
+    assert_eq!(ppl["results"].as_array().expect("rows").len(), 3);
+    has_fields(
+        &ppl["results"][0],
+        &[
+            "convention",
+            "max_length",
+            "stride",
+            "n_tokens",
+            "n_windows",
+            "n_scored",
+            "bos",
+            "text_hash",
+            "tokenizer_hash",
+            "nll_mean",
+            "perplexity",
+            "stderr",
+        ],
+    );
+    let statistics = ["mean", "stdev", "median", "p90", "p95", "p99", "min", "max"];
+    let memory = ["weights_bytes", "pool_peak_bytes", "process_peak_bytes", "method"];
+    let prefill = lab.record("prefill");
+    has_fields(&prefill, &memory);
+    has_fields(&prefill["results"][0], &["label", "n_prompt", "samples_s", "tokens_per_second_mean"]);
+    let decode = lab.record("decode");
+    has_fields(&decode, &memory);
+    has_fields(&decode["results"][1], &["label", "n_gen", "n_depth", "samples_s", "tokens_per_second"]);
+    for statistic in statistics {
+        has_fields(&prefill["results"][0], &[&format!("ttft_s_{statistic}")]);
+        has_fields(&decode["results"][0], &[&format!("token_latency_s_{statistic}")]);
+    }
+    assert_eq!(decode["results"][1]["label"], "tg4 @ d8");
+    has_fields(
+        &lab.record("small")["modules"][0],
+        &["module", "scheme", "block_size", "bits_per_weight", "bytes", "weight_mse", "weight_sqnr_db"],
+    );
+    let diff = lab.record("diff");
+    assert_eq!(diff["mode"], "cumulative");
+    has_fields(
+        &diff["modules"][0],
+        &[
+            "module",
+            "layer_idx",
+            "op",
+            "n_tokens",
+            "mse",
+            "cosine",
+            "cosine_p01",
+            "sqnr_db",
+            "rel_frobenius",
+            "max_abs_diff",
+            "ref_mean_abs",
+            "ref_max_abs",
+        ],
+    );
+    assert!(lab.path("results/latest/report/report.md").is_file());
+    assert!(lab.path("results/latest/report/lbl_analysis.md").is_file());
+}
+
+#[test]
+fn a_second_run_computes_nothing_and_rerun_from_a_stage_only_what_follows_it() {
+    let lab = lab();
+    lab.expect(0, &["run", "small.yaml"]);
+    lab.expect(0, &["run", "small.yaml"]);
+    assert!(lab.outcomes().iter().all(|(_, outcome)| outcome == "cached"), "{:?}", lab.outcomes());
+    assert_eq!(lab.record("ppl")["cached"], true);
+    lab.expect(0, &["rerun", "--from", "diff"]);
+    let done: Vec<String> =
+        lab.outcomes().into_iter().filter(|(_, outcome)| outcome == "done").map(|(stage, _)| stage).collect();
+    assert_eq!(done, ["diff", "report"]);
+}
+
+#[test]
+fn a_changed_variable_is_named_by_plan_and_remeasuring_reaches_the_report() {
+    let lab = lab();
+    lab.expect(0, &["run", "small.yaml"]);
+    let (plan, _) = lab.expect(0, &["plan", "small.yaml", "--set", "config={scheme: int8}"]);
+    assert!(plan.contains("params.config"), "{plan}");
+    lab.expect(0, &["run", "small.yaml", "--remeasure=prefill"]);
+    let done: Vec<String> =
+        lab.outcomes().into_iter().filter(|(_, outcome)| outcome == "done").map(|(stage, _)| stage).collect();
+    assert_eq!(done, ["prefill", "report"]);
+    let (_, error) = lab.expect(2, &["rerun", "--from", "nope"]);
+    assert!(error.contains("nope"), "{error}");
+}
+
+#[test]
+fn rerun_stops_where_an_ancestor_is_gone_and_rebuilds_it_when_told() {
+    let lab = lab();
+    lab.expect(0, &["run", "small.yaml"]);
+    let key = lab.record("acts-b")["key"].as_str().expect("a key").to_owned();
+    std::fs::remove_dir_all(lab.path("cache").join(key)).expect("the artifact");
+    let (_, error) = lab.expect(2, &["rerun", "--from", "diff"]);
+    assert!(error.contains("acts-b") && error.contains("--rebuild-upstream"), "{error}");
+    lab.expect(0, &["rerun", "--from", "diff", "--rebuild-upstream"]);
+}
+
+#[test]
+fn a_stage_that_fails_leaves_the_others_running_and_the_cache_whole() {
+    let lab = lab();
+    lab.write("bad.yaml", &SMALL.replace("n_prompt: [16, 32]", "n_prompt: [16, 3000]"));
+    let (_, error) = lab.expect(3, &["run", "bad.yaml"]);
+    assert!(error.contains("prefill failed to") && error.contains("512"), "{error}");
+    let outcomes = lab.outcomes();
+    let of = |name: &str| outcomes.iter().find(|(stage, _)| stage == name).expect("the stage").1.clone();
+    assert_eq!((of("prefill").as_str(), of("ppl").as_str(), of("diff").as_str()), ("failed", "done", "done"));
+    // The report gathers: it goes on without the one that failed, and says so.
+    assert_eq!(of("report"), "done");
+    let report = std::fs::read_to_string(lab.path("results/latest/report/report.md")).expect("a report");
+    assert!(report.contains("prefill"), "the report names what is missing");
+    lab.expect(0, &["cache", "verify"]);
+    lab.expect(0, &["run", "small.yaml"]);
+}
+
+#[test]
+fn pipeline_errors_end_with_code_2_before_any_stage_starts() {
+    let lab = lab();
+    for (from, to, expected) in [
+        ("kind: diff", "kind: dif", "did you mean \"diff\"?"),
+        ("scatter_points: 50", "scater_points: 50", "did you mean \"scatter_points\"?"),
+        ("model: small, n_gen", "model: smal, n_gen", "did you mean \"small\"?"),
+        ("samples: 3", "samples: three", "expected a whole number"),
+        ("  base:  ", "  ba/se:  ", "expected a letter or digit"),
+        ("model: \"${model}\"", "model: \"${modle}\"", "did you mean \"model\"?"),
+        ("models/stories260k", "models/nowhere", "no such model folder"),
+        (
+            "kind: load, model: \"${model}\"",
+            "kind: quantize, model: small, config: {scheme: nf4}",
+            "base -> small -> base",
+        ),
+    ] {
+        assert!(SMALL.contains(from), "{from}");
+        lab.write("bad.yaml", &SMALL.replace(from, to));
+        let (_, error) = lab.expect(2, &["run", "bad.yaml"]);
+        assert!(error.contains(expected), "{from} -> {to}:\n{error}");
+    }
+    assert!(!lab.path("results").exists(), "nothing has run");
+    let two = SMALL.replace("samples: 3", "samples: three").replace("n_gen: 4", "n_gen: 0");
+    lab.write("bad.yaml", &two);
+    let (_, error) = lab.expect(2, &["validate", "bad.yaml"]);
+    assert!(error.contains("2 errors") && error.contains("bad.yaml:"), "{error}");
+    assert_eq!(lab.run(&["run", "nowhere.yaml"]).status.code(), Some(2));
+    assert_eq!(lab.run(&["frobnicate"]).status.code(), Some(2));
+    assert_eq!(lab.run(&["run", "small.yaml", "--device", "cuda"]).status.code(), Some(4));
+}
+
+#[test]
+fn saved_metrics_have_a_row_per_model_measured() {
+    let lab = lab();
+    let output = lab.command(&["run", "small.yaml"]).env("SAVE_EVAL_RESULTS", "1").output().expect("labpipe starts");
+    assert!(output.status.success());
+    let csv = std::fs::read_to_string(lab.path("results/metrics.csv")).expect("metrics.csv");
+    let lines: Vec<&str> = csv.lines().collect();
+    assert_eq!(lines.len(), 2, "{csv}");
+    assert!(lines[0].starts_with("ts,model,quant_method,load_8bit,load_4bit,quant_type,prompt_length"));
+    assert!(lines[1].contains(",small,") && lines[1].contains("nf4"));
+}
+
+const SWEEP: &str = r#"
+version: 1
+name: sweep
+matrix:
+  config: [experiments/nf4.yaml, experiments/int8.yaml, missing.yaml]
+stages:
+  base:   { kind: load, model: models/stories260k, dtype: f16 }
+  small:  { kind: quantize, model: base, config: "${config}" }
+  ppl:    { kind: ppl, model: small, text: { source: experiments/data/tinystories.txt, n_chars: 2000 }, max_length: 64, stride: 64 }
+  report: { kind: report, inputs: [small, ppl] }
+"#;
+
+#[test]
+fn matrix_cells_share_what_does_not_depend_on_them_and_one_report_gathers_all() {
+    let lab = lab();
+    // The third config is a directory's worth of nonsense: it is there when planned, and fails when quantized.
+    lab.write("missing.yaml", "scheme: nf9\n");
+    lab.write("sweep.yaml", SWEEP);
+    let (_, error) = lab.expect(3, &["run", "sweep.yaml"]);
+    assert!(error.contains("small[config=missing] failed to"), "{error}");
+    let outcomes = lab.outcomes();
+    let n = |name: &str| outcomes.iter().filter(|(stage, _)| stage.split('[').next() == Some(name)).count();
+    assert_eq!((n("base"), n("small"), n("ppl"), n("report")), (1, 3, 3, 1));
+    assert!(outcomes.contains(&("ppl[config=int8]".to_owned(), "done".to_owned())), "{outcomes:?}");
+    assert!(outcomes.contains(&("ppl[config=missing]".to_owned(), "skipped".to_owned())), "{outcomes:?}");
+    assert!(lab.path("results/latest/config=int8/ppl/record.json").is_file());
+    let report = std::fs::read_to_string(lab.path("results/latest/report/report.md")).expect("a report");
+    assert!(report.contains("config=int8") && report.contains("config=missing"), "{report}");
+    let (json, _) = lab.expect(0, &["matrix", "sweep.yaml", "--format", "github"]);
+    let matrix: Value = serde_json::from_str(&json).expect("JSON");
+    assert_eq!(json.trim().lines().count(), 1);
+    let narrow = matrix["include"][1]["narrow"].as_str().expect("arguments").to_owned();
+    let mut args = vec!["run", "sweep.yaml"];
+    args.extend(narrow.split(' '));
+    lab.expect(0, &args);
+    assert_eq!(lab.outcomes().iter().filter(|(_, outcome)| outcome == "cached").count(), 3);
+}
+
+#[test]
+fn information_commands_work_without_any_run() {
+    let lab = lab();
+    assert!(lab.expect(0, &["stages"]).0.contains("capture-activations"));
+    let schema: Value = serde_json::from_str(&lab.expect(0, &["schema"]).0).expect("JSON");
+    assert_eq!(schema["properties"]["version"]["const"], 1);
+    assert!(lab.expect(0, &["graph", "small.yaml"]).0.starts_with("digraph"));
+    assert!(lab.expect(0, &["graph", "small.yaml", "--format", "mermaid"]).0.contains("-->|model|"));
+    assert!(lab.expect(0, &["doctor"]).0.contains("engine:"));
+    assert!(lab.expect(0, &["completions", "bash"]).0.contains("_labpipe"));
+    assert!(lab.expect(2, &["show", "ppl"]).1.contains("run a pipeline first"));
+    assert!(lab.expect(0, &["cache", "ls"]).0.contains("0 artifacts"));
+}
