@@ -38,8 +38,15 @@ impl ActivationDiff {
     /// Both `[n, width]`, row-major.
     ///
     /// # Errors
-    /// `NotFinite`.
+    /// `Rows` where the two differ in length or do not hold whole rows, `NotFinite`.
     pub fn push_rows(&mut self, reference: &[f32], candidate: &[f32]) -> Result<(), MetricsError> {
+        if reference.len() != candidate.len() || !reference.len().is_multiple_of(self.width) {
+            return Err(MetricsError::Rows {
+                width: self.width,
+                reference: reference.len(),
+                candidate: candidate.len(),
+            });
+        }
         for (what, values) in [("the reference", reference), ("the candidate", candidate)] {
             if let Some(index) = values.iter().position(|value| !value.is_finite()) {
                 return Err(MetricsError::NotFinite { what, index, value: values[index] });
@@ -117,6 +124,8 @@ mod tests {
         let mut diff = ActivationDiff::new(1);
         diff.push_rows(&[0.0, 3.0], &[0.0, 3.0]).expect("rows");
         assert!(diff.push_rows(&[f32::NAN], &[0.0]).is_err());
+        assert!(diff.push_rows(&[1.0, 2.0], &[1.0]).is_err());
+        assert!(ActivationDiff::new(2).push_rows(&[1.0; 3], &[1.0; 3]).is_err());
         let row = diff.finish("m", None, "norm");
         assert_eq!((row.mse, row.cosine, row.sqnr_db), (0.0, 1.0, None));
     }

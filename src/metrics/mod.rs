@@ -16,6 +16,8 @@ pub enum MetricsError {
     TooShort { n_tokens: usize },
     #[error("use stride {stride}: expected 1 to max_length ({max_length})")]
     Stride { stride: usize, max_length: usize },
+    #[error("compare rows of {width}: the reference has {reference} value(s), the candidate {candidate}")]
+    Rows { width: usize, reference: usize, candidate: usize },
     #[error("compare values of {what}: {value} at index {index}")]
     NotFinite { what: &'static str, index: usize, value: f32 },
 }

@@ -47,7 +47,8 @@ pub struct Window {
     pub n_new: usize,
 }
 
-/// Returns the windows over a text of `n_tokens`.
+/// Returns the windows over a text of `n_tokens`. A last window of one new token that is its first, and therefore never a
+/// target, is left out: it has nothing to score.
 ///
 /// # Errors
 /// `TooShort`, `Stride`.
@@ -62,7 +63,10 @@ pub fn windows(n_tokens: usize, max_length: usize, stride: usize) -> Result<Vec<
     let mut previous_end = 0;
     for begin in (0..n_tokens).step_by(stride) {
         let end = (begin + max_length).min(n_tokens);
-        windows.push(Window { begin, end, first_target: (previous_end - begin).max(1), n_new: end - previous_end });
+        let first_target = (previous_end - begin).max(1);
+        if begin + first_target < end {
+            windows.push(Window { begin, end, first_target, n_new: end - previous_end });
+        }
         previous_end = end;
         if end == n_tokens {
             break;
@@ -135,10 +139,43 @@ mod tests {
             let windows = windows(n, max_length, stride).expect("windows");
             let scored: usize = windows.iter().map(|w| w.end - w.begin - w.first_target).sum();
             let lost = windows.iter().filter(|w| w.first_target == 1 && w.n_new == w.end - w.begin).count();
-            assert_eq!(scored, n - lost, "{n} {max_length} {stride}");
-            assert_eq!(windows.iter().map(|w| w.n_new).sum::<usize>(), n);
+            let end = windows.last().expect("a window").end;
+            assert_eq!(scored, end - lost, "{n} {max_length} {stride}");
+            assert_eq!(windows.iter().map(|w| w.n_new).sum::<usize>(), end);
+            assert!(end == n || (n, max_length, stride) == (513, 512, 512));
         }
         assert_eq!(windows(9613, 512, 256).expect("windows").len(), 37);
+    }
+
+    #[test]
+    fn target_counts_equal_the_reference() {
+        let text = include_str!("../../tests/fixtures/stories260k.json");
+        let reference: serde_json::Value = serde_json::from_str(text).expect("JSON");
+        let mut n_checked = 0;
+        for name in ["tinystories_first_20000_chars", "wiki_first_20000_chars"] {
+            for row in reference["stories260K"][name]["strided"].as_array().expect("rows") {
+                let count = |field: &str| row[field].as_u64().expect("a count") as usize;
+                let windows = windows(count("n_tokens"), count("max_length"), count("stride")).expect("windows");
+                let n_scored: usize = windows.iter().map(|w| w.end - w.begin - w.first_target).sum();
+                assert_eq!(n_scored, count("n_scored"));
+                n_checked += 1;
+            }
+        }
+        assert_eq!(n_checked, 6);
+    }
+
+    #[test]
+    fn every_window_has_something_to_score() {
+        for n_tokens in 2..60 {
+            for max_length in 2..12 {
+                for stride in 1..=max_length {
+                    let windows = windows(n_tokens, max_length, stride).expect("windows");
+                    let has_targets = |w: &Window| w.first_target >= 1 && w.begin + w.first_target < w.end;
+                    assert!(!windows.is_empty() && windows.iter().all(has_targets));
+                    assert!(windows.iter().all(|w| w.end - w.begin <= max_length));
+                }
+            }
+        }
     }
 
     #[test]

@@ -47,6 +47,17 @@ mod tests {
     }
 
     #[test]
+    fn statistics_equal_numpys() {
+        // numpy 2.4: percentile(samples, [90]), std(samples, ddof=1).
+        let found = statistics(&[3.0, 1.0, 4.0, 1.0, 5.0, 9.0, 2.0, 6.0]).expect("statistics");
+        assert_eq!((found.mean, found.median, found.min, found.max), (3.875, 3.5, 1.0, 9.0));
+        assert!((found.p90 - 6.9).abs() < 1e-12);
+        assert!((found.stdev.expect("a spread") - 2.748376143938713).abs() < 1e-12);
+        let many: Vec<f64> = (0..100).map(f64::from).collect();
+        assert!((statistics(&many).expect("statistics").p99.expect("enough samples") - 98.01).abs() < 1e-12);
+    }
+
+    #[test]
     fn tail_percentiles_need_enough_samples_and_the_spread_more_than_one() {
         let few = statistics(&[3.0, 1.0, 2.0]).expect("statistics");
         assert_eq!((few.mean, few.stdev, few.p95, few.p99), (2.0, Some(1.0), None, None));

@@ -97,7 +97,8 @@ fn process_peak(evidence: &Evidence<'_>, model: &Model) -> String {
 
 fn notes(evidence: &Evidence<'_>, columns: &Columns<'_>) -> Vec<String> {
     let mut notes = vec![
-        "Weights: bytes of parameters as stored, tied weights once (1 MiB = 2\u{b2}\u{2070} bytes). Bits per weight: 8 \u{b7} bytes / parameters, over all \
+        "Weights: bytes of parameters as stored, tied weights once (1 MiB = 2²⁰ bytes). Bits per weight: 8 · bytes / \
+         parameters, over all \
          parameters; in brackets over the linears that `quantize` went through."
             .to_owned(),
     ];
@@ -116,19 +117,22 @@ fn notes(evidence: &Evidence<'_>, columns: &Columns<'_>) -> Vec<String> {
     }
     if !columns.prefill.is_empty() {
         notes.push(
-            "Prefill: mean \u{b1} standard deviation of n_prompt / time to the first token's logits over n passes; `pp128` is a prompt of 128 tokens."
+            "Prefill: mean ± standard deviation of n_prompt / time to the first token's logits over n passes; \
+             `pp128` is a prompt of 128 tokens."
                 .to_owned(),
         );
     }
     if !columns.decode.is_empty() {
         notes.push(
-            "Decode: mean \u{b1} standard deviation of n_gen / sum of token latencies over n sequences; `tg64 @ d256` is 64 tokens after 256 of context."
+            "Decode: mean ± standard deviation of n_gen / sum of token latencies over n sequences; `tg64 @ d256` is \
+             64 tokens after 256 of context."
                 .to_owned(),
         );
     }
     if !columns.perplexity.is_empty() {
         notes.push(
-            "Perplexity: value \u{b1} standard error over n_scored tokens, lower is better; `hf-strided 512/256` is windows of 512 tokens that begin \
+            "Perplexity: value ± standard error over n_scored tokens, lower is better; `hf-strided 512/256` is \
+             windows of 512 tokens that begin \
              every 256."
                 .to_owned(),
         );

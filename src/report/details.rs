@@ -41,7 +41,7 @@ fn seconds_with_spread(mean: f64, stdev: Option<f64>) -> String {
     let (factor, unit) = match mean {
         mean if mean >= 1.0 => (1.0, "s"),
         mean if mean >= 1e-3 => (1e3, "ms"),
-        _ => (1e6, "\u{b5}s"),
+        _ => (1e6, "µs"),
     };
     format!("{} {unit}", with_spread(mean * factor, stdev.map(|stdev| stdev * factor)))
 }
@@ -52,14 +52,14 @@ fn prefill(evidence: &Evidence<'_>) -> Option<Section> {
         "model",
         "label",
         "n",
-        "TTFT mean \u{b1} stdev",
+        "TTFT mean ± stdev",
         "median",
         "p90",
         "p95",
         "p99",
         "min",
         "max",
-        "tokens/s mean \u{b1} stdev",
+        "tokens/s mean ± stdev",
     ]);
     for row in &evidence.prefills {
         let one = &row.result;
@@ -78,7 +78,8 @@ fn prefill(evidence: &Evidence<'_>) -> Option<Section> {
             with_spread(one.tokens_per_second_mean, one.tokens_per_second_stdev),
         ]);
     }
-    let intro = "Time to the first token's logits (TTFT): one pass over the whole prompt on a synchronized device, after warm-up, tokenizing and sampling \
+    let intro = "Time to the first token's logits (TTFT): one pass over the whole prompt on a synchronized device, \
+        after warm-up, tokenizing and sampling \
                  outside of the clock; n passes.";
     section("Prefill", intro, &table, &[])
 }
@@ -89,7 +90,7 @@ fn decode(evidence: &Evidence<'_>) -> Option<Section> {
         "model",
         "label",
         "n tokens",
-        "latency mean \u{b1} stdev",
+        "latency mean ± stdev",
         "median",
         "p90",
         "p95",
@@ -97,7 +98,7 @@ fn decode(evidence: &Evidence<'_>) -> Option<Section> {
         "min",
         "max",
         "n sequences",
-        "tokens/s mean \u{b1} stdev",
+        "tokens/s mean ± stdev",
     ]);
     for row in &evidence.decodes {
         let one = &row.result;
@@ -117,7 +118,8 @@ fn decode(evidence: &Evidence<'_>) -> Option<Section> {
             with_spread(one.tokens_per_second, one.tokens_per_second_stdev),
         ]);
     }
-    let intro = "Latency of single tokens, generated one by one from a key-value cache, each timed on a synchronized device after warm-up; tokens/s is \
+    let intro = "Latency of single tokens, generated one by one from a key-value cache, each timed on a synchronized \
+        device after warm-up; tokens/s is \
                  n_gen / sum of latencies, averaged over sequences.";
     section("Decode", intro, &table, &[])
 }
@@ -132,7 +134,7 @@ fn perplexity(evidence: &Evidence<'_>) -> Option<Section> {
         "n_windows",
         "n_scored",
         "mean NLL (nats/token)",
-        "perplexity \u{b1} stderr",
+        "perplexity ± stderr",
         "BOS",
         "text",
         "tokenizer",
@@ -158,7 +160,8 @@ fn perplexity(evidence: &Evidence<'_>) -> Option<Section> {
             notes.push(format!("{} ({}): {note}.", code(&row.stage), one.convention));
         }
     }
-    let intro = "Perplexity is e to the power of the mean negative log-likelihood (NLL) of the scored tokens. Text and tokenizer are named by the first digits of their \
+    let intro = "Perplexity is e to the power of the mean negative log-likelihood (NLL) of the scored tokens. Text \
+        and tokenizer are named by the first digits of their \
                  blake3 hashes: only rows that share both, the convention and the window are comparable.";
     section("Perplexity", intro, &table, &notes)
 }
@@ -186,7 +189,8 @@ fn memory(evidence: &Evidence<'_>) -> Option<Section> {
             one.process_peak_bytes.map_or_else(|| "n/a".to_owned(), |_| one.process_peak_method.clone()),
         ]);
     }
-    let intro = "Each figure is one reading (n = 1). Weights: bytes of parameters as stored. Pool peak: what the device's allocator had reserved at the stage's end. Process \
+    let intro = "Each figure is one reading (n = 1). Weights: bytes of parameters as stored. Pool peak: what the \
+        device's allocator had reserved at the stage's end. Process \
                  peak: as the last column says.";
     section("Memory", intro, &table, &[])
 }
@@ -221,7 +225,8 @@ fn quantization(evidence: &Evidence<'_>) -> Option<Section> {
             ]);
         }
     }
-    let intro = "What each scheme stores, statistics included, and the weight that it changed most: SQNR is 10\u{b7}log10(\u{3a3}w\u{b2}/\u{3a3}(w \u{2212} \u{175})\u{b2}) over all values of a \
+    let intro = "What each scheme stores, statistics included, and the weight that it changed most: SQNR is \
+        10·log10(Σw²/Σ(w − ŵ)²) over all values of a \
                  weight.";
     section("Quantization", intro, &table, &[])
 }

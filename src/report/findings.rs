@@ -28,8 +28,10 @@ pub fn paragraph(evidence: &Evidence<'_>) -> String {
         sentences.push(format!("The outputs of {} models were compared layer by layer.", evidence.diffs.len()));
     }
     let n_missing = evidence.request.missing.len();
-    if n_missing > 0 {
-        sentences.push(format!("{n_missing} input(s) did not succeed and are missing here."));
+    match n_missing {
+        0 => {}
+        1 => sentences.push("One input did not succeed and is missing (see [Inputs](#inputs)).".to_owned()),
+        n => sentences.push(format!("{n} inputs did not succeed and are missing (see [Inputs](#inputs)).")),
     }
     sentences.join(" ")
 }
@@ -159,7 +161,15 @@ fn common<'e>(
 fn damage(diff: &Diff<'_>) -> Option<String> {
     let ranked = most_damaged(&diff.rows);
     let worst = ranked.first()?;
-    let sqnr = worst.sqnr_db.map_or_else(|| "no error".to_owned(), |db| format!("SQNR {db:.1} dB"));
+    if worst.mse == 0.0 {
+        return Some(format!(
+            "Layer by layer, the linears of {} put out exactly what those of {} do ({} tokens).",
+            code(&diff.candidate),
+            code(&diff.reference),
+            thousands(worst.n_tokens)
+        ));
+    }
+    let sqnr = worst.sqnr_db.map_or_else(|| "SQNR n/a".to_owned(), |db| format!("SQNR {db:.1} dB"));
     Some(format!(
         "Layer by layer, {} strays furthest from {} in {} ({sqnr}, cosine {:.4}, {} tokens); {} modules were compared.",
         code(&diff.candidate),

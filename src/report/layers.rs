@@ -7,7 +7,7 @@ use super::markdown::{Table, code};
 use super::numbers::{significant, thousands};
 use super::paths::Names;
 use super::plot::{self, Canvas, PlotError};
-use super::request::{ReportError, ReportFile};
+use super::request::{ReportError, ReportFile, ScatterPoints};
 use crate::artifact::ModuleDiff;
 use rayon::prelude::*;
 use std::collections::BTreeMap;
@@ -42,7 +42,7 @@ pub fn layer_analyses(evidence: &Evidence<'_>) -> Result<Vec<LayerFiles>, Report
 
 fn layer_analysis(evidence: &Evidence<'_>, diff: &Diff<'_>, folder: &str) -> Result<LayerFiles, ReportError> {
     let subtitle = format!(
-        "{} against {} \u{b7} {} diff over {} tokens",
+        "{} against {} · {} diff over {} tokens",
         diff.candidate,
         diff.reference,
         diff.mode,
@@ -76,7 +76,7 @@ fn scatter_files(
     diff: &Diff<'_>,
     folder: &str,
 ) -> Result<Vec<(String, ReportFile)>, ReportError> {
-    let mut points: BTreeMap<String, Vec<(f32, f32)>> = BTreeMap::new();
+    let mut points: BTreeMap<String, ScatterPoints> = BTreeMap::new();
     evidence
         .request
         .scatter
@@ -85,7 +85,7 @@ fn scatter_files(
         })
         .map_err(|error| ReportError::Scatter { stage: diff.stage.address.clone(), reason: error.to_string() })?;
     let mut names = Names::reserved(&["summary", "ppl_vs_bytes"]);
-    let mut jobs: Vec<(&ModuleDiff, Vec<(f32, f32)>, PathBuf)> = Vec::new();
+    let mut jobs: Vec<(&ModuleDiff, ScatterPoints, PathBuf)> = Vec::new();
     for row in &diff.rows {
         if let Some(pairs) = points.remove(&row.module).filter(|pairs| !pairs.is_empty()) {
             jobs.push((row, pairs, PathBuf::from(format!("{folder}images/{}.png", names.give(&row.module)))));
@@ -108,11 +108,18 @@ fn document_text(diff: &Diff<'_>, links: &BTreeMap<&str, String>) -> String {
     let mut text = format!("# Layer analysis: {} against {}\n\n", code(&diff.candidate), code(&diff.reference));
     text.push_str(&introduction(diff));
     text.push_str(
-        "\n[Summary](#summary) \u{b7} [Most damaged modules](#most-damaged-modules) \u{b7} [By operation](#by-operation) \u{b7} [By layer](#by-layer) \u{b7} \
-         [All modules](#all-modules) \u{b7} [How to read this](#how-to-read-this)\n",
+        "\n[Summary](#summary) · [Most damaged modules](#most-damaged-modules) · [By operation](#by-operation) · \
+         [By layer](#by-layer) · \
+         [All modules](#all-modules) · [How to read this](#how-to-read-this)\n",
     );
-    text.push_str("\n## Summary\n\n![Negative MSE and cosine similarity of every module in execution order](images/summary.png)\n\n");
-    text.push_str("The same as [SVG](images/summary.svg). Left axis: negative mean squared error, a decade a step; right axis: cosine similarity. Higher is closer to the reference.\n");
+    text.push_str(
+        "\n## Summary\n\n![Negative MSE and cosine similarity of every module in execution \
+        order](images/summary.png)\n\n",
+    );
+    text.push_str(
+        "The same as [SVG](images/summary.svg). Left axis: negative mean squared error, a decade a step; \
+        right axis: cosine similarity. Higher is closer to the reference.\n",
+    );
     text.push_str(&damaged(diff, links));
     text.push_str("\n## By operation\n\nIn execution order. Medians are over modules.\n\n");
     text.push_str(&groups(&by_op(&diff.rows), "operation"));
@@ -153,7 +160,8 @@ fn introduction(diff: &Diff<'_>) -> String {
         .unwrap_or_default();
     let n_linears = diff.rows.iter().filter(|row| is_linear(&row.op)).count();
     format!(
-        "The same {} tokens{text_source} went through both models, and the outputs of {} modules ({} of them linears) were compared value by value. {mode} (`{}`). Computed \
+        "The same {} tokens{text_source} went through both models, and the outputs of {} modules ({} of them \
+         linears) were compared value by value. {mode} (`{}`). Computed \
          by stage {} in run `{}`.\n",
         token_range(&diff.rows),
         thousands(diff.rows.len()),
@@ -190,7 +198,7 @@ fn damaged(diff: &Diff<'_>, links: &BTreeMap<&str, String>) -> String {
             (idx + 1).to_string(),
             code(&row.module),
             row.op.clone(),
-            sqnr(row.sqnr_db),
+            sqnr(row.sqnr_db, row.mse),
             format!("{:.5}", row.cosine),
             format!("{:.5}", row.cosine_p01),
             relative_error(row),
@@ -214,35 +222,32 @@ fn groups(groups: &[Group<'_>], name: &str) -> String {
         table.row([
             group.name.clone(),
             thousands(group.n_modules),
-            sqnr(group.sqnr_db_median),
+            sqnr(group.sqnr_db_median, group.mse_max),
             format!("{:.5}", group.cosine_mean),
             significant(group.mse_max),
             code(&group.worst.module),
-            sqnr(group.worst.sqnr_db),
+            sqnr(group.worst.sqnr_db, group.worst.mse),
         ]);
     }
     table.render()
 }
 
 fn all_modules(diff: &Diff<'_>, links: &BTreeMap<&str, String>) -> String {
-    let mut table = Table::new(
-        [
-            "module",
-            "layer",
-            "operation",
-            "n tokens",
-            "MSE",
-            "cosine",
-            "cosine p01",
-            "SQNR",
-            "rel. error",
-            "max \\|\u{394}\\|",
-            "ref mean \\|x\\|",
-            "ref max \\|x\\|",
-            "scatter",
-        ]
-        .map(|name| name.replace("\\|", "|")),
-    );
+    let mut table = Table::new([
+        "module",
+        "layer",
+        "operation",
+        "n tokens",
+        "MSE",
+        "cosine",
+        "cosine p01",
+        "SQNR",
+        "rel. error",
+        "max |Δ|",
+        "ref mean |x|",
+        "ref max |x|",
+        "scatter",
+    ]);
     for row in &diff.rows {
         table.row([
             code(&row.module),
@@ -252,7 +257,7 @@ fn all_modules(diff: &Diff<'_>, links: &BTreeMap<&str, String>) -> String {
             significant(row.mse),
             format!("{:.6}", row.cosine),
             format!("{:.6}", row.cosine_p01),
-            sqnr(row.sqnr_db),
+            sqnr(row.sqnr_db, row.mse),
             relative_error(row),
             significant(row.max_abs_diff),
             significant(row.ref_mean_abs),
@@ -263,8 +268,13 @@ fn all_modules(diff: &Diff<'_>, links: &BTreeMap<&str, String>) -> String {
     table.render()
 }
 
-fn sqnr(db: Option<f64>) -> String {
-    db.map_or_else(|| "n/a".to_owned(), |db| format!("{db:.2} dB"))
+/// Formats an SQNR, given the MSE it belongs to: where that is 0 there is no noise to set it against.
+pub fn sqnr(db: Option<f64>, mse: f64) -> String {
+    match db {
+        Some(db) => format!("{db:.2} dB"),
+        None if mse == 0.0 => "exact".to_owned(),
+        None => "n/a".to_owned(),
+    }
 }
 
 fn relative_error(row: &ModuleDiff) -> String {
@@ -278,12 +288,15 @@ fn link(links: &BTreeMap<&str, String>, row: &ModuleDiff) -> String {
 fn legend(mode: &str) -> String {
     format!(
         "\n## How to read this\n\n\
-         Everything is computed in f64 over the module's output, {mode} mode, n tokens as each row says; values are in the units of the activations.\n\n\
+         Everything is computed in f64 over the module's output, {mode} mode, n tokens as each row says; values are \
+         in the units of the activations.\n\n\
          - **MSE**: mean squared difference. Modules differ in scale, so compare it within one operation only.\n\
-         - **cosine**: cosine similarity of the two outputs of a token, averaged over tokens; **p01** is its 1st percentile. A pair of zero rows counts as 1, a zero row \
+         - **cosine**: cosine similarity of the two outputs of a token, averaged over tokens; **p01** is its 1st \
+         percentile. A pair of zero rows counts as 1, a zero row \
          against another as 0.\n\
-         - **SQNR**: 10\u{b7}log10(\u{3a3}r\u{b2}/\u{3a3}(r \u{2212} c)\u{b2}) in dB; n/a where there is no difference (or no signal).\n\
-         - **rel. error**: \u{2016}r \u{2212} c\u{2016}/\u{2016}r\u{2016} over all values (Frobenius norm).\n\
-         - **max |\u{394}|**: the largest single difference; **ref mean |x|**, **ref max |x|**: the reference's own size.\n"
+         - **SQNR**: 10·log10(Σr²/Σ(r − c)²) in dB; exact where there is no difference, n/a where the reference is \
+         all zeros.\n\
+         - **rel. error**: ‖r − c‖/‖r‖ over all values (Frobenius norm).\n\
+         - **max |Δ|**: the largest single difference; **ref mean |x|**, **ref max |x|**: the reference's own size.\n"
     )
 }

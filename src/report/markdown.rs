@@ -8,7 +8,7 @@ pub struct Table {
 }
 
 impl Table {
-    /// Starts a table; the first column is aligned left, the others right where `is_number` of their header says so.
+    /// Starts a table with its column names.
     pub fn new<S: Into<String>>(header: impl IntoIterator<Item = S>) -> Table {
         Table { header: header.into_iter().map(Into::into).collect(), rows: Vec::new() }
     }
@@ -21,7 +21,8 @@ impl Table {
         self.rows.is_empty()
     }
 
-    /// Returns the table, cells escaped, with a line break at its end. Columns whose cells all begin with a digit or a sign
+    /// Returns the table, cells escaped, with a line break at its end. Columns whose cells all begin with a digit or a
+    /// sign
     /// are aligned right.
     pub fn render(&self) -> String {
         let rule: Vec<&str> =
@@ -38,7 +39,7 @@ impl Table {
         let mut cells =
             self.rows.iter().filter_map(|row| row.get(column_idx)).filter(|cell| !is_filler(cell)).peekable();
         cells.peek().is_some()
-            && cells.all(|cell| cell.starts_with(|c: char| c.is_ascii_digit() || matches!(c, '-' | '\u{2212}' | '+')))
+            && cells.all(|cell| cell.starts_with(|c: char| c.is_ascii_digit() || matches!(c, '-' | '−' | '+')))
     }
 }
 

@@ -4,7 +4,7 @@ use super::comparison::comparison;
 use super::details::sections;
 use super::findings::paragraph;
 use super::layer_findings::most_damaged;
-use super::layers::{LayerFiles, layer_analyses, plot_files};
+use super::layers::{LayerFiles, layer_analyses, plot_files, sqnr};
 use super::markdown::{Table, code, listed, plain};
 use super::numbers::thousands;
 use super::plot::{FrontierPoint, frontier};
@@ -38,7 +38,7 @@ fn document(evidence: &Evidence<'_>, layers: &[LayerFiles], has_frontier: bool) 
     let mut text =
         format!("# {}\n\n{}\n\n{}\n", plain(evidence.request.title), paragraph(evidence), environment(evidence));
     let links: Vec<String> = headings.iter().map(|heading| format!("[{heading}](#{})", anchor(heading))).collect();
-    text.push_str(&format!("\n{}\n", links.join(" \u{b7} ")));
+    text.push_str(&format!("\n{}\n", links.join(" · ")));
     text.push_str(&models(evidence, has_frontier));
     if !layers.is_empty() {
         text.push_str(&layer_section(evidence, layers));
@@ -88,7 +88,7 @@ fn environment(evidence: &Evidence<'_>) -> String {
     if !runs.is_empty() {
         parts.push(format!("results: {}", runs.join("; ")));
     }
-    format!("{}.", parts.join(" \u{b7} "))
+    format!("{}.", parts.join(" · "))
 }
 
 fn models(evidence: &Evidence<'_>, has_frontier: bool) -> String {
@@ -118,7 +118,7 @@ fn frontier_plot(evidence: &Evidence<'_>) -> Result<Option<Vec<ReportFile>>, Rep
             let measure = evidence.measures_of(&model.address, "perplexity", label).next()?;
             let bytes = evidence.weights_bytes(&model.address)?;
             Some(FrontierPoint {
-                label: model.name().to_owned(),
+                label: model.name(),
                 weights_mib: bytes as f64 / (1024.0 * 1024.0),
                 perplexity: measure.value,
                 stderr: measure.spread,
@@ -144,12 +144,14 @@ fn frontier_plot(evidence: &Evidence<'_>) -> Result<Option<Vec<ReportFile>>, Rep
         .map(|one| one.n)
         .collect();
     let n_scored: Vec<String> = n_scored.into_iter().map(thousands).collect();
-    let subtitle = format!("{} models \u{b7} {label} \u{b7} {} tokens scored", points.len(), n_scored.join(" or "));
+    let subtitle = format!("{} models · {label} · {} tokens scored", points.len(), n_scored.join(" or "));
     plot_files(&frontier(&points, &subtitle), FRONTIER).map(Some)
 }
 
 fn layer_section(evidence: &Evidence<'_>, layers: &[LayerFiles]) -> String {
-    let mut text = "\n## Layer analysis\n\nThe linear module whose output is furthest from the reference's, by signal to noise (SQNR), and where to read more.\n\n".to_owned();
+    let mut text = "\n## Layer analysis\n\nThe linear module whose output is furthest from the reference's, by \
+        signal to noise (SQNR), and where to read more.\n\n"
+        .to_owned();
     let mut table = Table::new([
         "diff",
         "candidate",
@@ -170,7 +172,7 @@ fn layer_section(evidence: &Evidence<'_>, layers: &[LayerFiles]) -> String {
             code(&diff.reference),
             thousands(diff.rows.len()),
             worst.map_or_else(|| "n/a".to_owned(), |row| code(&row.module)),
-            worst.and_then(|row| row.sqnr_db).map_or_else(|| "n/a".to_owned(), |db| format!("{db:.2} dB")),
+            worst.map_or_else(|| "n/a".to_owned(), |row| sqnr(row.sqnr_db, row.mse)),
             worst.map_or_else(|| "n/a".to_owned(), |row| format!("{:.5}", row.cosine)),
             worst.map_or_else(|| "n/a".to_owned(), |row| thousands(row.n_tokens)),
             format!("[lbl_analysis.md]({})", files.document),
@@ -192,7 +194,7 @@ fn inputs(evidence: &Evidence<'_>) -> String {
             code(&input.address),
             input.kind.clone(),
             code(&head.produced_by_run),
-            head.started_at.clone(),
+            code(&head.started_at),
             format_seconds(head.duration_s),
             head.device.clone().unwrap_or_else(|| "n/a".to_owned()),
             code(super::evidence::short_hash(&input.key)),

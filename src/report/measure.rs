@@ -122,15 +122,14 @@ impl Source<'_> {
     /// Returns the bits a weight takes.
     pub fn bits_per_weight(&self, label: &str, bytes: u64, n_params: u64) -> Measure {
         let bits = 8.0 * bytes as f64 / n_params as f64;
-        self.measure("bits_per_weight", label, bits, "bits", 1)
-            .method("8 \u{b7} bytes as stored / number of parameters")
+        self.measure("bits_per_weight", label, bits, "bits", 1).method("8 · bytes as stored / number of parameters")
     }
 
     /// Returns the differences of one module's output.
     pub fn module_diff(&self, row: &ModuleDiff, mode: &str) -> Vec<Measure> {
         let method = format!("{mode} diff of the module's output over tokens");
         let known = [
-            ("mse", Some(row.mse), "activation\u{b2}"),
+            ("mse", Some(row.mse), "activation²"),
             ("cosine", Some(row.cosine), "1"),
             ("cosine_p01", Some(row.cosine_p01), "1"),
             ("sqnr_db", row.sqnr_db, "dB"),

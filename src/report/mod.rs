@@ -24,7 +24,9 @@ mod request;
 mod testing;
 
 pub use evidence::Evidence;
-pub use request::{NoScatter, ReportError, ReportFile, ReportRequest, ScatterSource, formats, render};
+pub use request::{
+    NoScatter, ReportError, ReportFile, ReportRequest, ScatterFailure, ScatterPoints, ScatterSource, formats, render,
+};
 
 /// A report format: its name in pipeline files, and what makes its files.
 #[derive(Clone, Copy)]

@@ -48,9 +48,16 @@ impl Model {
         }
     }
 
-    /// Returns how plots and sentences call the model: its cell, or its address.
-    pub fn name(&self) -> &str {
-        self.cell.as_deref().unwrap_or(&self.address)
+    /// Returns how plots call the model: its cell (without the variable's name where there is only one), or its
+    /// address.
+    pub fn name(&self) -> String {
+        match self.cell.as_deref() {
+            None => self.address.clone(),
+            Some(cell) => match cell.split_once('=') {
+                Some((_, value)) if !cell.contains(',') => value.to_owned(),
+                _ => cell.to_owned(),
+            },
+        }
     }
 
     /// Returns bytes and parameters of the linears that the `quantize` stage went through, kept ones included.

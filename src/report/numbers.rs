@@ -1,7 +1,5 @@
 //! Numbers as reports print them.
 
-use crate::units::format_significant;
-
 /// Formats a count with thousands separators: `9,612`.
 pub fn thousands(count: usize) -> String {
     let digits = count.to_string();
@@ -15,18 +13,29 @@ pub fn thousands(count: usize) -> String {
     grouped
 }
 
-/// Formats a number with about four significant digits.
+/// Formats a number with four significant digits; far from 1 as a power of ten.
 pub fn significant(value: f64) -> String {
-    format_significant(value)
+    let magnitude = value.abs();
+    if !value.is_finite() {
+        "n/a".to_owned()
+    } else if magnitude == 0.0 {
+        "0".to_owned()
+    } else if !(1e-4..1e7).contains(&magnitude) {
+        format!("{value:.3e}")
+    } else {
+        let n_decimals = (3.0 - magnitude.log10().floor()).max(0.0) as usize;
+        format!("{value:.n_decimals$}")
+    }
 }
 
-/// Formats `mean ± spread` with as many decimals as the spread's two leading digits need; without a spread the value alone.
+/// Formats `mean ± spread` with as many decimals as the spread's two leading digits need; without a spread the value
+/// alone.
 pub fn with_spread(value: f64, spread: Option<f64>) -> String {
     match spread.filter(|spread| *spread > 0.0 && spread.is_finite() && value.is_finite()) {
         None => significant(value),
         Some(spread) => {
             let n_decimals = (1.0 - spread.log10().floor()).clamp(0.0, 6.0) as usize;
-            format!("{value:.n_decimals$} \u{b1} {spread:.n_decimals$}")
+            format!("{value:.n_decimals$} ± {spread:.n_decimals$}")
         }
     }
 }
@@ -40,7 +49,7 @@ pub fn mib(bytes: u64) -> String {
 /// Formats a change as a signed percentage: `+26.0 %`.
 pub fn percent_change(ratio: f64) -> String {
     let percent = (ratio - 1.0) * 100.0;
-    let sign = if percent < 0.0 { "\u{2212}" } else { "+" };
+    let sign = if percent < 0.0 { "−" } else { "+" };
     format!("{sign}{:.1} %", percent.abs())
 }
 
@@ -62,6 +71,10 @@ mod tests {
         assert_eq!(with_spread(9.0614, Some(0.2134)), "9.06 ± 0.21");
         assert_eq!(with_spread(1432.6, Some(38.2)), "1433 ± 38");
         assert_eq!(with_spread(9.0614, None), "9.061");
+        assert_eq!(
+            [0.0, 0.00351234, 1.2e-5, 14.5, 12676.4].map(significant),
+            ["0", "0.003512", "1.200e-5", "14.50", "12676"]
+        );
         assert_eq!(mib(1_044_992), "0.997 MiB");
         assert_eq!([percent_change(1.26), percent_change(0.5)], ["+26.0 %", "−50.0 %"]);
         assert_eq!([times(0.3141), times(12.34)], ["0.31x", "12.3x"]);

@@ -6,17 +6,19 @@ use crate::stage::StageInput;
 use std::path::PathBuf;
 use std::sync::Arc;
 
+/// `(reference, candidate)` values of one module.
+pub type ScatterPoints = Vec<(f32, f32)>;
+
+/// What went wrong in a [`ScatterSource`].
+pub type ScatterFailure = Box<dyn std::error::Error + Send + Sync>;
+
 /// Where the points of scatter plots come from: what a `diff` stage kept beside its record.
 pub trait ScatterSource: Sync {
     /// Hands over each module's `(reference, candidate)` pairs, module by module; modules without points are left out.
     ///
     /// # Errors
     /// Whatever kept it from reading them, in words.
-    fn read(
-        &self,
-        diff: &StageInput,
-        take: &mut dyn FnMut(&str, Vec<(f32, f32)>),
-    ) -> Result<(), Box<dyn std::error::Error + Send + Sync>>;
+    fn read(&self, diff: &StageInput, take: &mut dyn FnMut(&str, ScatterPoints)) -> Result<(), ScatterFailure>;
 }
 
 /// No scatter plots.
@@ -24,11 +26,7 @@ pub trait ScatterSource: Sync {
 pub struct NoScatter;
 
 impl ScatterSource for NoScatter {
-    fn read(
-        &self,
-        _diff: &StageInput,
-        _take: &mut dyn FnMut(&str, Vec<(f32, f32)>),
-    ) -> Result<(), Box<dyn std::error::Error + Send + Sync>> {
+    fn read(&self, _diff: &StageInput, _take: &mut dyn FnMut(&str, ScatterPoints)) -> Result<(), ScatterFailure> {
         Ok(())
     }
 }
@@ -85,7 +83,8 @@ pub fn formats() -> Vec<&'static str> {
 /// Makes a report's files. The same request gives the same bytes.
 ///
 /// # Errors
-/// An unknown format, a record without its contract's fields, scatter points that can't be read, a plot that can't be drawn.
+/// An unknown format, a record without its contract's fields, scatter points that can't be read, a plot that can't be
+/// drawn.
 pub fn render(request: &ReportRequest<'_>) -> Result<Vec<ReportFile>, ReportError> {
     let mut exporters = Vec::new();
     for name in request.formats {
@@ -101,4 +100,128 @@ pub fn render(request: &ReportRequest<'_>) -> Result<Vec<ReportFile>, ReportErro
         }
     }
     Ok(files)
+}
+
+#[cfg(test)]
+mod tests {
+    use crate::report::testing::{decode, diff, input, load, ppl, quantize, rendered, text_of, two_models};
+    use serde_json::json;
+
+    #[test]
+    fn the_report_of_two_models() {
+        let files = rendered(&two_models(1), &["ppl-int8".to_owned()], &["md", "csv"]).unwrap();
+        insta::assert_snapshot!("report_md", text_of(&files, "report.md"));
+        insta::assert_snapshot!("lbl_analysis_md", text_of(&files, "lbl_analysis.md"));
+        insta::assert_snapshot!("report_csv", text_of(&files, "report.csv"));
+    }
+
+    #[test]
+    fn links_name_files_that_are_there_and_plots_are_pngs() {
+        let files = rendered(&two_models(1), &[], &["md"]).unwrap();
+        let paths: Vec<String> = files.iter().map(|file| file.path.to_string_lossy().into_owned()).collect();
+        for document in ["report.md", "lbl_analysis.md"] {
+            let links = text_of(&files, document).split("](").skip(1).filter_map(|rest| rest.split(')').next());
+            for link in links.filter(|link| !link.starts_with('#')) {
+                assert!(paths.iter().any(|path| path == link), "{document} names {link}");
+            }
+        }
+        for file in files.iter().filter(|file| file.path.extension().is_some_and(|extension| extension == "png")) {
+            assert_eq!(&file.bytes[..8], b"\x89PNG\r\n\x1a\n", "{}", file.path.display());
+        }
+        let scatter = files.iter().find(|file| file.path.ends_with("images/lm_head.png")).unwrap();
+        assert_eq!(
+            scatter.bytes[16..24],
+            [
+                0,
+                0,
+                840u16.to_be_bytes()[0],
+                840u16.to_be_bytes()[1],
+                0,
+                0,
+                900u16.to_be_bytes()[0],
+                900u16.to_be_bytes()[1]
+            ]
+        );
+    }
+
+    #[test]
+    fn the_same_request_gives_the_same_bytes() {
+        let formats = ["json", "csv", "md"];
+        let twice = [(); 2].map(|()| rendered(&two_models(0), &[], &formats).unwrap());
+        assert_eq!(twice[0], twice[1]);
+        let document: serde_json::Value = serde_json::from_str(text_of(&twice[0], "report.json")).unwrap();
+        assert_eq!(document["format_version"], 1);
+        assert_eq!(document["records"].as_array().map(Vec::len), Some(7));
+        assert_eq!(document["models"][1]["baseline"], "fp16");
+    }
+
+    #[test]
+    fn cells_share_one_table_and_one_plot_and_diffs_have_a_folder_each() {
+        let base = load("base");
+        let mut inputs = Vec::new();
+        for (config, scheme, bytes, perplexity) in [
+            ("fp16", None, 520_064, 9.06),
+            ("int8", Some(("int8", None)), 265_000, 9.07),
+            ("nf4", Some(("nf4", Some(64))), 161_220, 11.42),
+            ("int4", Some(("int4", Some(128))), 157_000, 12.9),
+            ("mixed", Some(("nf4", Some(64))), 190_000, 10.1),
+        ] {
+            let model = quantize(&format!("quantized[config={config}]"), &base, scheme, bytes / 40);
+            inputs.push(decode(&format!("decode[config={config}]"), &model, 0.001, bytes));
+            inputs.push(ppl(&format!("ppl[config={config}]"), &model, perplexity));
+            if bytes < 180_000 {
+                inputs.push(diff(&format!("diff[config={config}]"), &base, &model, 0));
+            }
+        }
+        let files = rendered(&inputs, &["ppl[config=broken]".to_owned()], &["md"]).unwrap();
+        let report = text_of(&files, "report.md");
+        for part in [
+            "| config=int8 | `quantized[config=int8]` | int8 |",
+            "The smallest is `quantized[config=int4]`",
+            "Perplexity changes least with `quantized[config=int8]` (+0.1 %)",
+            "[lbl_analysis.md](diff-config=nf4/lbl_analysis.md)",
+            "- `ppl[config=broken]`",
+        ] {
+            assert!(report.contains(part), "{part} in\n{report}");
+        }
+        for path in ["images/ppl_vs_bytes.png", "images/ppl_vs_bytes.svg", "diff-config=int4/images/summary.png"] {
+            assert!(files.iter().any(|file| file.path.as_os_str() == path), "{path}");
+        }
+    }
+
+    #[test]
+    fn what_was_not_measured_is_said_and_never_filled_in() {
+        let fp16 = load("fp16");
+        let files = rendered(&[ppl("ppl", &fp16, 9.0)], &[], &["md"]).unwrap();
+        let report = text_of(&files, "report.md");
+        assert!(
+            report.contains("| `fp16` | f16 | not measured | n/a | not measured | 9.00 ± 0.19 (n_scored = 9,612) |"),
+            "{report}"
+        );
+        assert!(!files.iter().any(|file| file.path.starts_with("images")));
+    }
+
+    #[test]
+    fn no_input_at_all_is_a_report_that_says_so() {
+        let files = rendered(&[], &["ppl".to_owned()], &["md", "csv", "json"]).unwrap();
+        let report = text_of(&files, "report.md");
+        assert!(report.contains("No model was measured. One input did not succeed"), "{report}");
+        assert!(text_of(&files, "report.csv").starts_with("model,metric,label,value,unit,n,spread"));
+    }
+
+    #[test]
+    fn a_record_without_its_fields_is_an_error_that_names_the_stage() {
+        let broken = input("ppl-x", "ppl", json!({"results": [{"convention": "hf-strided"}]}), &[]);
+        let error = rendered(&[broken], &[], &["md"]).unwrap_err().to_string();
+        assert!(error.starts_with("read the record of ppl-x: field results: missing field"), "{error}");
+        let empty = input("diff-x", "diff", json!({"mode": "cumulative"}), &[]);
+        let error = rendered(&[empty], &[], &["md"]).unwrap_err().to_string();
+        assert!(error.contains("diff-x: field modules: it is missing"), "{error}");
+    }
+
+    #[test]
+    fn an_unknown_format_is_an_error_that_lists_the_known() {
+        let error = rendered(&[], &[], &["pdf"]).unwrap_err().to_string();
+        assert_eq!(error, "write format \"pdf\": labpipe knows md, csv, json");
+    }
 }

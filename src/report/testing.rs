@@ -1,8 +1,8 @@
 //! Synthetic inputs for this room's tests.
 
-use super::{ReportError, ReportFile, ReportRequest, ScatterSource, render};
-use crate::artifact::{ModuleDiff, Record, RecordHead};
-use crate::bench::{decode_result, prefill_result};
+use super::{ReportError, ReportFile, ReportRequest, ScatterFailure, ScatterPoints, ScatterSource, render};
+use crate::artifact::{DecodeResult, ModuleDiff, PrefillResult, Record, RecordHead};
+use crate::metrics::statistics;
 use crate::stage::StageInput;
 use serde_json::{Map, Value, json};
 use std::collections::BTreeMap;
@@ -77,9 +77,54 @@ fn with_memory(mut body: Value, weights_bytes: u64) -> Value {
     body
 }
 
+fn prefill_row(n_prompt: usize, seconds: &[f64]) -> PrefillResult {
+    let ttft = statistics(seconds).unwrap();
+    let rate = statistics(&seconds.iter().map(|second| n_prompt as f64 / second).collect::<Vec<_>>()).unwrap();
+    PrefillResult {
+        label: format!("pp{n_prompt}"),
+        n_prompt,
+        n_samples: ttft.n,
+        samples_s: seconds.to_vec(),
+        ttft_s_mean: ttft.mean,
+        ttft_s_stdev: ttft.stdev,
+        ttft_s_median: ttft.median,
+        ttft_s_p90: ttft.p90,
+        ttft_s_p95: ttft.p95,
+        ttft_s_p99: ttft.p99,
+        ttft_s_min: ttft.min,
+        ttft_s_max: ttft.max,
+        tokens_per_second_mean: rate.mean,
+        tokens_per_second_stdev: rate.stdev,
+    }
+}
+
+fn decode_row(n_gen: usize, n_depth: usize, sequences: &[Vec<f64>]) -> DecodeResult {
+    let samples_s = sequences.concat();
+    let latency = statistics(&samples_s).unwrap();
+    let rates: Vec<f64> = sequences.iter().map(|sequence| n_gen as f64 / sequence.iter().sum::<f64>()).collect();
+    let rate = statistics(&rates).unwrap();
+    DecodeResult {
+        label: if n_depth == 0 { format!("tg{n_gen}") } else { format!("tg{n_gen} @ d{n_depth}") },
+        n_gen,
+        n_depth,
+        n_sequences: sequences.len(),
+        token_latency_s_mean: latency.mean,
+        token_latency_s_stdev: latency.stdev,
+        token_latency_s_median: latency.median,
+        token_latency_s_p90: latency.p90,
+        token_latency_s_p95: latency.p95,
+        token_latency_s_p99: latency.p99,
+        token_latency_s_min: latency.min,
+        token_latency_s_max: latency.max,
+        samples_s,
+        tokens_per_second: rate.mean,
+        tokens_per_second_stdev: rate.stdev,
+    }
+}
+
 /// Returns a prefill-bench record of `model`.
 pub fn prefill(address: &str, model: &Arc<StageInput>, seconds: &[f64], weights_bytes: u64) -> Arc<StageInput> {
-    let row = prefill_result(128, seconds.to_vec()).unwrap();
+    let row = prefill_row(128, seconds);
     input(address, "prefill-bench", with_memory(json!({"results": [row]}), weights_bytes), &[("model", model)])
 }
 
@@ -87,7 +132,7 @@ pub fn prefill(address: &str, model: &Arc<StageInput>, seconds: &[f64], weights_
 pub fn decode(address: &str, model: &Arc<StageInput>, seconds: f64, weights_bytes: u64) -> Arc<StageInput> {
     let sequences: Vec<Vec<f64>> =
         (0..3).map(|idx| (0..64).map(|token| seconds * (1.0 + 0.002 * f64::from(idx + token % 5))).collect()).collect();
-    let rows: Vec<_> = [0, 256].map(|n_depth| decode_result(64, n_depth, sequences.clone()).unwrap()).into();
+    let rows = [0, 256].map(|n_depth| decode_row(64, n_depth, &sequences));
     input(address, "decode-bench", with_memory(json!({"results": rows}), weights_bytes), &[("model", model)])
 }
 
@@ -96,7 +141,8 @@ pub fn ppl(address: &str, model: &Arc<StageInput>, perplexity: f64) -> Arc<Stage
     let row = json!({
         "convention": "hf-strided", "max_length": 512, "stride": 256, "n_tokens": 9613, "n_windows": 37,
         "n_scored": 9612, "bos": "added by tokenizer (id 1)", "text_hash": "ab".repeat(32),
-        "tokenizer_hash": "cd".repeat(32), "nll_mean": perplexity.ln(), "perplexity": perplexity, "stderr": 0.021 * perplexity,
+        "tokenizer_hash": "cd".repeat(32), "nll_mean": perplexity.ln(), "perplexity": perplexity,
+        "stderr": 0.021 * perplexity,
     });
     input(address, "ppl", json!({"results": [row]}), &[("model", model)])
 }
@@ -167,11 +213,7 @@ pub fn module_diffs(n_layers: usize) -> Vec<ModuleDiff> {
 pub struct NearlyEqual;
 
 impl ScatterSource for NearlyEqual {
-    fn read(
-        &self,
-        diff: &StageInput,
-        take: &mut dyn FnMut(&str, Vec<(f32, f32)>),
-    ) -> Result<(), Box<dyn std::error::Error + Send + Sync>> {
+    fn read(&self, diff: &StageInput, take: &mut dyn FnMut(&str, ScatterPoints)) -> Result<(), ScatterFailure> {
         for row in diff.record.body["modules"].as_array().into_iter().flatten() {
             let module = row["module"].as_str().ok_or("module is no text")?;
             if !module.contains("norm") {
@@ -218,6 +260,6 @@ pub fn rendered(
 
 /// Returns a file's text.
 pub fn text_of<'a>(files: &'a [ReportFile], path: &str) -> &'a str {
-    let file = files.iter().find(|file| file.path == PathBuf::from(path)).unwrap_or_else(|| panic!("{path} is there"));
+    let file = files.iter().find(|file| file.path.as_os_str() == path).unwrap_or_else(|| panic!("{path} is there"));
     std::str::from_utf8(&file.bytes).unwrap()
 }

@@ -20,7 +20,8 @@ pub enum Axis {
         low: i32,
         high: i32,
     },
-    /// For values at or below 0: 0 at the top, then −10^`low`, below it a decade a step down to −10^`high`. Between 0 and
+    /// For values at or below 0: 0 at the top, then −10^`low`, below it a decade a step down to −10^`high`. Between 0
+    /// and
     /// −10^`low` it is linear, so that 0 has a place.
     NegativeSymlog {
         low: i32,
@@ -90,7 +91,7 @@ impl Axis {
             Axis::NegativeSymlog { low, high } => {
                 let decades = (low..=high).rev().map(|decade| Tick {
                     position: self.position(-10f64.powi(decade)),
-                    label: format!("\u{2212}{}", decade_label(decade)),
+                    label: format!("−{}", decade_label(decade)),
                 });
                 decades.chain([Tick { position: 1.0, label: "0".to_owned() }]).collect()
             }
@@ -114,9 +115,9 @@ fn round_step(step: f64) -> f64 {
 
 fn linear_label(value: f64, n_decimals: usize) -> String {
     if n_decimals > 6 || value.abs() >= 1e7 {
-        format!("{value:.1e}").replace('-', "\u{2212}")
+        format!("{value:.1e}").replace('-', "−")
     } else {
-        format!("{value:.n_decimals$}").replace('-', "\u{2212}")
+        format!("{value:.n_decimals$}").replace('-', "−")
     }
 }
 
@@ -125,7 +126,7 @@ fn decade_label(decade: i32) -> String {
     match decade {
         -3..=0 => format!("{:.*}", decade.unsigned_abs() as usize, 10f64.powi(decade)),
         1..=4 => format!("{:.0}", 10f64.powi(decade)),
-        _ => format!("1e{decade}").replace('-', "\u{2212}"),
+        _ => format!("1e{decade}").replace('-', "−"),
     }
 }
 

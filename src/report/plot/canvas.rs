@@ -15,7 +15,7 @@ use std::sync::OnceLock;
 const FONT_FAMILY: &str = "DejaVu Sans, Verdana, sans-serif";
 static FONT: &[u8] = include_bytes!("../../../assets/fonts/DejaVuSans.ttf");
 
-/// Pixels of a PNG for each of the canvas: twice as many, for sharp text on dense screens.
+/// Pixels of a PNG for each of the canvas in each direction, if not set otherwise: for sharp text on dense screens.
 const PNG_SCALE: f64 = 2.0;
 /// plotters rounds coordinates to whole units; an SVG is drawn this much larger and shown smaller.
 const SVG_SCALE: f64 = 8.0;
@@ -71,13 +71,15 @@ pub enum Shape {
 pub struct Canvas {
     pub width: u32,
     pub height: u32,
+    /// Pixels of a PNG for each of the canvas in each direction.
+    pub png_scale: f64,
     pub shapes: Vec<Shape>,
 }
 
 impl Canvas {
     /// Returns an empty canvas, sized in pixels.
     pub fn new(width: u32, height: u32) -> Canvas {
-        Canvas { width, height, shapes: Vec::new() }
+        Canvas { width, height, png_scale: PNG_SCALE, shapes: Vec::new() }
     }
 
     pub fn rect(&mut self, (x, y): (f64, f64), (width, height): (f64, f64), color: Color) {
@@ -119,17 +121,19 @@ impl Canvas {
         self.shapes.push(Shape::Text { x, y, text: text.into(), size, align, upward: true, color });
     }
 
-    /// Returns the picture as PNG, two pixels for one of the canvas in each direction.
+    /// Returns the picture as PNG, `png_scale` pixels for one of the canvas in each direction.
     ///
     /// # Errors
     /// Where a shape can't be drawn or the image not encoded.
     pub fn to_png(&self) -> Result<Vec<u8>, PlotError> {
-        let (width, height) = (self.width * PNG_SCALE as u32, self.height * PNG_SCALE as u32);
+        let target =
+            Target { scale: self.png_scale, font_size_em: LINE_BOX_EM, top_em: LINE_BOX_EM / 2.0, draws_pixels: true };
+        let (width, height) = self.size(&target);
+        // White already: a backend fills pixel by pixel, slowly.
         let mut pixels = vec![255u8; width as usize * height as usize * 3];
-        {
-            let area = BitMapBackend::with_buffer(&mut pixels, (width, height)).into_drawing_area();
-            self.draw(&area, &Target { scale: PNG_SCALE, font_size_em: LINE_BOX_EM, top_em: LINE_BOX_EM / 2.0 })?;
-        }
+        let area = BitMapBackend::with_buffer(&mut pixels, (width, height)).into_drawing_area();
+        self.draw(&area, &target)?;
+        drop(area);
         let mut bytes = Vec::new();
         let failed = |error: png::EncodingError| PlotError::Encode(error.to_string());
         let mut encoder = png::Encoder::new(&mut bytes, width, height);
@@ -146,23 +150,25 @@ impl Canvas {
     /// # Errors
     /// Where a shape can't be drawn.
     pub fn to_svg(&self) -> Result<String, PlotError> {
-        let (width, height) = (self.width * SVG_SCALE as u32, self.height * SVG_SCALE as u32);
+        // 1.24 and 0.76 are how plotters-svg 0.3.7 turns a font's size into CSS, and its top into a baseline.
+        let target = Target { scale: SVG_SCALE, font_size_em: 1.24, top_em: 0.76, draws_pixels: false };
+        let (width, height) = self.size(&target);
         let mut text = String::new();
-        {
-            let area = SVGBackend::with_string(&mut text, (width, height)).into_drawing_area();
-            // 1.24 and 0.76 are how plotters-svg 0.3.7 turns a font's size into CSS, and its top into a baseline.
-            self.draw(&area, &Target { scale: SVG_SCALE, font_size_em: 1.24, top_em: 0.76 })?;
-        }
+        let area = SVGBackend::with_string(&mut text, (width, height)).into_drawing_area();
+        area.fill(&Color::WHITE.rgba()).map_err(draw_error)?;
+        self.draw(&area, &target)?;
+        drop(area);
         let drawn = format!("<svg width=\"{width}\" height=\"{height}\"");
         let shown = format!("<svg width=\"{}\" height=\"{}\"", self.width, self.height);
         Ok(text.replacen(&drawn, &shown, 1))
     }
 
+    fn size(&self, target: &Target) -> (u32, u32) {
+        (target.px(f64::from(self.width)).unsigned_abs(), target.px(f64::from(self.height)).unsigned_abs())
+    }
+
     fn draw<DB: DrawingBackend>(&self, area: &DrawingArea<DB, Shift>, target: &Target) -> Result<(), PlotError> {
         load_font()?;
-        let white = ShapeStyle { color: Color::WHITE.rgba(), filled: true, stroke_width: 0 };
-        let corner = (target.px(f64::from(self.width)), target.px(f64::from(self.height)));
-        area.draw(&Rectangle::new([(0, 0), corner], white)).map_err(draw_error)?;
         for shape in &self.shapes {
             target.draw(area, shape)?;
         }
@@ -201,6 +207,8 @@ struct Target {
     font_size_em: f64,
     /// From the top of what the backend takes for a text's box to its baseline, in em.
     top_em: f64,
+    /// It is a bitmap: slanted lines and circles are drawn pixel by pixel.
+    draws_pixels: bool,
 }
 
 impl Target {
@@ -219,12 +227,21 @@ impl Target {
                 let corners = [(self.px(*x), self.px(*y)), (self.px(x + width), self.px(y + height))];
                 area.draw(&Rectangle::new(corners, filled(color)))
             }
+            Shape::Line { points, width, color } if self.draws_pixels && !is_upright(points) => {
+                for ends in points.windows(2) {
+                    self.draw_covered(area, ends[0], ends[1], width / 2.0, *color)?;
+                }
+                Ok(())
+            }
             Shape::Line { points, width, color } => {
                 let stroke_width = self.px(*width).max(1).unsigned_abs();
                 let style = ShapeStyle { color: color.rgba(), filled: false, stroke_width };
                 area.draw(&PathElement::new(self.points(points), style))
             }
             Shape::Polygon { points, color } => area.draw(&Polygon::new(self.points(points), filled(color))),
+            Shape::Circle { x, y, radius, color } if self.draws_pixels => {
+                return self.draw_covered(area, (*x, *y), (*x, *y), *radius, *color);
+            }
             Shape::Circle { x, y, radius, color } => {
                 area.draw(&Circle::new((self.px(*x), self.px(*y)), self.px(*radius), filled(color)))
             }
@@ -236,6 +253,32 @@ impl Target {
             }
         }
         .map_err(draw_error)
+    }
+
+    /// Draws all that is within `radius` of a line, by how much of each pixel that covers: plotters rounds corners and
+    /// centers to whole pixels, which makes a line's width depend on its slope and small circles square.
+    fn draw_covered<DB: DrawingBackend>(
+        &self,
+        area: &DrawingArea<DB, Shift>,
+        from: (f64, f64),
+        to: (f64, f64),
+        radius: f64,
+        color: Color,
+    ) -> Result<(), PlotError> {
+        let (from, to) = ((from.0 * self.scale, from.1 * self.scale), (to.0 * self.scale, to.1 * self.scale));
+        let reach = radius * self.scale + 0.5;
+        let pixels = |a: f64, b: f64| (a.min(b) - reach).floor() as i32..=(a.max(b) + reach).ceil() as i32;
+        for y in pixels(from.1, to.1) {
+            for x in pixels(from.0, to.0) {
+                let center = (f64::from(x) + 0.5, f64::from(y) + 0.5);
+                let coverage = (reach - distance(center, from, to)).clamp(0.0, 1.0);
+                if coverage > 0.0 {
+                    let color = color.opacity(color.3 * coverage);
+                    area.draw_pixel((x, y), &color.rgba()).map_err(draw_error)?;
+                }
+            }
+        }
+        Ok(())
     }
 
     fn text_style(&self, size: f64, align: Align, upward: bool, color: Color) -> TextStyle<'static> {
@@ -251,12 +294,29 @@ impl Target {
     }
 }
 
+/// Returns true where every part of a line is horizontal or vertical.
+fn is_upright(points: &[(f64, f64)]) -> bool {
+    points.windows(2).all(|ends| ends[0].0 == ends[1].0 || ends[0].1 == ends[1].1)
+}
+
+/// Returns the distance of a point from the line between two ends.
+fn distance(point: (f64, f64), from: (f64, f64), to: (f64, f64)) -> f64 {
+    let (dx, dy) = (to.0 - from.0, to.1 - from.1);
+    let length_square = dx * dx + dy * dy;
+    let along = if length_square > 0.0 {
+        (((point.0 - from.0) * dx + (point.1 - from.1) * dy) / length_square).clamp(0.0, 1.0)
+    } else {
+        0.0
+    };
+    (point.0 - from.0 - along * dx).hypot(point.1 - from.1 - along * dy)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
 
     #[test]
-    fn a_png_has_twice_the_canvas_size_and_is_the_same_each_time() {
+    fn a_png_has_the_scaled_canvas_size_and_is_the_same_each_time() {
         let mut canvas = Canvas::new(120, 40);
         canvas.text((60.0, 20.0), "−MSE · µs", 12.0, Align::Middle, Color::INK);
         canvas.dashed((0.0, 0.0), (120.0, 40.0), 1.0, Color::BLUE);

@@ -30,19 +30,18 @@ pub fn frontier(points: &[FrontierPoint], subtitle: &str) -> Canvas {
     let center = LEFT + PLOT_WIDTH / 2.0;
     canvas.text((center, 26.0), "Perplexity against weight memory", 17.0, Align::Middle, Color::INK);
     canvas.text((center, 50.0), subtitle, 12.0, Align::Middle, Color::GREY);
-    let x_axis = Axis::linear(points.iter().map(|point| point.weights_mib).chain([0.0]), 8);
+    let x_axis = Axis::linear(points.iter().map(|point| point.weights_mib * 1.04).chain([0.0]), 8);
     let y_axis = perplexity_axis(points);
     axes(&mut canvas, &x_axis, &y_axis);
     let place = |point: &FrontierPoint| {
         let x = LEFT + x_axis.position(point.weights_mib) * PLOT_WIDTH;
-        (x, TOP + (1.0 - y_axis.position(point.perplexity)) * PLOT_HEIGHT)
+        (x, y_of(&y_axis, point.perplexity))
     };
     let places: Vec<(f64, f64)> = points.iter().map(place).collect();
     for (point, &(x, y)) in points.iter().zip(&places) {
         let color = if point.is_baseline { Color::VERMILLION } else { Color::BLUE };
         if let Some(stderr) = point.stderr {
-            let ends = [point.perplexity + stderr, point.perplexity - stderr]
-                .map(|value| TOP + (1.0 - y_axis.position(value)) * PLOT_HEIGHT);
+            let ends = [point.perplexity + stderr, point.perplexity - stderr].map(|value| y_of(&y_axis, value));
             canvas.line(vec![(x, ends[0]), (x, ends[1])], 1.2, color.opacity(0.5));
             for end in ends {
                 canvas.line(vec![(x - 5.0, end), (x + 5.0, end)], 1.2, color.opacity(0.5));
@@ -50,11 +49,15 @@ pub fn frontier(points: &[FrontierPoint], subtitle: &str) -> Canvas {
         }
         marker(&mut canvas, (x, y), point.is_baseline);
     }
-    for (point, (at, align)) in points.iter().zip(place_labels(points, &places)) {
+    for (point, (at, align)) in points.iter().zip(place_labels(points, &places, &y_axis)) {
         canvas.text(at, point.label.clone(), 12.0, align, Color::INK);
     }
     legend(&mut canvas, points);
     canvas
+}
+
+fn y_of(axis: &Axis, perplexity: f64) -> f64 {
+    TOP + (1.0 - axis.position(perplexity)) * PLOT_HEIGHT
 }
 
 fn perplexity_axis(points: &[FrontierPoint]) -> Axis {
@@ -98,8 +101,12 @@ fn marker(canvas: &mut Canvas, at: (f64, f64), is_baseline: bool) {
 type Box4 = (f64, f64, f64, f64);
 
 /// Puts each label where it covers least: right, left, above, below, or further away.
-fn place_labels(points: &[FrontierPoint], places: &[(f64, f64)]) -> Vec<((f64, f64), Align)> {
+fn place_labels(points: &[FrontierPoint], places: &[(f64, f64)], y_axis: &Axis) -> Vec<((f64, f64), Align)> {
     let mut taken: Vec<Box4> = places.iter().map(|&(x, y)| (x - 8.0, y - 8.0, x + 8.0, y + 8.0)).collect();
+    for (point, &(x, y)) in points.iter().zip(places) {
+        let reach = point.stderr.map_or(0.0, |stderr| y - y_of(y_axis, point.perplexity + stderr));
+        taken.push((x - 6.0, y - reach - 2.0, x + 6.0, y + reach + 2.0));
+    }
     let mut labels = Vec::with_capacity(points.len());
     for (point, &(x, y)) in points.iter().zip(places) {
         let width = text_width(&point.label, 12.0);
@@ -148,7 +155,7 @@ fn outside((left, top, right, bottom): Box4) -> f64 {
 fn legend(canvas: &mut Canvas, points: &[FrontierPoint]) {
     let mut entries = vec![("quantized", false), ("not quantized", true)];
     entries.retain(|(_, is_baseline)| points.iter().any(|point| point.is_baseline == *is_baseline));
-    let note = points.iter().any(|point| point.stderr.is_some()).then_some("bars: \u{b1} standard error");
+    let note = points.iter().any(|point| point.stderr.is_some()).then_some("bars: ± standard error");
     let mut x = LEFT + 4.0;
     for (text, is_baseline) in entries {
         marker(canvas, (x + 8.0, 70.0), is_baseline);
@@ -157,5 +164,44 @@ fn legend(canvas: &mut Canvas, points: &[FrontierPoint]) {
     }
     if let Some(note) = note {
         canvas.text((x, 70.0), note, 12.0, Align::Start, Color::GREY);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::report::plot::canvas::Shape;
+
+    fn point(label: &str, weights_mib: f64, perplexity: f64) -> FrontierPoint {
+        FrontierPoint { label: label.to_owned(), weights_mib, perplexity, stderr: Some(0.2), is_baseline: false }
+    }
+
+    #[test]
+    fn labels_of_neighbouring_points_do_not_cover_each_other() {
+        let points: Vec<_> = ["nf4", "nf4-double", "bitsandbytes-style", "int4"]
+            .iter()
+            .enumerate()
+            .map(|(idx, label)| point(label, 0.15 + 0.001 * idx as f64, 11.4))
+            .collect();
+        let places: Vec<_> = points.iter().map(|point| (200.0 + point.weights_mib * 100.0, 300.0)).collect();
+        let axis = perplexity_axis(&points);
+        let boxes: Vec<Box4> = place_labels(&points, &places, &axis)
+            .into_iter()
+            .zip(&points)
+            .map(|((at, align), point)| label_box(at, align, text_width(&point.label, 12.0)))
+            .collect();
+        for (idx, a) in boxes.iter().enumerate() {
+            assert!(boxes[idx + 1..].iter().all(|b| overlap(*a, *b) == 0.0));
+        }
+    }
+
+    #[test]
+    fn very_different_perplexities_share_a_logarithmic_axis() {
+        assert!(matches!(perplexity_axis(&[point("a", 1.0, 9.0), point("b", 1.0, 4000.0)]), Axis::Log { .. }));
+        assert!(matches!(perplexity_axis(&[point("a", 1.0, 9.0), point("b", 1.0, 11.0)]), Axis::Linear { .. }));
+        let canvas = frontier(&[point("a", 1.0, 9.0), point("b", 0.5, 4000.0)], "two models");
+        assert!(
+            canvas.shapes.iter().any(|shape| matches!(shape, Shape::Text { text, .. } if text.contains("log scale")))
+        );
     }
 }
