@@ -249,7 +249,7 @@ fn rooms_import_downward_only() {
         ("pipeline", with(&[])),
         ("plan", with(&["pipeline"])),
         ("store", with(&[])),
-        ("report", with(&["bench", "metrics", "pipeline", "plan"])),
+        ("report", with(&["metrics", "pipeline", "plan"])),
         ("engine", with(&["metrics"])),
         ("stages", with(&["bench", "metrics", "report", "store"])),
         ("ui", with(&["pipeline", "plan"])),

@@ -12,15 +12,28 @@ fn is_model_file(name: &str) -> bool {
         || (name.starts_with("tokenizer") && (name.ends_with(".json") || name.ends_with(".model")))
 }
 
-/// Returns (parameter, path as written, path to open) of every external file.
+/// A file that a parameter names.
+pub struct ExternalFile {
+    /// As the pipeline file writes it.
+    pub written: String,
+    pub path: PathBuf,
+}
+
+/// A parameter whose path leads nowhere.
+pub struct Missing {
+    pub param: String,
+    pub reason: String,
+}
+
+/// Returns every external file.
 ///
 /// # Errors
-/// (parameter, reason) where a path leads nowhere.
+/// `Missing` where a path leads nowhere.
 pub fn external_files(
     description: &StageDescription,
     params: &Params,
     root: &Path,
-) -> Result<Vec<(String, String, PathBuf)>, (String, String)> {
+) -> Result<Vec<ExternalFile>, Missing> {
     let mut files = Vec::new();
     for param in description.params {
         let value = params.get(param.name).unwrap_or(&Value::Null);
@@ -32,15 +45,17 @@ pub fn external_files(
         };
         let Some(written) = path else { continue };
         let path = root.join(written);
-        let missing =
-            |what: &str| Err((param.name.to_owned(), format!("{written}: {what} (looked in {})", root.display())));
+        let missing = |what: &str| {
+            let reason = format!("{written}: {what} (looked in {})", root.display());
+            Err(Missing { param: param.name.to_owned(), reason })
+        };
         if param.ty == ParamType::Model {
             if !path.is_dir() {
                 return missing("no such model folder");
             }
-            files.extend(model_files(param.name, written, &path));
+            files.extend(model_files(written, &path));
         } else if path.is_file() {
-            files.push((param.name.to_owned(), written.to_owned(), path));
+            files.push(ExternalFile { written: written.to_owned(), path });
         } else {
             return missing("no such file");
         }
@@ -48,11 +63,12 @@ pub fn external_files(
     Ok(files)
 }
 
-fn model_files(param: &str, written: &str, dir: &Path) -> Vec<(String, String, PathBuf)> {
+fn model_files(written: &str, dir: &Path) -> Vec<ExternalFile> {
     let entries = std::fs::read_dir(dir).into_iter().flatten().filter_map(Result::ok);
     let mut names: Vec<String> = entries.map(|entry| entry.file_name().to_string_lossy().into_owned()).collect();
     names.retain(|name| is_model_file(name));
     names.sort();
     let written = written.trim_end_matches('/');
-    names.into_iter().map(|name| (param.to_owned(), format!("{written}/{name}"), dir.join(&name))).collect()
+    let file = |name: String| ExternalFile { written: format!("{written}/{name}"), path: dir.join(&name) };
+    names.into_iter().map(file).collect()
 }

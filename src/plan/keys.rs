@@ -39,14 +39,15 @@ pub fn own_fields(
             fields.insert(format!("params.{}", param.name), value);
         }
     }
-    let files = external_files(description, &stage.params, root).map_err(|(param, reason)| PlanError::MissingFile {
-        stage: stage.address.clone(),
-        param,
-        reason,
+    let address = || stage.address.clone();
+    let files = external_files(description, &stage.params, root).map_err(|missing| PlanError::MissingFile {
+        stage: address(),
+        param: missing.param,
+        reason: missing.reason,
     })?;
-    for (_, written, path) in files {
-        let hash = facts.file_hash(&path).map_err(|reason| PlanError::Hash { stage: stage.address.clone(), reason })?;
-        fields.insert(format!("files.{written}"), hash);
+    for file in files {
+        let hash = facts.file_hash(&file.path).map_err(|reason| PlanError::Hash { stage: address(), reason })?;
+        fields.insert(format!("files.{}", file.written), hash);
     }
     if description.computes || description.measures {
         let engine = facts.engine();
@@ -75,13 +76,16 @@ fn canonical(value: &Value) -> String {
     }
 }
 
+/// An input's key, and its artifact's digest where it is a measurement.
+pub type InputKey = (Key, Option<String>);
+
 /// Adds what a stage takes from its inputs and returns the key. `lookup` gives an input's key and digest, or nothing for an
 /// input that failed (gathering stages alone have those); measurements count by their digest, so that new numbers always
 /// reach their consumers.
 pub fn resolve_key(
     stage: &PipelineStage,
     own: &KeyFields,
-    lookup: &dyn Fn(&str) -> Option<(Key, Option<String>)>,
+    lookup: &dyn Fn(&str) -> Option<InputKey>,
 ) -> (Key, KeyFields) {
     let mut fields: KeyFields =
         own.iter().filter(|(name, _)| !name.starts_with("inputs.")).map(|(n, v)| (n.clone(), v.clone())).collect();

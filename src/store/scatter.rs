@@ -65,15 +65,18 @@ impl ScatterWriter {
     }
 }
 
+/// A module's name and its pairs (reference, candidate).
+pub type ModulePairs = (String, Vec<(f32, f32)>);
+
 /// Returns every module's pairs, in the order in which they were written.
 ///
 /// # Errors
 /// `Io`, `Format`.
-pub fn read_scatter(path: &Path) -> Result<Vec<(String, Vec<(f32, f32)>)>, StoreError> {
+pub fn read_scatter(path: &Path) -> Result<Vec<ModulePairs>, StoreError> {
     let fail = |reason: String| StoreError::Format { path: path.to_owned(), reason };
     let file = File::open(path).map_err(StoreError::io("read", path))?;
     let reader = ParquetRecordBatchReaderBuilder::try_new(file).and_then(|builder| builder.build());
-    let mut found: Vec<(String, Vec<(f32, f32)>)> = Vec::new();
+    let mut found: Vec<ModulePairs> = Vec::new();
     for batch in reader.map_err(|error| fail(error.to_string()))? {
         let batch = batch.map_err(|error| fail(error.to_string()))?;
         let modules = batch.column(0).as_string_opt::<i32>().ok_or_else(|| fail("module is no text".to_owned()))?;

@@ -1,4 +1,5 @@
 //! What the tests that start labpipe share: a folder to work in, and the program in it.
+#![allow(dead_code, reason = "each test program uses its own part of this")]
 
 use serde_json::Value;
 use std::path::{Path, PathBuf};
