@@ -33,6 +33,10 @@ deny:
 main-job:
     scripts/ci/main-job.sh
 
+# Opens captured activations with DuckDB and Polars.
+parquet:
+    scripts/ci/parquet.sh
+
 # Prints the sweep's cells as a GitHub Actions matrix.
 matrix:
     scripts/ci/matrix.sh

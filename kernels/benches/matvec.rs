@@ -47,6 +47,7 @@ fn weight(kind: &str, n_rows: usize, n_cols: usize) -> HostWeight {
 
 /// One vector, all threads: what decoding does. The counter is weights per second.
 #[divan::bench(args = SHAPES.iter().flat_map(|shape| KINDS.map(|kind| format!("{}x{} {kind}", shape.0, shape.1))))]
+#[expect(clippy::ptr_arg, reason = "divan hands over what it was given")]
 fn matvec(bencher: Bencher<'_, '_>, case: &String) {
     let (shape, kind) = case.split_once(' ').expect("a shape and a kind");
     let (rows, cols) = shape.split_once('x').expect("rows and columns");

@@ -4,6 +4,7 @@ use super::args::{Global, RerunArgs, RunArgs};
 use super::error::CliError;
 use super::print;
 use super::workspace::{Planned, Read, planned, read};
+use crate::artifact::StageStatus;
 use crate::event::{Event, Level};
 use crate::pipeline::ParseOptions;
 use crate::plan::Selection;
@@ -117,7 +118,9 @@ fn catch_interrupts(cancel: &Arc<AtomicBool>) -> Result<(), CliError> {
 }
 
 fn closing(outcome: &RunOutcome, run_dir: &Path, file: &Path) -> String {
-    let mut text = summary_table(&outcome.stages);
+    let shown: Vec<StageStatus> =
+        outcome.stages.iter().filter(|stage| stage.error.as_deref() != Some("not selected")).cloned().collect();
+    let mut text = summary_table(&shown);
     text.push_str(&format!("\nresults: {}", run_dir.display()));
     let reports = outcome.results.values().filter(|result| result.kind == "report");
     for report in reports {

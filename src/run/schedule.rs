@@ -49,6 +49,8 @@ pub struct RunOutcome {
     pub duration_s: f64,
 }
 
+const NOT_SELECTED: &str = "not selected";
+
 enum State {
     Pending,
     Running,
@@ -211,7 +213,7 @@ impl Executor<'_> {
         };
         let blocked = match (&blocked_by, data.selected || !data.runs, self.cancelled()) {
             (_, _, true) => Some((Outcome::Cancelled, "the run was stopped".to_owned())),
-            (_, false, _) => Some((Outcome::Skipped, "not selected".to_owned())),
+            (_, false, _) => Some((Outcome::Skipped, NOT_SELECTED.to_owned())),
             (Some(input), ..) => Some((Outcome::Skipped, format!("it needs {input}, which has no result"))),
             _ => None,
         };
@@ -366,13 +368,16 @@ impl Executor<'_> {
             Outcome::Done | Outcome::Cached => status.summary = Some(text.clone()),
             Outcome::Failed | Outcome::Skipped | Outcome::Cancelled => status.error = Some(text.clone()),
         }
-        self.request.events.emit(Event::StageFinished {
-            stage: status.stage.clone(),
-            kind: status.kind.clone(),
-            outcome,
-            duration_s,
-            summary: text,
-        });
+        // Nobody asked for what was not selected: the record lists it, the screen stays quiet.
+        if text != NOT_SELECTED {
+            self.request.events.emit(Event::StageFinished {
+                stage: status.stage.clone(),
+                kind: status.kind.clone(),
+                outcome,
+                duration_s,
+                summary: text,
+            });
+        }
         (status, State::Ended { outcome, result }, exit_code)
     }
 
