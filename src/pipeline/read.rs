@@ -83,7 +83,8 @@ fn stage_of<'a>(
     let text = kind.as_text().unwrap_or_default();
     let stage = catalogue.get(text);
     if stage.is_none() {
-        let message = format!("stage {:?}: unknown kind {}", name.text, kind.describe());
+        let found = kind.as_text().map_or_else(|| kind.describe(), |text| format!("{text:?}"));
+        let message = format!("stage {:?}: unknown kind {found}", name.text);
         problems.add(kind.at, message, did_you_mean(text, catalogue.kinds()));
     }
     stage
