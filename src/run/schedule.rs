@@ -93,7 +93,7 @@ pub fn execute(request: &RunRequest<'_>) -> Result<RunOutcome, StoreError> {
         run_id: request.run_file.run_id.clone(),
         pipeline: plan.pipeline.clone(),
         device: request.run_file.device.clone(),
-        n_stages: plan.order.len(),
+        n_stages: plan.graph.node_weights().filter(|node| node.selected || !node.runs).count(),
         n_cached,
     });
     let models = Residency::new(Arc::clone(&request.engine));
