@@ -41,7 +41,11 @@ impl BurnEngine {
         }
     }
 
-    fn prepare(&self, recipe: &ModelRecipe) -> Result<(ModelSpec, Checkpoint), InferenceError> {
+    /// Reads the config and opens the files.
+    ///
+    /// # Errors
+    /// Where they are missing, damaged or of no known family.
+    pub fn prepare(&self, recipe: &ModelRecipe) -> Result<(ModelSpec, Checkpoint), InferenceError> {
         let config = config_path(&recipe.source);
         let spec = read_spec(&config)?;
         let checkpoint = Checkpoint::open(&recipe.source, ConfigFile::read(&config)?.saved_dtype())?;
