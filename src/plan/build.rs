@@ -27,8 +27,8 @@ pub trait Facts {
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum PlanError {
-    #[error("plan stage {stage}: {param}: {reason}")]
-    MissingFile { stage: String, param: String, reason: String },
+    #[error("find the files that {} parameter(s) name, the first of stage {}: {}", .0.len(), .0[0].stage, .0[0].reason)]
+    MissingFiles(Vec<MissingFile>),
     #[error("plan stage {stage}: {reason}")]
     Hash { stage: String, reason: String },
     #[error("find stage {name:?}{}", hint.as_ref().map(|hint| format!(" ({hint})")).unwrap_or_default())]
@@ -41,10 +41,20 @@ pub enum PlanError {
     Stale { stage: String, why: String },
 }
 
+/// A parameter that names a file which isn't there.
+#[derive(Debug, Clone, PartialEq)]
+pub struct MissingFile {
+    pub stage: String,
+    /// Where the stage stands in the pipeline file, counted from 1.
+    pub line: usize,
+    pub param: String,
+    pub reason: String,
+}
+
 /// Builds the plan of a pipeline.
 ///
 /// # Errors
-/// `MissingFile` where a parameter names a file that isn't there, `Stale` where `--from` or `--only` need what the cache
+/// `MissingFiles` where parameters name files that aren't there (all of them), `Stale` where `--from` or `--only` need what the cache
 /// doesn't hold, `UnknownStage`.
 pub fn build(
     pipeline: &Pipeline,
@@ -56,9 +66,16 @@ pub fn build(
     let mut graph = graph(pipeline, catalogue)?;
     let order = order(&graph)?;
     let chosen = Chosen::new(pipeline, &graph, selection)?;
+    let mut missing = Vec::new();
     for &node in &order {
-        let own = own_fields(&graph[node].stage, graph[node].description, root, facts)?;
-        decide(&mut graph, node, own, facts, &chosen);
+        match own_fields(&graph[node].stage, graph[node].description, root, facts) {
+            Ok(own) => decide(&mut graph, node, own, facts, &chosen),
+            Err(PlanError::MissingFiles(found)) => missing.extend(found),
+            Err(error) => return Err(error),
+        }
+    }
+    if !missing.is_empty() {
+        return Err(PlanError::MissingFiles(missing));
     }
     let plan = Plan { pipeline: pipeline.name.clone(), device: pipeline.device.clone(), graph, order };
     chosen.check_upstream(&plan)?;

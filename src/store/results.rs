@@ -48,6 +48,8 @@ impl Results {
     fn point_latest(&self, target: &Path) -> Result<(), StoreError> {
         let latest = self.dir.join(LATEST);
         let temporary = aside(&latest);
+        // A killed run of the same process id may have left its own; a link can't replace one that is there.
+        let _ = fs::remove_file(&temporary);
         std::os::unix::fs::symlink(target, &temporary).map_err(StoreError::io("link", &temporary))?;
         fs::rename(&temporary, &latest).map_err(StoreError::io("link", &latest))
     }

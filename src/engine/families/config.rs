@@ -8,6 +8,8 @@ use std::path::{Path, PathBuf};
 
 /// Larger dimensions than this are taken for damage: they would ask for absurd allocations.
 const MAX_DIM: usize = 1 << 24;
+/// More decoder layers than this are taken for damage as well.
+const MAX_LAYERS: usize = 4096;
 
 /// A parsed config.json.
 #[derive(Debug, Clone)]
@@ -168,9 +170,16 @@ impl ConfigFile {
         if head_dim % 2 != 0 {
             return Err(self.error(format!("head_dim {head_dim} is odd; rotary embeddings need pairs")));
         }
+        let n_layers = self.required_size("num_hidden_layers")?;
+        if n_layers > MAX_LAYERS {
+            return Err(self.error(format!("num_hidden_layers: expected at most {MAX_LAYERS}, found {n_layers}")));
+        }
+        if n_heads.saturating_mul(head_dim) > MAX_DIM {
+            return Err(self.error(format!("{n_heads} heads of {head_dim} are wider than {MAX_DIM}")));
+        }
         Ok(ModelSpec {
             family,
-            n_layers: self.required_size("num_hidden_layers")?,
+            n_layers,
             hidden_size,
             n_heads,
             n_kv_heads,
@@ -241,5 +250,9 @@ mod tests {
     fn absurd_sizes_are_refused_before_anything_is_allocated() {
         let (_dir, path) = config(r#"{"model_type": "llama", "hidden_size": 99999999999, "num_attention_heads": 8}"#);
         assert!(read_spec(&path).expect_err("an error").to_string().contains("hidden_size"));
+        let (_dir, path) = config(
+            r#"{"model_type": "llama", "hidden_size": 64, "num_attention_heads": 8, "num_hidden_layers": 9000000}"#,
+        );
+        assert!(read_spec(&path).expect_err("an error").to_string().contains("num_hidden_layers"));
     }
 }
