@@ -95,6 +95,10 @@ fn every_record_has_the_fields_of_the_contract() {
         &lab.record("small")["modules"][0],
         &["module", "scheme", "block_size", "bits_per_weight", "bytes", "weight_mse", "weight_sqnr_db"],
     );
+    has_fields(
+        &lab.record("small")["totals"],
+        &["n_quantized", "n_kept", "weights_bytes", "base_bytes", "bits_per_weight"],
+    );
     let diff = lab.record("diff");
     assert_eq!(diff["mode"], "cumulative");
     has_fields(
@@ -136,7 +140,7 @@ fn a_changed_variable_is_named_by_plan_and_remeasuring_reaches_the_report() {
     let lab = lab();
     lab.expect(0, &["run", "small.yaml"]);
     let (plan, _) = lab.expect(0, &["plan", "small.yaml", "--set", "config={scheme: int8}"]);
-    assert!(plan.contains("params.config"), "{plan}");
+    assert!(plan.contains("params.config") && plan.contains("input model changed"), "{plan}");
     lab.expect(0, &["run", "small.yaml", "--remeasure=prefill"]);
     let done: Vec<String> =
         lab.outcomes().into_iter().filter(|(_, outcome)| outcome == "done").map(|(stage, _)| stage).collect();

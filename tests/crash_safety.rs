@@ -5,6 +5,7 @@ mod support;
 
 use serde_json::Value;
 use std::collections::BTreeMap;
+use std::io::BufRead;
 use std::process::Stdio;
 use std::time::Duration;
 use support::Lab;
@@ -107,24 +108,27 @@ fn two_processes_on_one_cache_compute_each_stage_once() {
 #[test]
 fn an_interrupt_stops_cleanly_and_says_how_to_go_on() {
     let lab = Lab::new();
-    let child = lab
+    let mut child = lab
         .command(&["run", PIPELINE, "--set", "n_gen=60"])
         .stdout(Stdio::piped())
         .stderr(Stdio::piped())
         .spawn()
         .expect("labpipe starts");
-    std::thread::sleep(Duration::from_millis(700));
+    // The first stage that takes its time has begun: the run is well under way.
+    let mut lines = std::io::BufReader::new(child.stderr.take().expect("its stderr")).lines().map_while(Result::ok);
+    assert!(lines.any(|line| line.starts_with("start  prefill-fp16")), "the run never began");
     let kill =
         std::process::Command::new("kill").args(["-INT", &child.id().to_string()]).status().expect("kill starts");
     assert!(kill.success());
+    let told: Vec<String> = lines.collect();
     let output = child.wait_with_output().expect("its end");
-    assert_eq!(output.status.code(), Some(130), "{}", support::text(&output.stderr));
+    assert_eq!(output.status.code(), Some(130), "{told:?}");
     let said = support::text(&output.stdout);
     assert!(
         said.contains(&format!("labpipe run {PIPELINE} --set n_gen=60 goes on from the last committed stage")),
         "{said}"
     );
-    assert!(support::text(&output.stderr).contains("stopping at the next step"), "{}", support::text(&output.stderr));
+    assert!(told.iter().any(|line| line.contains("stopping at the next step")), "{told:?}");
     assert_eq!(lab.run_json()["status"], "cancelled");
     lab.expect(0, &["run", PIPELINE]);
 }

@@ -14,7 +14,8 @@ use crate::ui::{sink, summary_table};
 use serde_json::Value;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::sync::atomic::AtomicBool;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread::JoinHandle;
 
 /// Runs a pipeline.
 pub fn run(global: &Global, args: &RunArgs) -> Result<u8, CliError> {
@@ -84,7 +85,7 @@ fn start(global: &Global, file: &Path, read: Read, selection: &Selection, jobs: 
     let run_dir = results.start(&read.pipeline.name, &run_file.run_id, &run_file.to_json())?;
     let events = sink(global.log_format(), global.level());
     let cancel = Arc::new(AtomicBool::new(false));
-    catch_interrupts(&cancel, &events)?;
+    let teller = catch_interrupts(&cancel, &events)?;
     let request = RunRequest {
         plan: &plan,
         catalogue: &read.catalogue,
@@ -94,10 +95,14 @@ fn start(global: &Global, file: &Path, read: Read, selection: &Selection, jobs: 
         run_file,
         engine,
         events,
-        cancel,
+        cancel: Arc::clone(&cancel),
         jobs,
     };
     let outcome = execute(&request)?;
+    // A signal that stopped the run has woken the thread too: its word comes before the last one.
+    if let Some(teller) = teller.filter(|_| cancel.load(Ordering::Relaxed)) {
+        let _ = teller.join();
+    }
     if std::env::var("SAVE_EVAL_RESULTS").is_ok_and(|value| !["", "0", "false"].contains(&value.as_str())) {
         append_metrics_csv(&global.results.join("metrics.csv"), &metrics_rows(&outcome.results, &timestamp()))?;
     }
@@ -106,7 +111,7 @@ fn start(global: &Global, file: &Path, read: Read, selection: &Selection, jobs: 
 }
 
 /// The first Ctrl-C asks the run to stop, and says so; the second ends the process at once.
-fn catch_interrupts(cancel: &Arc<AtomicBool>, events: &Arc<dyn EventSink>) -> Result<(), CliError> {
+fn catch_interrupts(cancel: &Arc<AtomicBool>, events: &Arc<dyn EventSink>) -> Result<Option<JoinHandle<()>>, CliError> {
     use signal_hook::consts::{SIGINT, SIGTERM};
     let failed =
         |error: std::io::Error| CliError::Usage { message: format!("failed to catch signals: {error}"), hint: None };
@@ -117,13 +122,13 @@ fn catch_interrupts(cancel: &Arc<AtomicBool>, events: &Arc<dyn EventSink>) -> Re
     let mut signals = signal_hook::iterator::Signals::new([SIGINT, SIGTERM]).map_err(failed)?;
     let events = Arc::clone(events);
     // Without the thread the run stops all the same; only the word is missing.
-    let _ = std::thread::Builder::new().name("signals".to_owned()).spawn(move || {
+    let teller = std::thread::Builder::new().name("signals".to_owned()).spawn(move || {
         if signals.forever().next().is_some() {
             let text = "stopping at the next step; once more ends at once (what is committed stays)".to_owned();
             events.emit(Event::Note { stage: None, level: Level::Warning, text });
         }
     });
-    Ok(())
+    Ok(teller.ok())
 }
 
 /// Returns the command that goes on with this run, options included; what the environment says it says again.

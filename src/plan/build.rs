@@ -37,8 +37,8 @@ pub enum PlanError {
     UnknownKind { stage: String, kind: String },
     #[error("order the stages: {stage} is part of a cycle")]
     Cycle { stage: String },
-    #[error("reuse stage {stage} from the cache: {why}; add --rebuild-upstream to compute it again")]
-    Stale { stage: String, why: String },
+    #[error("reuse stage {stage} from the cache: {why}; {remedy}")]
+    Stale { stage: String, why: String, remedy: &'static str },
 }
 
 /// A parameter that names a file which isn't there.
@@ -158,6 +158,8 @@ struct Chosen {
     remeasured: BTreeSet<String>,
     /// Stages outside the selection must be in the cache.
     strict: bool,
+    /// What to do where one isn't.
+    remedy: &'static str,
 }
 
 impl Chosen {
@@ -191,7 +193,12 @@ impl Chosen {
             Remeasure::Stages(names) => all_addresses(stages, names)?,
         };
         let strict = (!selection.only.is_empty() || !selection.from.is_empty()) && !selection.rebuild_upstream;
-        Ok(Chosen { selected, forced, remeasured, strict })
+        let remedy = if selection.from.is_empty() {
+            "with --until in place of --only it is computed too"
+        } else {
+            "add --rebuild-upstream to compute it again"
+        };
+        Ok(Chosen { selected, forced, remeasured, strict, remedy })
     }
 
     /// Stages that are not selected but needed must come from the cache.
@@ -208,7 +215,7 @@ impl Chosen {
                     Reason::Changed(_) => format!("it changed ({})", node.reason.explain()),
                     _ => "it is not there".to_owned(),
                 };
-                return Err(PlanError::Stale { stage: node.stage.address.clone(), why });
+                return Err(PlanError::Stale { stage: node.stage.address.clone(), why, remedy: self.remedy });
             }
         }
         Ok(())

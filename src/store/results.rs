@@ -136,5 +136,9 @@ fn place(from: &Path, to: &Path) -> Result<(), StoreError> {
     if let Some(parent) = to.parent() {
         create_dirs(parent)?;
     }
-    fs::copy(from, to).map(|_| ()).map_err(StoreError::io("copy", to))
+    fs::copy(from, to).map(|_| ()).map_err(|source| {
+        // Half a picture would look like a whole one; the error that matters is the one being reported.
+        let _ = fs::remove_file(to);
+        StoreError::Io { verb: "copy", path: to.to_owned(), source }
+    })
 }

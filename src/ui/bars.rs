@@ -10,7 +10,7 @@ use std::time::Duration;
 
 const RUN: &str = "{prefix:.bold} [{bar:32}] {pos}/{len} stages  {elapsed_precise}";
 const COUNTED: &str = "  {spinner} {prefix} [{bar:24}] {pos}/{len} {msg}  {per_sec}  ETA {eta}";
-const UNCOUNTED: &str = "  {spinner} {prefix} {pos} {msg}  {elapsed}";
+const UNCOUNTED: &str = "  {spinner} {prefix} {pos} {msg}  {per_sec}  {elapsed}";
 const TICK: Duration = Duration::from_millis(120);
 
 /// Draws bars with indicatif; they redraw themselves, on stderr.
