@@ -136,6 +136,18 @@ fn a_second_run_computes_nothing_and_rerun_from_a_stage_only_what_follows_it() {
 }
 
 #[test]
+fn verbose_says_why_a_stage_runs_and_what_loading_took_and_quiet_says_nothing() {
+    let lab = lab();
+    let (_, told) = lab.expect(0, &["run", "small.yaml", "-v", "--until", "ppl"]);
+    assert!(told.contains("ppl: key ") && told.contains("; why: never computed before"), "{told}");
+    assert!(told.contains("model loaded in") && told.contains("of weights"), "{told}");
+    let (_, told) = lab.expect(0, &["run", "small.yaml", "--until", "ppl", "--force"]);
+    assert!(told.contains("done   ppl") && !told.contains("why:") && !told.contains("model loaded"), "{told}");
+    let (_, told) = lab.expect(0, &["run", "small.yaml", "--until", "ppl", "--force", "--quiet"]);
+    assert_eq!(told, "");
+}
+
+#[test]
 fn a_changed_variable_is_named_by_plan_and_remeasuring_reaches_the_report() {
     let lab = lab();
     lab.expect(0, &["run", "small.yaml"]);
