@@ -83,6 +83,8 @@ fn every_record_has_the_fields_of_the_contract() {
     let prefill = lab.record("prefill");
     has_fields(&prefill, &memory);
     has_fields(&prefill["results"][0], &["label", "n_prompt", "samples_s", "tokens_per_second_mean"]);
+    let (shown, _) = lab.expect(0, &["show", "prefill"]);
+    assert!(shown.contains("│ label ") && shown.contains("┆ pp16 ") && shown.contains("│ ttft_s_median "), "{shown}");
     let decode = lab.record("decode");
     has_fields(&decode, &memory);
     has_fields(&decode["results"][1], &["label", "n_gen", "n_depth", "samples_s", "tokens_per_second"]);
