@@ -235,6 +235,35 @@ fn saved_metrics_have_a_row_per_model_measured() {
     assert!(lines[1].contains(",small,") && lines[1].contains("nf4"));
 }
 
+#[test]
+fn the_cache_is_checked_cleared_and_filled_again() {
+    let lab = lab();
+    lab.expect(0, &["run", "small.yaml", "--until", "acts-b"]);
+    let folder = lab.path("cache").join(lab.record("acts-b")["key"].as_str().expect("a key"));
+    let file = folder.join("activations/lm_head.output.parquet");
+    let mut bytes = std::fs::read(&file).expect("a captured tensor");
+    bytes[100] ^= 1;
+    std::fs::write(&file, &bytes).expect("damage");
+    let (told, _) = lab.expect(5, &["cache", "verify"]);
+    assert!(told.contains("acts-b: activations/lm_head.output.parquet") && told.contains("1 damaged"), "{told}");
+    // A file of another length is noticed without hashing: the stage is computed again and replaces it.
+    std::fs::write(&file, &bytes[..50]).expect("more damage");
+    let (plan, _) = lab.expect(0, &["plan", "small.yaml", "--until", "acts-b"]);
+    assert!(plan.contains("its artifact is gone or damaged"), "{plan}");
+    lab.expect(0, &["run", "small.yaml", "--until", "acts-b"]);
+    lab.expect(0, &["cache", "verify"]);
+    // What a run refers to stays; without its results nothing does.
+    assert!(lab.expect(0, &["cache", "gc"]).0.contains("removed 0 "));
+    std::fs::remove_dir_all(lab.path("results")).expect("the results");
+    lab.write("cache/notes.txt", "not labpipe's");
+    assert!(lab.expect(0, &["cache", "gc", "--older-than", "1"]).0.contains("removed 0 "), "they are from today");
+    let (told, _) = lab.expect(0, &["cache", "gc", "--dry-run"]);
+    assert!(told.contains("would remove 3 ") && folder.is_dir(), "{told}");
+    lab.expect(0, &["cache", "gc"]);
+    assert!(!folder.exists() && lab.path("cache/notes.txt").is_file());
+    lab.expect(0, &["run", "small.yaml", "--until", "acts-b"]);
+}
+
 const SWEEP: &str = r#"
 version: 1
 name: sweep
