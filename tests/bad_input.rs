@@ -240,8 +240,13 @@ fn texts_and_tokenizers_that_do_not_fit_are_named() {
     let other = Path::new(env!("CARGO_MANIFEST_DIR")).join("models/tinystories-656k/tokenizer.json");
     std::fs::copy(other, lab.path("broken/tokenizer.json")).expect("another tokenizer");
     fails(&lab, &["ppl failed to tokenize", "belongs to another model"]);
-    lab.write("broken/tokenizer.json", "{");
+    lab.write("broken/tokenizer.json", "{}");
     fails(&lab, &["not a readable tokenizer"]);
+    let whole =
+        std::fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join("models/stories260k/tokenizer.json"));
+    let damaged = whole.expect("a tokenizer").replacen("\"vocab\": {", "\"vocab\": {,", 1);
+    lab.write("broken/tokenizer.json", &damaged);
+    fails(&lab, &["ppl failed to tokenize", "not valid JSON"]);
     std::fs::remove_file(lab.path("broken/tokenizer.json")).expect("the tokenizer");
     fails(&lab, &["ppl failed to tokenize", "tokenizer.json", "No such file"]);
 }
