@@ -54,7 +54,7 @@ pub struct MissingFile {
 /// Builds the plan of a pipeline.
 ///
 /// # Errors
-/// `MissingFiles` where parameters name files that aren't there (all of them), `Stale` where `--from` or `--only` need what the cache
+/// `MissingFiles` where parameters name files that aren't there (each stage's first), `Stale` where `--from` or `--only` need what the cache
 /// doesn't hold, `UnknownStage`.
 pub fn build(
     pipeline: &Pipeline,

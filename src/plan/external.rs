@@ -28,13 +28,13 @@ pub struct Missing {
 /// Returns every external file.
 ///
 /// # Errors
-/// Every parameter whose path leads nowhere.
+/// `Missing` where a path leads nowhere.
 pub fn external_files(
     description: &StageDescription,
     params: &Params,
     root: &Path,
-) -> Result<Vec<ExternalFile>, Vec<Missing>> {
-    let (mut files, mut missing) = (Vec::new(), Vec::new());
+) -> Result<Vec<ExternalFile>, Missing> {
+    let mut files = Vec::new();
     for param in description.params {
         let value = params.get(param.name).unwrap_or(&Value::Null);
         let path = match &param.ty {
@@ -45,18 +45,22 @@ pub fn external_files(
         };
         let Some(written) = path else { continue };
         let path = root.join(written);
-        let is_model = param.ty == ParamType::Model;
-        match (is_model, if is_model { path.is_dir() } else { path.is_file() }) {
-            (true, true) => files.extend(model_files(written, &path)),
-            (false, true) => files.push(ExternalFile { written: written.to_owned(), path }),
-            (_, false) => {
-                let what = if is_model { "no such model folder" } else { "no such file" };
-                let reason = format!("{written}: {what} (looked in {})", root.display());
-                missing.push(Missing { param: param.name.to_owned(), reason });
+        let missing = |what: &str| {
+            let reason = format!("{written}: {what} (looked in {})", root.display());
+            Err(Missing { param: param.name.to_owned(), reason })
+        };
+        if param.ty == ParamType::Model {
+            if !path.is_dir() {
+                return missing("no such model folder");
             }
+            files.extend(model_files(written, &path));
+        } else if path.is_file() {
+            files.push(ExternalFile { written: written.to_owned(), path });
+        } else {
+            return missing("no such file");
         }
     }
-    if missing.is_empty() { Ok(files) } else { Err(missing) }
+    Ok(files)
 }
 
 fn model_files(written: &str, dir: &Path) -> Vec<ExternalFile> {

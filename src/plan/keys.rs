@@ -41,13 +41,12 @@ pub fn own_fields(
     }
     let address = || stage.address.clone();
     let files = external_files(description, &stage.params, root).map_err(|missing| {
-        let missing = missing.into_iter().map(|missing| MissingFile {
+        PlanError::MissingFiles(vec![MissingFile {
             stage: stage.name.clone(),
             line: stage.line,
             param: missing.param,
             reason: missing.reason,
-        });
-        PlanError::MissingFiles(missing.collect())
+        }])
     })?;
     for file in files {
         let hash = facts.file_hash(&file.path).map_err(|reason| PlanError::Hash { stage: address(), reason })?;
