@@ -77,14 +77,21 @@ fn type_schema(ty: &ParamType) -> Value {
             "type": "object", "additionalProperties": false, "required": ["config"],
             "properties": { "config": { "type": "string" }, "seed": { "type": "integer", "minimum": 0 } }
         }),
-        ParamType::TextSource => json!({ "anyOf": [{ "type": "string" }, {
-            "type": "object", "additionalProperties": false, "required": ["source"],
-            "properties": {
-                "source": { "type": "string" },
-                "n_chars": { "type": "integer", "minimum": 1 },
-                "n_tokens": { "type": "integer", "minimum": 1 }
+        ParamType::TextSource => json!({ "anyOf": [
+            { "type": "string", "minLength": 1 },
+            { "type": "array", "items": { "type": "string", "minLength": 1 }, "minItems": 1 },
+            {
+                "type": "object", "additionalProperties": false, "required": ["source"],
+                "properties": {
+                    "source": list_of(json!({ "type": "string", "minLength": 1 })),
+                    "n_chars": { "type": "integer", "minimum": 1 },
+                    "n_tokens": { "type": "integer", "minimum": 1 },
+                    "separator": { "type": "string", "minLength": 1 },
+                    "column": { "type": "string", "minLength": 1, "default": "text" },
+                    "join": { "type": "string", "default": "\n\n" }
+                }
             }
-        }] }),
+        ] }),
         ParamType::QuantizationConfig => json!({ "type": ["string", "object"] }),
     }
 }

@@ -1,0 +1,119 @@
+//! Detail tables about log-likelihoods per word and byte, and about divergence from a base model.
+
+use super::Evidence;
+use super::details::{Section, section};
+use super::evidence::window_label;
+use super::markdown::{Table, code};
+use super::numbers::{significant, thousands, with_spread};
+
+/// Returns the table of perplexities per word and byte, where there are any.
+pub fn units(evidence: &Evidence<'_>) -> Option<String> {
+    let mut table = Table::new([
+        "stage",
+        "model",
+        "documents",
+        "words",
+        "bytes",
+        "word perplexity",
+        "byte perplexity",
+        "bits per byte",
+    ]);
+    for row in &evidence.ppls {
+        let one = &row.result;
+        let (Some(word), Some(byte), Some(bits)) = (one.word_perplexity, one.byte_perplexity, one.bits_per_byte) else {
+            continue;
+        };
+        let count = |n: Option<usize>| n.map_or_else(|| "n/a".to_owned(), thousands);
+        table.row([
+            code(&row.stage),
+            code(&row.model),
+            count(one.n_documents),
+            count(one.n_words),
+            count(one.n_bytes),
+            with_spread(word, one.word_perplexity_stderr),
+            with_spread(byte, one.byte_perplexity_stderr),
+            with_spread(bits, one.bits_per_byte_stderr),
+        ]);
+    }
+    let intro = "Per word and byte of the original text, as lm-evaluation-harness counts them; ± standard error:";
+    (!table.is_empty()).then(|| format!("{intro}\n\n{}", table.render()))
+}
+
+/// Returns the section about divergence from a base model.
+pub fn divergence(evidence: &Evidence<'_>) -> Option<Section> {
+    let names = |one: &super::evidence::Diverged| {
+        let row = &one.row.result;
+        [code(&one.row.model), code(&one.base), window_label(&row.convention, row.max_length, row.stride)]
+    };
+    let mut kl = Table::new([
+        "model",
+        "base",
+        "windows",
+        "n_scored",
+        "KL mean ± stderr (nats)",
+        "median",
+        "p90",
+        "p95",
+        "p99",
+        "p99.9",
+        "max",
+        "min",
+        "base kept as",
+    ]);
+    let mut rest = Table::new([
+        "model",
+        "base",
+        "windows",
+        "same top token (%)",
+        "ln(ppl / base ppl)",
+        "ppl / base ppl",
+        "correlation of NLL",
+        "Δp mean (%)",
+        "Δp RMS (%)",
+        "Δp 1 % / 50 % / 99 % (%)",
+    ]);
+    let tail = |value: Option<f64>, stderr: Option<f64>, n_needed: &str| {
+        value.map_or_else(|| format!("n/a (n < {n_needed})"), |value| nats(value, stderr))
+    };
+    for one in &evidence.divergences {
+        let row = &one.row.result;
+        kl.row(names(one).into_iter().chain([
+            thousands(row.n_scored),
+            nats(row.kl_mean, row.kl_mean_stderr),
+            nats(row.kl_median, row.kl_median_stderr),
+            nats(row.kl_p90, row.kl_p90_stderr),
+            tail(row.kl_p95, row.kl_p95_stderr, "20"),
+            tail(row.kl_p99, row.kl_p99_stderr, "100"),
+            tail(row.kl_p99_9, row.kl_p99_9_stderr, "1,000"),
+            significant(row.kl_max),
+            significant(row.kl_min),
+            row.base_log_probs.clone(),
+        ]));
+        let percent = |value: f64, stderr: Option<f64>| nats(100.0 * value, stderr.map(|stderr| 100.0 * stderr));
+        let correlation = row.nll_correlation.map(|r| nats(r, row.nll_correlation_stderr));
+        let share = |value: Option<f64>| value.map_or_else(|| "n/a".to_owned(), |value| significant(100.0 * value));
+        rest.row(names(one).into_iter().chain([
+            percent(row.top1_agreement, row.top1_agreement_stderr),
+            nats(row.ln_ppl_ratio, row.ln_ppl_ratio_stderr),
+            nats(row.ppl_ratio, row.ppl_ratio_stderr),
+            correlation.unwrap_or_else(|| "n/a".to_owned()),
+            percent(row.delta_p_mean, row.delta_p_mean_stderr),
+            percent(row.delta_p_rms, row.delta_p_rms_stderr),
+            [share(row.delta_p_p01), share(Some(row.delta_p_median)), share(row.delta_p_p99)].join(" / "),
+        ]));
+    }
+    let intro = "How far each model's whole distribution is from its base's at every scored token: KL(base ‖ model) in \
+        nats. Each ± is one standard error, tokens taken as independent; of a percentile by order statistics, left out \
+        where there are too few tokens. A model against itself in another number format shows the noise floor.";
+    let note = "Δp: probability of the true token by the model minus that by the base, in percentage points. The ratio's \
+        error is that of the tokens' own differences, so it is far smaller than the two perplexities' errors suggest.";
+    section("Divergence", intro, &kl, &[rest.render(), note.to_owned()])
+}
+
+/// Formats a value with its error; far from 1 both as powers of ten, where a fixed number of decimals would show zeros.
+fn nats(value: f64, stderr: Option<f64>) -> String {
+    match stderr {
+        Some(stderr) if stderr > 0.0 && stderr < 1e-5 => format!("{} ± {stderr:.1e}", significant(value)),
+        _ => with_spread(value, stderr),
+    }
+}
