@@ -254,7 +254,7 @@ fn rooms_import_downward_only() {
         ("engine", with(&["metrics"])),
         ("stages", with(&["bench", "dataset", "metrics", "report", "store"])),
         ("ui", with(&["pipeline", "plan"])),
-        ("run", with(&everything)),
+        ("run", with(&[&everything[..], &["dataset"]].concat())),
     ]);
     let src = root().join("src");
     for path in sources(&src) {

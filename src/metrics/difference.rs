@@ -70,7 +70,8 @@ fn t_quantile(freedom: f64) -> f64 {
     let g1 = (Z.powi(3) + Z) / 4.0;
     let g2 = (5.0 * Z.powi(5) + 16.0 * Z.powi(3) + 3.0 * Z) / 96.0;
     let g3 = (3.0 * Z.powi(7) + 19.0 * Z.powi(5) + 17.0 * Z.powi(3) - 15.0 * Z) / 384.0;
-    Z + g1 / freedom + g2 / freedom.powi(2) + g3 / freedom.powi(3)
+    let g4 = (79.0 * Z.powi(9) + 776.0 * Z.powi(7) + 1482.0 * Z.powi(5) - 1920.0 * Z.powi(3) - 945.0 * Z) / 92160.0;
+    Z + g1 / freedom + g2 / freedom.powi(2) + g3 / freedom.powi(3) + g4 / freedom.powi(4)
 }
 
 #[cfg(test)]
