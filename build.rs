@@ -50,10 +50,12 @@ fn output(program: &str, args: &[&str]) -> Option<String> {
 /// Returns `name=version` of the crates in Cargo.lock.
 fn crates() -> Vec<String> {
     let lock = std::fs::read_to_string("Cargo.lock").unwrap_or_default();
-    let quoted = |line: &str, key: &str| {
-        line.strip_prefix(key)?.strip_prefix(" = \"")?.strip_suffix('"').map(str::to_owned)
-    };
+    let quoted =
+        |line: &str, key: &str| line.strip_prefix(key)?.strip_prefix(" = \"")?.strip_suffix('"').map(str::to_owned);
     let lines: Vec<&str> = lock.lines().collect();
     let pairs = lines.windows(2).filter_map(|pair| Some((quoted(pair[0], "name")?, quoted(pair[1], "version")?)));
-    pairs.filter(|(name, _)| CRATES.contains(&name.as_str())).map(|(name, version)| format!("{name}={version}")).collect()
+    pairs
+        .filter(|(name, _)| CRATES.contains(&name.as_str()))
+        .map(|(name, version)| format!("{name}={version}"))
+        .collect()
 }

@@ -115,7 +115,10 @@ mod tests {
         let by_commit = SOURCE.replace("wikitext/", "wikitext@b08601e/");
         assert_eq!(cached(&by_commit, cache.path()), Ok(found));
         let error = cached(&SOURCE.replace("test-", "train-"), cache.path()).expect_err("it is not there").to_string();
-        assert!(error.contains("hf download --repo-type dataset Salesforce/wikitext wikitext-2-raw-v1/train-"), "{error}");
+        assert!(
+            error.contains("hf download --repo-type dataset Salesforce/wikitext wikitext-2-raw-v1/train-"),
+            "{error}"
+        );
     }
 
     #[test]

@@ -5,9 +5,7 @@
 
 mod log_probs;
 
-pub use log_probs::{
-    LogProbFormat, LogProbRows, LogProbSink, LogProbSource, argmax, diverge_logits, score_logits,
-};
+pub use log_probs::{LogProbFormat, LogProbRows, LogProbSink, LogProbSource, argmax, diverge_logits, score_logits};
 
 use crate::artifact::{MemoryFigures, QuantizedModule};
 use crate::event::Progress;
@@ -201,12 +199,7 @@ pub trait Model: Send {
     ///
     /// # Errors
     /// Those of `last_logits`, and what `take` returns.
-    fn logits(
-        &mut self,
-        tokens: &[u32],
-        first_row: usize,
-        take: &mut TakeLogits<'_>,
-    ) -> Result<(), InferenceError> {
+    fn logits(&mut self, tokens: &[u32], first_row: usize, take: &mut TakeLogits<'_>) -> Result<(), InferenceError> {
         for end in first_row + 1..=tokens.len() {
             take(&self.last_logits(&tokens[..end])?)?;
         }

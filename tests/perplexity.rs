@@ -147,10 +147,14 @@ fn texts_come_from_files_lists_documents_parquet_and_the_hubs_cache() {
     close(&found["bits_per_byte"], &expected["bits_per_byte"], 1e-4);
     close(&found["word_perplexity"], &expected["word_perplexity"], 1e-4);
 
-    let output = lab.command(&["run", "texts.yaml"]).env("HF_HUB_CACHE", lab.path("empty")).output().expect("it starts");
+    let output =
+        lab.command(&["run", "texts.yaml"]).env("HF_HUB_CACHE", lab.path("empty")).output().expect("it starts");
     let error = String::from_utf8_lossy(&output.stderr).into_owned();
     assert_eq!(output.status.code(), Some(2), "{error}");
-    assert!(error.contains("not in the Hugging Face cache") && error.contains("hf download --repo-type dataset"), "{error}");
+    assert!(
+        error.contains("not in the Hugging Face cache") && error.contains("hf download --repo-type dataset"),
+        "{error}"
+    );
 }
 
 const DIVERGENCE: &str = r#"
@@ -319,7 +323,10 @@ fn compare_tells_what_lies_outside_the_noise() {
     let found: Value = serde_json::from_str(&out).expect("JSON");
     let verdict = |metric: &str| {
         let rows = found["rows"].as_array().expect("rows");
-        let row = rows.iter().find(|row| row["metric"] == metric && row["stage"] != "base").unwrap_or_else(|| panic!("no {metric}"));
+        let row = rows
+            .iter()
+            .find(|row| row["metric"] == metric && row["stage"] != "base")
+            .unwrap_or_else(|| panic!("no {metric}"));
         (row["verdict"].as_str().expect("a word").to_owned(), row["paired"].as_bool().expect("true or false"))
     };
     assert_eq!(verdict("perplexity"), ("outside_noise".to_owned(), true));
@@ -346,7 +353,11 @@ fn run_json_holds_what_repeating_the_run_takes() {
     assert_eq!((&run["command"][1], &run["command"][2]), (&Value::from("run"), &Value::from("c.yaml")));
     assert_eq!((&run["jobs"], &run["set"][0]["name"]), (&Value::from(1), &Value::from("n_chars")));
     let files = run["files"].as_object().expect("files");
-    for path in ["models/stories260k/model.safetensors", "models/stories260k/tokenizer.json", "experiments/data/tinystories.txt"] {
+    for path in [
+        "models/stories260k/model.safetensors",
+        "models/stories260k/tokenizer.json",
+        "experiments/data/tinystories.txt",
+    ] {
         let bytes = std::fs::read(lab.path(path)).expect("the file");
         assert_eq!(files[path]["blake3"], blake3::hash(&bytes).to_hex().to_string(), "{path}");
         assert_eq!(files[path]["bytes"], bytes.len() as u64, "{path}");

@@ -9,7 +9,8 @@ use crate::event::{Event, Level};
 use crate::pipeline::ParseOptions;
 use crate::plan::{Remeasure, Selection};
 use crate::run::{
-    RunFile, RunOutcome, RunRequest, environment, execute, external_files, metrics_rows, planned_stages, run_id, timestamp,
+    RunFile, RunOutcome, RunRequest, environment, execute, external_files, metrics_rows, planned_stages, run_id,
+    timestamp,
 };
 use crate::store::{Results, append_metrics_csv};
 use crate::ui::{sink, summary_table};

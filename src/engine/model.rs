@@ -135,12 +135,7 @@ impl Model for BurnModel {
         Ok(scores)
     }
 
-    fn logits(
-        &mut self,
-        tokens: &[u32],
-        first_row: usize,
-        take: &mut TakeLogits<'_>,
-    ) -> Result<(), InferenceError> {
+    fn logits(&mut self, tokens: &[u32], first_row: usize, take: &mut TakeLogits<'_>) -> Result<(), InferenceError> {
         logits_in_chunks(&self.executor, tokens, first_row, take)
     }
 

@@ -326,8 +326,7 @@ mod tests {
     fn rows_that_do_not_match_are_errors() {
         let base = LogProbRows::pack(LogProbFormat::F32, &[0.0; 8], 4).expect("rows");
         assert!(diverge_logits(&[0.0; 4], 4, &[1], &base).is_err());
-        let foreign =
-            LogProbRows::TopK { k: 1, ids: vec![9], log_probs: vec![0.0], tail: vec![0.0] };
+        let foreign = LogProbRows::TopK { k: 1, ids: vec![9], log_probs: vec![0.0], tail: vec![0.0] };
         assert!(diverge_logits(&[0.0; 4], 4, &[1], &foreign).is_err());
     }
 

@@ -81,15 +81,9 @@ mod tests {
     #[test]
     fn t_quantiles_equal_the_tables() {
         // scipy 1.17: stats.t.ppf(0.975, ν).
-        for (freedom, expected) in [
-            (1.0, 12.7062),
-            (2.0, 4.3027),
-            (4.0, 2.7764),
-            (5.0, 2.5706),
-            (9.0, 2.2622),
-            (30.0, 2.0423),
-            (1e9, 1.95996),
-        ] {
+        for (freedom, expected) in
+            [(1.0, 12.7062), (2.0, 4.3027), (4.0, 2.7764), (5.0, 2.5706), (9.0, 2.2622), (30.0, 2.0423), (1e9, 1.95996)]
+        {
             assert!((t_quantile(freedom) / expected - 1.0).abs() < 1e-3, "{freedom}: {}", t_quantile(freedom));
         }
         assert!(t_quantile(2.5) < t_quantile(2.0) && t_quantile(2.5) > t_quantile(3.0));
@@ -102,8 +96,7 @@ mod tests {
         // is 4.5 ± 2.26522.
         let (a, sa) = mean_and_stderr(&[10.0, 12.0, 11.0, 13.0]);
         let (b, sb) = mean_and_stderr(&[14.0, 15.0, 17.0, 16.0, 18.0]);
-        let found =
-            difference(Estimate { value: a, stderr: sa, n: 4 }, Estimate { value: b, stderr: sb, n: 5 });
+        let found = difference(Estimate { value: a, stderr: sa, n: 4 }, Estimate { value: b, stderr: sb, n: 5 });
         assert_eq!(found.value, 4.5);
         assert!((found.half_width.expect("spreads") - 2.26522).abs() < 0.003, "{found:?}");
         assert_eq!(found.is_outside_noise(), Some(true));

@@ -134,7 +134,8 @@ mod tests {
 
     #[test]
     fn a_model_and_itself_agree_in_everything() {
-        let pairs: Vec<TokenPair> = (1..=200).map(|i| pair(1.0 / f64::from(i), 1.0 / f64::from(i), 0.0, true)).collect();
+        let pairs: Vec<TokenPair> =
+            (1..=200).map(|i| pair(1.0 / f64::from(i), 1.0 / f64::from(i), 0.0, true)).collect();
         let found = divergence(&pairs).expect("statistics");
         assert_eq!((found.kl_mean, found.kl_p99, found.top1_agreement), (0.0, Some(0.0), 1.0));
         assert_eq!((found.ln_ppl_ratio, found.ln_ppl_ratio_stderr), (0.0, Some(0.0)));

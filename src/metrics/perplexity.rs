@@ -21,11 +21,18 @@ pub enum Convention {
 /// Which windows a convention cuts. Conventions with the same cut are scored once.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Cut {
-    Strided { max_length: usize, stride: usize },
+    Strided {
+        max_length: usize,
+        stride: usize,
+    },
     /// Chunks of `n_ctx` tokens of which the second half is scored.
-    Halves { n_ctx: usize },
+    Halves {
+        n_ctx: usize,
+    },
     /// Windows of up to `max_length` tokens that go on where the last one ended, over each document by itself.
-    Rolling { max_length: usize },
+    Rolling {
+        max_length: usize,
+    },
 }
 
 impl Cut {
@@ -123,12 +130,7 @@ pub fn half_windows(n_tokens: usize, n_ctx: usize) -> Result<Vec<Window>, Metric
     if n_tokens < 2 * n_ctx {
         return Err(MetricsError::TooFew { n_tokens, n_ctx });
     }
-    let chunk = |i: usize| Window {
-        begin: i * n_ctx,
-        end: (i + 1) * n_ctx,
-        first_target: n_ctx / 2 + 1,
-        n_new: n_ctx,
-    };
+    let chunk = |i: usize| Window { begin: i * n_ctx, end: (i + 1) * n_ctx, first_target: n_ctx / 2 + 1, n_new: n_ctx };
     Ok((0..n_tokens / n_ctx).map(chunk).collect())
 }
 

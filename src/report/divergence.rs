@@ -73,15 +73,15 @@ pub fn divergence(evidence: &Evidence<'_>) -> Option<Section> {
         "Δp 1 % / 50 % / 99 % (%)",
     ]);
     let tail = |value: Option<f64>, stderr: Option<f64>, n_needed: &str| {
-        value.map_or_else(|| format!("n/a (n < {n_needed})"), |value| nats(value, stderr))
+        value.map_or_else(|| format!("n/a (n < {n_needed})"), |value| with_spread(value, stderr))
     };
     for one in &evidence.divergences {
         let row = &one.row.result;
         kl.row(names(one).into_iter().chain([
             thousands(row.n_scored),
-            nats(row.kl_mean, row.kl_mean_stderr),
-            nats(row.kl_median, row.kl_median_stderr),
-            nats(row.kl_p90, row.kl_p90_stderr),
+            with_spread(row.kl_mean, row.kl_mean_stderr),
+            with_spread(row.kl_median, row.kl_median_stderr),
+            with_spread(row.kl_p90, row.kl_p90_stderr),
             tail(row.kl_p95, row.kl_p95_stderr, "20"),
             tail(row.kl_p99, row.kl_p99_stderr, "100"),
             tail(row.kl_p99_9, row.kl_p99_9_stderr, "1,000"),
@@ -89,13 +89,13 @@ pub fn divergence(evidence: &Evidence<'_>) -> Option<Section> {
             significant(row.kl_min),
             row.base_log_probs.clone(),
         ]));
-        let percent = |value: f64, stderr: Option<f64>| nats(100.0 * value, stderr.map(|stderr| 100.0 * stderr));
-        let correlation = row.nll_correlation.map(|r| nats(r, row.nll_correlation_stderr));
+        let percent = |value: f64, stderr: Option<f64>| with_spread(100.0 * value, stderr.map(|stderr| 100.0 * stderr));
+        let correlation = row.nll_correlation.map(|r| with_spread(r, row.nll_correlation_stderr));
         let share = |value: Option<f64>| value.map_or_else(|| "n/a".to_owned(), |value| significant(100.0 * value));
         rest.row(names(one).into_iter().chain([
             percent(row.top1_agreement, row.top1_agreement_stderr),
-            nats(row.ln_ppl_ratio, row.ln_ppl_ratio_stderr),
-            nats(row.ppl_ratio, row.ppl_ratio_stderr),
+            with_spread(row.ln_ppl_ratio, row.ln_ppl_ratio_stderr),
+            with_spread(row.ppl_ratio, row.ppl_ratio_stderr),
             correlation.unwrap_or_else(|| "n/a".to_owned()),
             percent(row.delta_p_mean, row.delta_p_mean_stderr),
             percent(row.delta_p_rms, row.delta_p_rms_stderr),
@@ -108,12 +108,4 @@ pub fn divergence(evidence: &Evidence<'_>) -> Option<Section> {
     let note = "Δp: probability of the true token by the model minus that by the base, in percentage points. The ratio's \
         error is that of the tokens' own differences, so it is far smaller than the two perplexities' errors suggest.";
     section("Divergence", intro, &kl, &[rest.render(), note.to_owned()])
-}
-
-/// Formats a value with its error; far from 1 both as powers of ten, where a fixed number of decimals would show zeros.
-fn nats(value: f64, stderr: Option<f64>) -> String {
-    match stderr {
-        Some(stderr) if stderr > 0.0 && stderr < 1e-5 => format!("{} ± {stderr:.1e}", significant(value)),
-        _ => with_spread(value, stderr),
-    }
 }

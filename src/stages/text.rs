@@ -101,7 +101,8 @@ impl<'a> TextForModel<'a> {
     /// `n_tokens`, which cuts through words whose number would then be unknown.
     pub fn documents(&self, add_special_tokens: bool) -> Result<TokenizedDocuments, StageError> {
         if !self.source["n_tokens"].is_null() {
-            let reason = "lm-eval counts words and bytes of whole documents; cut the text with n_chars instead of n_tokens";
+            let reason =
+                "lm-eval counts words and bytes of whole documents; cut the text with n_chars instead of n_tokens";
             return Err(StageError::Param { param: "text".to_owned(), reason: reason.to_owned() });
         }
         let mut documents = Vec::with_capacity(self.text.documents.len());
@@ -167,18 +168,19 @@ impl Text {
             one => one.as_str().into_iter().collect(),
         };
         let n_chars = source["n_chars"].as_u64().and_then(|n| usize::try_from(n).ok());
-        let mut gather = Gather { text: Text::default(), join: source["join"].as_str().unwrap_or("\n\n"), n_chars, n: 0 };
+        let mut gather =
+            Gather { text: Text::default(), join: source["join"].as_str().unwrap_or("\n\n"), n_chars, n: 0 };
         let mut path = PathBuf::new();
         for name in &names {
-            path = locate(name, root).map_err(|error| StageError::Read {
-                path: PathBuf::from(name),
-                reason: error.to_string(),
-            })?;
+            path = locate(name, root)
+                .map_err(|error| StageError::Read { path: PathBuf::from(name), reason: error.to_string() })?;
             gather.file(&path, source["column"].as_str().unwrap_or("text"), source["separator"].as_str())?;
         }
         let fail = |reason: String| StageError::Read { path, reason };
         match n_chars {
-            Some(n) if gather.n < n => Err(fail(format!("n_chars {n} is more than the text's {} characters", gather.n))),
+            Some(n) if gather.n < n => {
+                Err(fail(format!("n_chars {n} is more than the text's {} characters", gather.n)))
+            }
             _ if gather.text.joined.is_empty() => Err(fail("the text is empty".to_owned())),
             _ => Ok(gather.text),
         }

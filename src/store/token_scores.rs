@@ -59,8 +59,7 @@ pub fn write_token_scores(path: &Path, scores: &TokenScores) -> Result<(), Store
         .set_key_value_metadata(Some(vec![version]))
         .build();
     let out = File::create(path).map_err(StoreError::io("create", path))?;
-    let mut writer =
-        ArrowWriter::try_new(out, schema, Some(properties)).map_err(|error| fail(error.to_string()))?;
+    let mut writer = ArrowWriter::try_new(out, schema, Some(properties)).map_err(|error| fail(error.to_string()))?;
     writer.write(&batch).map_err(|error| fail(error.to_string()))?;
     writer.close().map(|_| ()).map_err(|error| fail(error.to_string()))
 }

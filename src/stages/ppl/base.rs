@@ -55,9 +55,10 @@ impl<'a> Base<'a> {
         let format: LogProbFormat = parse_format(&kept.format)
             .ok_or_else(|| fail(format!("it kept log-probabilities as {:?}, which is not known", kept.format)))?;
         let scores = read_token_scores(&self.input.dir.join(format!("tokens-{name}.parquet"))).map_err(store)?;
-        let targets = pass.windows.iter().flat_map(|window| {
-            pass.tokens[window.begin + window.first_target..window.end].iter().copied()
-        });
+        let targets = pass
+            .windows
+            .iter()
+            .flat_map(|window| pass.tokens[window.begin + window.first_target..window.end].iter().copied());
         if !targets.eq(scores.token_id.iter().copied()) {
             return Err(fail("it scored other tokens; run it again with --force if the text changed".to_owned()));
         }

@@ -173,7 +173,7 @@ impl Outcome {
     fn output(self, settings: &Settings<'_>, info: &ModelInfo) -> StageOutput {
         let mut summary: Vec<String> = self.results.iter().map(told).collect();
         let errors = |stderr: Option<f64>| stderr.map_or_else(String::new, |stderr| format!(" ± {stderr:.2e}"));
-        summary.extend(self.divergences.iter().map(|row| {
+        summary.extend(self.divergences.first().map(|row| {
             let (kl, stderr, top1) = (row.kl_mean, errors(row.kl_mean_stderr), 100.0 * row.top1_agreement);
             format!("KL {kl:.3e}{stderr} nats, same top {top1:.2} % ({}, n = {})", row.convention, row.n_scored)
         }));
@@ -265,9 +265,7 @@ fn score(
             }
             (None, kept) => {
                 let found = match kept {
-                    Some(kept) => {
-                        model.score_keeping(tokens, window.first_target, kept.format, &mut kept.writer)?
-                    }
+                    Some(kept) => model.score_keeping(tokens, window.first_target, kept.format, &mut kept.writer)?,
                     None => model.score(tokens, window.first_target)?,
                 };
                 scores.nll.extend(found.iter().map(|score| score.nll));

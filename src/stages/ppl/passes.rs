@@ -45,9 +45,13 @@ pub fn passes(settings: &Settings<'_>, text: &TextForModel<'_>) -> Result<Vec<Pa
     }
     let whole = text.whole()?;
     let passes = cuts.into_iter().map(|(cut, conventions)| match cut {
-        Cut::Strided { max_length, stride } => strided(settings, &whole, max_length, stride).map(|pass| Pass { conventions, ..pass }),
+        Cut::Strided { max_length, stride } => {
+            strided(settings, &whole, max_length, stride).map(|pass| Pass { conventions, ..pass })
+        }
         Cut::Halves { n_ctx } => halves(&whole, n_ctx).map(|pass| Pass { conventions, ..pass }),
-        Cut::Rolling { max_length } => rolling(settings, &whole, text, max_length).map(|pass| Pass { conventions, ..pass }),
+        Cut::Rolling { max_length } => {
+            rolling(settings, &whole, text, max_length).map(|pass| Pass { conventions, ..pass })
+        }
     });
     passes.collect()
 }

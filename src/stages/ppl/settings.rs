@@ -66,9 +66,9 @@ pub fn check(params: &Params) -> Vec<(&'static str, String, Option<String>)> {
         let message = "a stage with a base keeps no log-probabilities of its own".to_owned();
         found.push(("keep_log_probs", message, Some("name the same base in every candidate".to_owned())));
     }
-    let has_lm_eval = given(params, "convention").and_then(Value::as_array).is_some_and(|list| {
-        list.iter().any(|convention| convention == Convention::LmEval.name())
-    });
+    let has_lm_eval = given(params, "convention")
+        .and_then(Value::as_array)
+        .is_some_and(|list| list.iter().any(|convention| convention == Convention::LmEval.name()));
     if has_lm_eval && given(params, "text").is_some_and(|text| !text["n_tokens"].is_null()) {
         let message = "lm-eval counts words and bytes of whole documents".to_owned();
         found.push(("text", message, Some("cut the text with n_chars instead of n_tokens".to_owned())));
@@ -88,9 +88,9 @@ impl<'a> Settings<'a> {
         if let Some(base) = base {
             for name in SHARED {
                 let theirs = base.record.head.params.get(name).cloned().unwrap_or_default();
-                if let Some(ours) = given(params, name).filter(|ours| **ours != theirs && !FLAGS.contains(&name))
-                {
-                    let reason = format!("{ours} is not the base's {theirs}; leave it to the base stage {}", base.address);
+                if let Some(ours) = given(params, name).filter(|ours| **ours != theirs && !FLAGS.contains(&name)) {
+                    let reason =
+                        format!("{ours} is not the base's {theirs}; leave it to the base stage {}", base.address);
                     return Err(StageError::Param { param: name.to_owned(), reason });
                 }
                 shared.insert(name.to_owned(), theirs);
@@ -186,7 +186,8 @@ mod tests {
 
     #[test]
     fn defaults_are_filled_in_unless_a_base_decides() {
-        let mut alone = params(json!({"base": null, "text": "t", "convention": null, "max_length": 128, "stride": null}));
+        let mut alone =
+            params(json!({"base": null, "text": "t", "convention": null, "max_length": 128, "stride": null}));
         complete(&mut alone);
         assert_eq!(alone["convention"], json!(["hf-strided"]));
         assert_eq!((&alone["max_length"], &alone["stride"]), (&json!(128), &json!(256)));
