@@ -19,17 +19,12 @@ pub enum DatasetError {
     NotCached { source_name: String, cache: String, repo: String, file: String },
 }
 
-/// Returns whether a text is named by its place on the hub.
-pub fn is_remote(source: &str) -> bool {
-    source.starts_with(SCHEME)
-}
-
 /// Returns the file that a pipeline's `source` means.
 ///
 /// # Errors
 /// `NoFile` for a path that leads nowhere; `Form`, `NotCached` for a hub address.
 pub fn locate(source: &str, root: &Path) -> Result<PathBuf, DatasetError> {
-    if is_remote(source) {
+    if source.starts_with(SCHEME) {
         return cached(source, &hub_cache());
     }
     let path = root.join(source);

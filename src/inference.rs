@@ -12,6 +12,7 @@ use crate::event::Progress;
 use crate::quantization::QuantizationConfig;
 use crate::units::DType;
 use serde::{Deserialize, Serialize};
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 
 /// Where weights come from.
@@ -190,18 +191,18 @@ pub trait Model: Send {
     /// Returns the logits of the last position of `tokens`, `[vocab_size]`. The cache is emptied first.
     fn last_logits(&mut self, tokens: &[u32]) -> Result<Vec<f32>, InferenceError>;
 
-    /// Scores `tokens[first_target..]`, each from all tokens of the slice before it; `first_target` ≥ 1. The last token is a
-    /// target and nothing more: it is not run, so the slice may be one token longer than the context.
+    /// Scores `tokens[first_target..]`, each from all tokens of the slice before it; `first_target` ≥ 1. The slice may be one
+    /// token longer than the context: what predicts nothing is then not run ([`run_for_scores`]).
     fn score(&mut self, tokens: &[u32], first_target: usize) -> Result<Vec<TokenScore>, InferenceError>;
 
-    /// Hands over the logits of the positions from `first_row` on, in order. The way to the host for whoever has no
+    /// Runs `tokens` and hands over the logits of the positions `rows`, in order. The way to the host for whoever has no
     /// shorter one: one pass for each position here, so an engine does better.
     ///
     /// # Errors
     /// Those of `last_logits`, and what `take` returns.
-    fn logits(&mut self, tokens: &[u32], first_row: usize, take: &mut TakeLogits<'_>) -> Result<(), InferenceError> {
-        for end in first_row + 1..=tokens.len() {
-            take(&self.last_logits(&tokens[..end])?)?;
+    fn logits(&mut self, tokens: &[u32], rows: Range<usize>, take: &mut TakeLogits<'_>) -> Result<(), InferenceError> {
+        for row in rows {
+            take(&self.last_logits(&tokens[..=row])?)?;
         }
         Ok(())
     }
@@ -219,9 +220,9 @@ pub trait Model: Send {
         sink: &mut dyn LogProbSink,
     ) -> Result<Vec<TokenScore>, InferenceError> {
         check_targets(tokens, first_target)?;
-        let vocab_size = self.info().vocab_size;
+        let (vocab_size, run) = (self.info().vocab_size, run_for_scores(tokens, self.info().n_ctx_max));
         let mut scores: Vec<TokenScore> = Vec::with_capacity(tokens.len() - first_target);
-        self.logits(&tokens[..tokens.len() - 1], first_target - 1, &mut |logits| {
+        self.logits(run, first_target - 1..tokens.len() - 1, &mut |logits| {
             let first = first_target + scores.len();
             let targets = &tokens[first..first + logits.len() / vocab_size];
             scores.extend(score_logits(logits, vocab_size, targets)?);
@@ -242,9 +243,9 @@ pub trait Model: Send {
         base: &mut dyn LogProbSource,
     ) -> Result<Vec<DivergenceScore>, InferenceError> {
         check_targets(tokens, first_target)?;
-        let vocab_size = self.info().vocab_size;
+        let (vocab_size, run) = (self.info().vocab_size, run_for_scores(tokens, self.info().n_ctx_max));
         let mut scores: Vec<DivergenceScore> = Vec::with_capacity(tokens.len() - first_target);
-        self.logits(&tokens[..tokens.len() - 1], first_target - 1, &mut |logits| {
+        self.logits(run, first_target - 1..tokens.len() - 1, &mut |logits| {
             let first = first_target + scores.len();
             let targets = &tokens[first..first + logits.len() / vocab_size];
             let rows = base.next_rows(targets.len()).map_err(InferenceError::Sink)?;
@@ -276,6 +277,12 @@ pub fn check_targets(tokens: &[u32], first_target: usize) -> Result<(), Inferenc
         )));
     }
     Ok(())
+}
+
+/// Returns the part of `tokens` that is run to score it: all, as references run whole windows (which matters where rotary
+/// frequencies depend on the length); without the last, which predicts nothing, where all are more than the context.
+pub fn run_for_scores(tokens: &[u32], n_ctx_max: usize) -> &[u32] {
+    if tokens.len() > n_ctx_max { &tokens[..tokens.len() - 1] } else { tokens }
 }
 
 /// Makes models.

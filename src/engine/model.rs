@@ -7,8 +7,9 @@ use super::tap::Tap;
 use crate::event::Progress;
 use crate::inference::{
     CaptureFilter, CaptureSink, Decoded, InferenceError, Model, ModelInfo, Prefilled, TakeLogits, TokenScore, argmax,
-    check_targets, score_logits,
+    check_targets, run_for_scores, score_logits,
 };
+use std::ops::Range;
 use std::time::Instant;
 
 /// A loaded model on a burn device.
@@ -125,9 +126,9 @@ impl Model for BurnModel {
 
     fn score(&mut self, tokens: &[u32], first_target: usize) -> Result<Vec<TokenScore>, InferenceError> {
         check_targets(tokens, first_target)?;
-        let vocab_size = self.info.vocab_size;
+        let (vocab_size, run) = (self.info.vocab_size, run_for_scores(tokens, self.info.n_ctx_max));
         let mut scores: Vec<TokenScore> = Vec::with_capacity(tokens.len() - first_target);
-        self.logits(&tokens[..tokens.len() - 1], first_target - 1, &mut |logits| {
+        self.logits(run, first_target - 1..tokens.len() - 1, &mut |logits| {
             let first = first_target + scores.len();
             scores.extend(score_logits(logits, vocab_size, &tokens[first..first + logits.len() / vocab_size])?);
             Ok(())
@@ -135,8 +136,8 @@ impl Model for BurnModel {
         Ok(scores)
     }
 
-    fn logits(&mut self, tokens: &[u32], first_row: usize, take: &mut TakeLogits<'_>) -> Result<(), InferenceError> {
-        logits_in_chunks(&self.executor, tokens, first_row, take)
+    fn logits(&mut self, tokens: &[u32], rows: Range<usize>, take: &mut TakeLogits<'_>) -> Result<(), InferenceError> {
+        logits_in_chunks(&self.executor, tokens, rows, take)
     }
 
     fn capture(

@@ -5,25 +5,26 @@ use super::forward::Executor;
 use super::tap::Tap;
 use crate::inference::{InferenceError, TakeLogits};
 use burn::tensor::{DType as BurnDType, Tensor};
+use std::ops::Range;
 
 /// Rows of logits that are on the host at once: bounds them to 64 · vocab_size values.
 pub const LOGIT_ROWS: usize = 64;
 
-/// Runs `tokens` and hands the logits of the positions from `first_row` on to `take`, [`LOGIT_ROWS`] at a time.
+/// Runs `tokens` and hands the logits of the positions `rows` to `take`, [`LOGIT_ROWS`] at a time.
 ///
 /// # Errors
 /// What the pass or `take` returns.
 pub fn logits_in_chunks(
     executor: &Executor,
     tokens: &[u32],
-    first_row: usize,
+    rows: Range<usize>,
     take: &mut TakeLogits<'_>,
 ) -> Result<(), InferenceError> {
     let hidden = executor.hidden_states(tokens, None, &mut Tap::closed())?;
-    let [n, width] = hidden.dims();
-    for first in (first_row..n).step_by(LOGIT_ROWS) {
-        let rows = hidden.clone().slice([first..(first + LOGIT_ROWS).min(n), 0..width]);
-        take(&values(executor.logits(rows))?)?;
+    let [_, width] = hidden.dims();
+    for first in rows.clone().step_by(LOGIT_ROWS) {
+        let chunk = hidden.clone().slice([first..(first + LOGIT_ROWS).min(rows.end), 0..width]);
+        take(&values(executor.logits(chunk))?)?;
     }
     Ok(())
 }

@@ -52,6 +52,7 @@ mod tests {
     use parquet::arrow::ArrowWriter;
     use parquet::basic::Compression;
     use parquet::file::properties::WriterProperties;
+    use proptest::prelude::*;
     use std::sync::Arc;
 
     fn write(path: &Path, compression: Compression) {
@@ -88,6 +89,24 @@ mod tests {
             write(&path, compression);
             assert_eq!(texts(&path, "text").expect("texts"), ["a", "", "grüße"]);
             assert_eq!(texts(&path, "page").expect("texts"), ["x", "y", "z"]);
+        }
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(400))]
+        #[test]
+        fn damaged_files_end_in_texts_or_an_error(at in 0usize..2000, byte in any::<u8>(), cut in 0usize..400) {
+            let dir = tempfile::tempdir().expect("a temporary folder");
+            let path = dir.path().join("t.parquet");
+            write(&path, Compression::SNAPPY);
+            let mut bytes = std::fs::read(&path).expect("the file");
+            let at = at % bytes.len();
+            bytes[at] = byte;
+            if cut > 200 {
+                bytes.truncate(bytes.len() - (cut - 200));
+            }
+            std::fs::write(&path, bytes).expect("a file");
+            let _ = texts(&path, "text");
         }
     }
 
