@@ -109,3 +109,53 @@ pub fn divergence(evidence: &Evidence<'_>) -> Option<Section> {
         error is that of the tokens' own differences, so it is far smaller than the two perplexities' errors suggest.";
     section("Divergence", intro, &kl, &[rest.render(), note.to_owned()])
 }
+
+#[cfg(test)]
+mod tests {
+    use crate::metrics::{TokenPair, divergence};
+    use crate::report::testing::{input, load, ppl, quantize, rendered, text_of};
+    use serde_json::json;
+
+    #[test]
+    fn divergence_and_bits_per_byte_are_shown_with_their_errors() {
+        let fp16 = load("fp16");
+        let nf4 = quantize("nf4", &fp16, Some(("nf4", Some(64))), 6_200);
+        let base = ppl("ppl-fp16", &fp16, 9.0614951);
+        let pair = |i: u32| {
+            let nll = f64::from(i % 50) / 10.0;
+            TokenPair {
+                base_nll: nll,
+                nll: nll + 0.01 * f64::from(i % 7),
+                kl: 0.002 * f64::from(i % 9),
+                same_top: !i.is_multiple_of(10),
+            }
+        };
+        let mut row = divergence(&(0..500).map(pair).collect::<Vec<_>>()).expect("statistics");
+        (row.convention, row.base_log_probs) = ("lm-eval".to_owned(), "top-64".to_owned());
+        (row.max_length, row.stride) = (512, 512);
+        let mut results = ppl("", &fp16, 10.0).record.body["results"].clone();
+        for (field, value) in [
+            ("convention", json!("lm-eval")),
+            ("stride", json!(512)),
+            ("n_documents", json!(12)),
+            ("n_words", json!(3953)),
+            ("n_bytes", json!(20_000)),
+            ("word_perplexity", json!(155.783)),
+            ("word_perplexity_stderr", json!(4.2)),
+            ("byte_perplexity", json!(2.7124)),
+            ("byte_perplexity_stderr", json!(0.014)),
+            ("bits_per_byte", json!(1.43956)),
+            ("bits_per_byte_stderr", json!(0.0077)),
+        ] {
+            results[0][field] = value;
+        }
+        let body = json!({"results": results, "base": "ppl-fp16", "divergence": [row]});
+        let candidate = input("ppl-nf4", "ppl", body, &[("model", &nf4), ("base", &base)]);
+        let files = rendered(&[base, candidate], &[], &["md", "csv"]).expect("a report");
+        insta::assert_snapshot!("divergence_md", text_of(&files, "report.md"));
+        let csv = text_of(&files, "report.csv");
+        let kl: Vec<&str> =
+            csv.lines().filter(|line| line.contains(",kl_") || line.contains(",bits_per_byte,")).collect();
+        insta::assert_snapshot!("divergence_csv", kl.join("\n"));
+    }
+}
