@@ -24,7 +24,7 @@ fn main() {
     }
     println!("cargo::rerun-if-env-changed=LABPIPE_GIT_REVISION");
     // Set by whoever builds without the history at hand, such as an image; asked of git elsewhere.
-    if std::env::var("LABPIPE_GIT_REVISION").is_err()
+    if std::env::var("LABPIPE_GIT_REVISION").unwrap_or_default().is_empty()
         && let Some(revision) = output("git", &["describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"])
     {
         println!("cargo::rustc-env=LABPIPE_GIT_REVISION={revision}");

@@ -28,7 +28,7 @@ fn build() -> Value {
     let pairs = env!("LABPIPE_CRATES").split(' ').filter_map(|pair| pair.split_once('='));
     let crates: Map<String, Value> = pairs.map(|(name, version)| (name.to_owned(), version.into())).collect();
     json!({
-        "git_revision": option_env!("LABPIPE_GIT_REVISION"),
+        "git_revision": option_env!("LABPIPE_GIT_REVISION").filter(|revision| !revision.is_empty()),
         "rustc": env!("LABPIPE_RUSTC"),
         "target": env!("LABPIPE_TARGET"),
         "target_features": env!("LABPIPE_TARGET_FEATURES"),

@@ -8,6 +8,7 @@ pub use convert::{dense_type, first_not_finite, to_dtype, to_f32};
 pub use random::random_values;
 pub use safetensors_file::SafetensorsFolder;
 
+use crate::event::Progress;
 use crate::inference::{InferenceError, ModelSource};
 use crate::units::DType;
 use labpipe_kernels::weight::SharedBytes;
@@ -72,6 +73,17 @@ impl Checkpoint {
     pub fn check(&self, name: &str, shape: &[usize]) -> Result<(), InferenceError> {
         match self {
             Checkpoint::Folder(folder) => folder.checked(name, shape).map(|_| ()),
+            Checkpoint::Random { .. } => Ok(()),
+        }
+    }
+
+    /// Checks that all weights and biases hold finite values; random ones do.
+    ///
+    /// # Errors
+    /// `NotFinite`; `Cancelled`.
+    pub fn check_values(&self, progress: &dyn Progress) -> Result<(), InferenceError> {
+        match self {
+            Checkpoint::Folder(folder) => folder.check_values(progress),
             Checkpoint::Random { .. } => Ok(()),
         }
     }
