@@ -194,3 +194,130 @@ fn linears_of_every_family_can_be_quantized() {
         assert!(difference > 0.0 && difference < 1.0, "{case}: {difference}");
     }
 }
+
+/// A config written where an engine can read it.
+fn written(config: &Value) -> (tempfile::TempDir, PathBuf) {
+    let dir = tempfile::tempdir().expect("a temporary folder");
+    let path = dir.path().join("config.json");
+    std::fs::write(&path, config.to_string()).expect("a file");
+    (dir, path)
+}
+
+fn real_config(name: &str) -> Value {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/configs").join(name);
+    serde_json::from_str(&std::fs::read_to_string(path).expect("the config")).expect("JSON")
+}
+
+#[test]
+fn llama_3_2_3b_and_qwen_2_5_3b_run_at_full_width() {
+    for (name, n_params, n_ctx_max) in
+        [("Llama-3.2-3B-Instruct.json", 3_212_749_824, 131_072), ("Qwen2.5-3B-Instruct.json", 3_085_938_688, 32_768)]
+    {
+        let mut config = real_config(name);
+        let (_dir, path) = written(&config);
+        let source = |config: &Path| recipe(ModelSource::Random { config: config.to_owned(), seed: 1 });
+        let info = BurnEngine::cpu().inspect(&source(&path)).expect("a model");
+        assert_eq!((info.n_params, info.n_ctx_max, info.dtype), (n_params, n_ctx_max, DType::Bf16), "{name}");
+        config["num_hidden_layers"] = Value::from(1);
+        let (_dir, path) = written(&config);
+        let quantization = labpipe::quantization::parse("scheme: nf4\n", "nf4", "nf4").expect("a config");
+        let mut model = open(&ModelRecipe { quantization: Some(quantization), ..source(&path) });
+        let prefilled = model.prefill(&[1, 2, 3, 4]).expect("a prefill");
+        assert!((prefilled.next_token as usize) < info.vocab_size);
+        let scores = model.score(&[1, 2, 3, 4], 1).expect("scores");
+        // Random weights know nothing: every token is about as likely as any other.
+        let uniform = (info.vocab_size as f64).ln();
+        assert!(scores.iter().all(|score| (score.nll - uniform).abs() < 4.0), "{name}: {scores:?}");
+    }
+}
+
+#[test]
+fn models_of_every_family_have_the_parameters_that_their_cards_state() {
+    let cases = [
+        // mistralai/Mistral-7B-v0.1
+        (
+            r#"{"model_type": "mistral", "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "vocab_size": 32000,
+                "num_attention_heads": 32, "num_key_value_heads": 8, "max_position_embeddings": 32768, "rms_norm_eps": 1e-5,
+                "rope_theta": 10000.0, "sliding_window": 4096, "tie_word_embeddings": false}"#,
+            7_241_732_096,
+            32_768,
+        ),
+        // Qwen/Qwen3-0.6B
+        (
+            r#"{"model_type": "qwen3", "hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 28, "vocab_size": 151936,
+                "num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 128, "max_position_embeddings": 40960,
+                "rms_norm_eps": 1e-6, "rope_theta": 1000000, "rope_scaling": null, "sliding_window": null, "max_window_layers": 28,
+                "use_sliding_window": false, "attention_bias": false, "tie_word_embeddings": true}"#,
+            596_049_920,
+            40_960,
+        ),
+        // google/gemma-2-2b
+        (
+            r#"{"model_type": "gemma2", "hidden_size": 2304, "intermediate_size": 9216, "num_hidden_layers": 26, "vocab_size": 256000,
+                "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 256, "max_position_embeddings": 8192,
+                "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0, "query_pre_attn_scalar": 256, "sliding_window": 4096,
+                "hidden_act": "gelu_pytorch_tanh", "hidden_activation": "gelu_pytorch_tanh", "rms_norm_eps": 1e-6, "rope_theta": 10000.0}"#,
+            2_614_341_888,
+            8_192,
+        ),
+        // google/gemma-3-1b-it
+        (
+            r#"{"model_type": "gemma3_text", "hidden_size": 1152, "intermediate_size": 6912, "num_hidden_layers": 26, "vocab_size": 262144,
+                "num_attention_heads": 4, "num_key_value_heads": 1, "head_dim": 256, "max_position_embeddings": 32768,
+                "query_pre_attn_scalar": 256, "sliding_window": 512, "sliding_window_pattern": 6, "rope_local_base_freq": 10000,
+                "rope_theta": 1000000, "rope_scaling": null, "hidden_activation": "gelu_pytorch_tanh", "rms_norm_eps": 1e-6}"#,
+            999_885_952,
+            32_768,
+        ),
+        // microsoft/Phi-3-mini-4k-instruct
+        (
+            r#"{"model_type": "phi3", "hidden_size": 3072, "intermediate_size": 8192, "num_hidden_layers": 32, "vocab_size": 32064,
+                "num_attention_heads": 32, "num_key_value_heads": 32, "max_position_embeddings": 4096,
+                "original_max_position_embeddings": 4096, "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "rope_scaling": null,
+                "sliding_window": 2047, "tie_word_embeddings": false}"#,
+            3_821_079_552,
+            4_096,
+        ),
+    ];
+    for (config, n_params, n_ctx_max) in cases {
+        let (_dir, config) = written(&serde_json::from_str(config).expect("JSON"));
+        let info = BurnEngine::cpu().inspect(&recipe(ModelSource::Random { config, seed: 0 })).expect("a model");
+        assert_eq!((info.n_params, info.n_ctx_max), (n_params, n_ctx_max), "{}", info.family);
+    }
+}
+
+#[test]
+fn fields_that_no_model_can_have_are_errors_that_name_them() {
+    let base = |case: &str| -> Value {
+        serde_json::from_str(&std::fs::read_to_string(folder(case).join("config.json")).expect("the config"))
+            .expect("JSON")
+    };
+    for (case, field, value, named) in [
+        ("llama", "rope_theta", "0.5", "rope_theta"),
+        ("llama", "rope_scaling", r#"{"type": "spiral"}"#, "spiral"),
+        ("llama", "rope_scaling", r#"{"type": "linear"}"#, "factor"),
+        ("llama", "rope_scaling", r#"{"type": "linear", "factor": -4}"#, "factor"),
+        ("llama", "num_hidden_layers", "5000000", "num_hidden_layers"),
+        ("llama", "partial_rotary_factor", "1.5", "partial_rotary_factor"),
+        ("mistral", "sliding_window", "-1", "sliding_window"),
+        ("gemma2", "attn_logit_softcapping", "0", "attn_logit_softcapping"),
+        ("gemma2", "query_pre_attn_scalar", "-3", "query_pre_attn_scalar"),
+        ("gemma2", "layer_types", r#"["full_attention"]"#, "layer_types"),
+        ("gemma2", "layer_types", r#"["a", "b", "c", "d"]"#, "layer_types"),
+        ("gemma3", "use_bidirectional_attention", "true", "use_bidirectional_attention"),
+        ("phi3", "rope_scaling", r#"{"type": "linear", "factor": 2}"#, "longrope"),
+        (
+            "phi3-longrope",
+            "rope_scaling",
+            r#"{"type": "longrope", "short_factor": [1.0], "long_factor": [1.0]}"#,
+            "short_factor",
+        ),
+    ] {
+        let mut config = base(case);
+        config[field] = serde_json::from_str(value).expect("JSON");
+        let (_dir, path) = written(&config);
+        let recipe = recipe(ModelSource::Random { config: path, seed: 0 });
+        let error = BurnEngine::cpu().inspect(&recipe).expect_err("an error").to_string();
+        assert!(error.contains(named), "{case} {field} {value}: {error}");
+    }
+}

@@ -168,7 +168,8 @@ pub fn expected(param: &ParamDesc) -> String {
         ParamType::StageRefs(kinds) => format!("names of stages of kind {}", kinds.join(", ")),
         ParamType::Model => "a model folder".to_owned(),
         ParamType::RandomModel => "{config: FILE, seed: N}".to_owned(),
-        ParamType::TextSource => "a text file, or {source: FILE, n_chars: N} or {source: FILE, n_tokens: N}".to_owned(),
+        ParamType::TextSource => "a text file, or {source: FILE, n_chars: N} or {source: FILE, n_tokens: N}; chat: true puts it through the model's chat template"
+            .to_owned(),
         ParamType::QuantizationConfig => "a quantization config file, or the config itself".to_owned(),
     }
 }
@@ -250,10 +251,10 @@ fn random_model(node: &Node, entries: &[(Key, Node)]) -> Result<Value, Mismatch>
 
 fn text_source(node: &Node) -> Result<Value, Mismatch> {
     if let Some(path) = node.as_text().filter(|path| !path.is_empty()) {
-        return Ok(json!({ "source": path, "n_chars": null, "n_tokens": null }));
+        return Ok(json!({ "source": path, "n_chars": null, "n_tokens": null, "chat": null }));
     }
     let entries = node.as_map().ok_or_else(|| (node.at, node.describe(), None))?;
-    known_keys(entries, &["source", "n_chars", "n_tokens"])?;
+    known_keys(entries, &["source", "n_chars", "n_tokens", "chat"])?;
     let source = node.get("source").and_then(Node::as_text).filter(|path| !path.is_empty());
     let source = source.ok_or((node.at, "no source".to_owned(), None))?;
     let count = |name: &str| match node.get(name).map(|count| (&count.value, count)) {
@@ -265,5 +266,31 @@ fn text_source(node: &Node) -> Result<Value, Mismatch> {
     if !n_chars.is_null() && !n_tokens.is_null() {
         return Err((node.at, "both n_chars and n_tokens".to_owned(), Some("keep one of them".to_owned())));
     }
-    Ok(json!({ "source": source, "n_chars": n_chars, "n_tokens": n_tokens }))
+    let chat = node.get("chat").map_or(Ok(Value::Null), chat_option)?;
+    if !chat.is_null() && !n_tokens.is_null() {
+        let hint = "n_tokens would cut off the end of the chat template: use n_chars".to_owned();
+        return Err((node.at, "both chat and n_tokens".to_owned(), Some(hint)));
+    }
+    Ok(json!({ "source": source, "n_chars": n_chars, "n_tokens": n_tokens, "chat": chat }))
+}
+
+/// Reads whether a text goes through the chat template: true, or what the system says; null where it doesn't.
+fn chat_option(node: &Node) -> Result<Value, Mismatch> {
+    match &node.value {
+        NodeValue::Null | NodeValue::Bool(false) => Ok(Value::Null),
+        NodeValue::Bool(true) => Ok(json!({ "system": null })),
+        NodeValue::Map(entries) => {
+            known_keys(entries, &["system"])?;
+            match node.get("system").map(|system| (&system.value, system)) {
+                None | Some((NodeValue::Null, _)) => Ok(json!({ "system": null })),
+                Some((NodeValue::Text(text), _)) => Ok(json!({ "system": text })),
+                Some((_, system)) => Err((system.at, format!("system of {}", system.describe()), None)),
+            }
+        }
+        _ => Err((
+            node.at,
+            format!("chat of {}", node.describe()),
+            Some("chat: true, or chat: {system: TEXT}".to_owned()),
+        )),
+    }
 }

@@ -82,7 +82,10 @@ fn type_schema(ty: &ParamType) -> Value {
             "properties": {
                 "source": { "type": "string" },
                 "n_chars": { "type": "integer", "minimum": 1 },
-                "n_tokens": { "type": "integer", "minimum": 1 }
+                "n_tokens": { "type": "integer", "minimum": 1 },
+                "chat": { "anyOf": [{ "type": "boolean" }, {
+                    "type": "object", "additionalProperties": false, "properties": { "system": { "type": "string" } }
+                }] }
             }
         }] }),
         ParamType::QuantizationConfig => json!({ "type": ["string", "object"] }),

@@ -1,10 +1,11 @@
 //! Texts as tokens: reads a text source and tokenizes it with the model's own tokenizer.json.
 
+use super::chat::Message;
+use super::tokenizer::ModelTokenizer;
 use crate::inference::ModelInfo;
 use crate::stage::{StageContext, StageError};
 use serde_json::Value;
-use std::path::{Path, PathBuf};
-use tokenizers::Tokenizer;
+use std::path::Path;
 
 /// A tokenized text.
 #[derive(Debug, Clone)]
@@ -14,11 +15,11 @@ pub struct TokenizedText {
     pub text_hash: String,
     /// blake3 of tokenizer.json.
     pub tokenizer_hash: String,
-    /// How the text begins: `added by the tokenizer (id 1)` or `none`.
+    /// How the text begins: `added by the tokenizer (id 1)`, `added by the chat template (id 1)` or `none`.
     pub bos: String,
 }
 
-/// Reads the text that a parameter names (canonical `{source, n_chars, n_tokens}`) and tokenizes it for a model.
+/// Reads the text that a parameter names (canonical `{source, n_chars, n_tokens, chat}`) and tokenizes it for a model.
 ///
 /// # Errors
 /// `Read` for a file that isn't there, isn't UTF-8 or is empty; `Tokenize` for a tokenizer that is missing, damaged, or doesn't
@@ -30,13 +31,17 @@ pub fn tokenize(context: &StageContext<'_>, source: &Value, model: &ModelInfo) -
         path: path.clone(),
         reason: "a model with random weights has no tokenizer; leave the text out to use random tokens".to_owned(),
     })?;
-    let (tokenizer, tokenizer_path, tokenizer_hash) = load(dir)?;
-    let fail = |reason: String| StageError::Tokenize { path: tokenizer_path.clone(), reason };
-    let encoding = tokenizer.encode(text.as_str(), true).map_err(|error| fail(error.to_string()))?;
-    let mut tokens = encoding.get_ids().to_vec();
+    let tokenizer = ModelTokenizer::load(dir)?;
+    let chat = &source["chat"];
+    let encoded = if chat.is_null() {
+        tokenizer.encode(&text)?
+    } else {
+        tokenizer.encode_as_is(&tokenizer.chat(&conversation(&text, chat))?)?
+    };
+    let mut tokens = encoded.ids;
     if let Some(token) = tokens.iter().find(|token| **token as usize >= model.vocab_size) {
         let vocab_size = model.vocab_size;
-        return Err(fail(format!(
+        return Err(tokenizer.error(format!(
             "it gives token id {token}, but the model's vocabulary has {vocab_size} entries; it belongs to another model"
         )));
     }
@@ -47,12 +52,16 @@ pub fn tokenize(context: &StageContext<'_>, source: &Value, model: &ModelInfo) -
         }
         tokens.truncate(n_tokens);
     }
-    let first_is_special = encoding.get_special_tokens_mask().first() == Some(&1);
-    let bos = match tokens.first() {
-        Some(id) if first_is_special => format!("added by the tokenizer (id {id})"),
-        _ => "none".to_owned(),
-    };
-    Ok(TokenizedText { tokens, text_hash: blake3::hash(text.as_bytes()).to_hex().to_string(), tokenizer_hash, bos })
+    let by = if chat.is_null() { "tokenizer" } else { "chat template" };
+    let bos = encoded.bos_id.map_or_else(|| "none".to_owned(), |id| format!("added by the {by} (id {id})"));
+    let text_hash = blake3::hash(text.as_bytes()).to_hex().to_string();
+    Ok(TokenizedText { tokens, text_hash, tokenizer_hash: tokenizer.hash().to_owned(), bos })
+}
+
+/// Returns the conversation that `chat` (canonical `{system}`) makes of a text: the text is what the user says.
+fn conversation(text: &str, chat: &Value) -> Vec<Message> {
+    let system = chat["system"].as_str().map(|system| Message { role: "system", content: system.to_owned() });
+    system.into_iter().chain([Message { role: "user", content: text.to_owned() }]).collect()
 }
 
 fn read(path: &Path, n_chars: Option<u64>) -> Result<String, StageError> {
@@ -67,18 +76,6 @@ fn read(path: &Path, n_chars: Option<u64>) -> Result<String, StageError> {
         },
     };
     if text.is_empty() { Err(fail("the text is empty".to_owned())) } else { Ok(text) }
-}
-
-fn load(dir: &Path) -> Result<(Tokenizer, PathBuf, String), StageError> {
-    let path = dir.join("tokenizer.json");
-    let fail = |reason: String| StageError::Tokenize { path: path.clone(), reason };
-    let bytes = std::fs::read(&path).map_err(|error| fail(error.to_string()))?;
-    let mut tokenizer =
-        Tokenizer::from_bytes(&bytes).map_err(|error| fail(format!("not a readable tokenizer ({error})")))?;
-    tokenizer.with_truncation(None).map_err(|error| fail(error.to_string()))?;
-    tokenizer.with_padding(None);
-    let hash = blake3::hash(&bytes).to_hex().to_string();
-    Ok((tokenizer, path, hash))
 }
 
 #[cfg(test)]
