@@ -10,9 +10,10 @@ use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
 /// The fixtures and the family each belongs to.
-const CASES: [(&str, &str); 12] = [
+const CASES: [(&str, &str); 13] = [
     ("gemma2", "gemma2"),
     ("gemma3", "gemma3"),
+    ("gemma3-vision", "gemma3"),
     ("llama", "llama"),
     ("llama-dynamic", "llama"),
     ("llama-linear", "llama"),
@@ -268,6 +269,14 @@ fn models_of_every_family_have_the_parameters_that_their_cards_state() {
                 "rope_theta": 1000000, "rope_scaling": null, "hidden_activation": "gelu_pytorch_tanh", "rms_norm_eps": 1e-6}"#,
             999_885_952,
             32_768,
+        ),
+        // google/gemma-3-4b-it: 4,300,079,472 with its 419,816,304 for images
+        (
+            r#"{"model_type": "gemma3", "text_config": {"hidden_size": 2560, "intermediate_size": 10240, "model_type": "gemma3_text",
+                "num_hidden_layers": 34, "rope_scaling": {"factor": 8.0, "rope_type": "linear"}, "sliding_window": 1024},
+                "vision_config": {"hidden_size": 1152}, "torch_dtype": "bfloat16", "image_token_index": 262144}"#,
+            3_880_263_168,
+            131_072,
         ),
         // microsoft/Phi-3-mini-4k-instruct
         (
