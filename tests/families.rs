@@ -330,3 +330,38 @@ fn fields_that_no_model_can_have_are_errors_that_name_them() {
         assert!(error.contains(named), "{case} {field} {value}: {error}");
     }
 }
+
+#[test]
+fn every_part_that_a_family_has_of_its_own_shows_in_the_logits() {
+    for (case, field, value) in [
+        ("llama-llama3", "rope_scaling", "null"),
+        ("llama-linear", "rope_scaling", "null"),
+        ("llama-dynamic", "rope_scaling", r#"{"type": "dynamic", "factor": 8.0}"#),
+        ("llama-yarn", "rope_scaling", "null"),
+        ("mistral", "sliding_window", "null"),
+        ("qwen2", "use_sliding_window", "false"),
+        ("gemma2", "sliding_window", "4096"),
+        ("gemma2", "attn_logit_softcapping", "null"),
+        ("gemma2", "final_logit_softcapping", "null"),
+        ("gemma2", "query_pre_attn_scalar", "16"),
+        ("gemma2", "layer_types", r#"["full_attention", "sliding_attention", "full_attention", "sliding_attention"]"#),
+        ("gemma2", "hidden_activation", r#""silu""#),
+        ("gemma3", "rope_local_base_freq", "1000000.0"),
+        ("gemma3", "rope_scaling", "null"),
+        ("gemma3", "sliding_window_pattern", "6"),
+        ("phi3", "sliding_window", "null"),
+        ("phi3-longrope", "original_max_position_embeddings", "200"),
+    ] {
+        let mut config: Value =
+            serde_json::from_str(&std::fs::read_to_string(folder(case).join("config.json")).expect("the config"))
+                .expect("JSON");
+        config[field] = serde_json::from_str(value).expect("JSON");
+        let (dir, _path) = written(&config);
+        std::fs::copy(folder(case).join("model.safetensors"), dir.path().join("model.safetensors")).expect("a copy");
+        let expected = expected(case);
+        let mut model = open(&recipe(ModelSource::Path(dir.path().to_owned())));
+        let logits = model.last_logits(&ids(&expected["tokens"])).expect("logits");
+        let difference = largest_difference(&logits, &numbers(&expected["last_logits"]));
+        assert!(difference > 1e-2, "{case}: {field} of {value} changes logits by {difference} only");
+    }
+}
