@@ -2,7 +2,7 @@
 
 use super::chat::{ChatTemplate, Message};
 use crate::stage::StageError;
-use serde_json::Value;
+use serde_json::{Value, json};
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use tokenizers::Tokenizer;
@@ -44,17 +44,21 @@ impl ModelTokenizer {
         let path = dir.join("tokenizer.json");
         let bytes = std::fs::read(&path)
             .map_err(|error| StageError::Tokenize { path: path.clone(), reason: error.to_string() })?;
-        ModelTokenizer::new(path, &bytes, TokenizerConfig::read(dir)?)
+        ModelTokenizer::from_json(path, &bytes, &read_config(dir)?)
     }
 
-    fn new(path: PathBuf, bytes: &[u8], config: TokenizerConfig) -> Result<ModelTokenizer, StageError> {
+    /// Makes a tokenizer from the content of tokenizer.json and of tokenizer_config.json, wherever they come from.
+    ///
+    /// # Errors
+    /// `Tokenize`, naming `path`.
+    pub fn from_json(path: PathBuf, tokenizer: &[u8], config: &Value) -> Result<ModelTokenizer, StageError> {
         let fail = |reason: String| StageError::Tokenize { path: path.clone(), reason };
+        let hash = blake3::hash(tokenizer).to_hex().to_string();
         let mut tokenizer =
-            Tokenizer::from_bytes(bytes).map_err(|error| fail(format!("not a readable tokenizer ({error})")))?;
+            Tokenizer::from_bytes(tokenizer).map_err(|error| fail(format!("not a readable tokenizer ({error})")))?;
         tokenizer.with_truncation(None).map_err(|error| fail(error.to_string()))?;
         tokenizer.with_padding(None);
-        let hash = blake3::hash(bytes).to_hex().to_string();
-        Ok(ModelTokenizer { tokenizer, path, hash, config })
+        Ok(ModelTokenizer { tokenizer, path, hash, config: TokenizerConfig::of(config) })
     }
 
     /// Returns blake3 of tokenizer.json.
@@ -91,7 +95,7 @@ impl ModelTokenizer {
     /// `Tokenize`.
     pub fn encode_as_is(&self, text: &str) -> Result<Encoded, StageError> {
         let ids = self.ids(text, false)?;
-        let bos = self.config.special_tokens.get("bos_token").and_then(|token| self.tokenizer.token_to_id(token));
+        let bos = self.special_token_id("bos_token");
         let bos_id = ids.first().copied().filter(|first| bos == Some(*first));
         Ok(Encoded { ids, bos_id })
     }
@@ -108,6 +112,11 @@ impl ModelTokenizer {
         })?;
         let template = ChatTemplate { source: template, special_tokens: &self.config.special_tokens };
         template.render(messages).map_err(|error| self.error(error.to_string()))
+    }
+
+    /// Returns the id of a token that tokenizer_config.json names: `bos_token`, `eos_token`, ….
+    pub fn special_token_id(&self, name: &str) -> Option<u32> {
+        self.config.special_tokens.get(name).and_then(|token| self.tokenizer.token_to_id(token))
     }
 
     fn ids(&self, text: &str, add_special_tokens: bool) -> Result<Vec<u32>, StageError> {
@@ -147,21 +156,6 @@ impl ModelTokenizer {
 }
 
 impl TokenizerConfig {
-    fn read(dir: &Path) -> Result<TokenizerConfig, StageError> {
-        let path = dir.join("tokenizer_config.json");
-        let config = match read_optional(&path)? {
-            None => Value::Null,
-            Some(text) => serde_json::from_str(&text)
-                .map_err(|error| StageError::Tokenize { path, reason: format!("not valid JSON: {error}") })?,
-        };
-        let mut parsed = TokenizerConfig::of(&config);
-        // A file of its own goes before the config's field, as in transformers.
-        if let Some(template) = read_optional(&dir.join("chat_template.jinja"))? {
-            parsed.chat_template = Some(template);
-        }
-        Ok(parsed)
-    }
-
     fn of(config: &Value) -> TokenizerConfig {
         let mut special_tokens = BTreeMap::new();
         for (name, value) in config.as_object().into_iter().flatten().filter(|(name, _)| name.ends_with("_token")) {
@@ -177,6 +171,24 @@ impl TokenizerConfig {
             chat_template: chat_template(&config["chat_template"]),
         }
     }
+}
+
+/// Returns tokenizer_config.json; null where there is none.
+fn read_config(dir: &Path) -> Result<Value, StageError> {
+    let path = dir.join("tokenizer_config.json");
+    let mut config = match read_optional(&path)? {
+        None => Value::Null,
+        Some(text) => serde_json::from_str(&text)
+            .map_err(|error| StageError::Tokenize { path, reason: format!("not valid JSON: {error}") })?,
+    };
+    // A file of its own goes before the config's field, as in transformers.
+    if let Some(template) = read_optional(&dir.join("chat_template.jinja"))? {
+        match config.as_object_mut() {
+            Some(fields) => _ = fields.insert("chat_template".to_owned(), Value::String(template)),
+            None => config = json!({ "chat_template": template }),
+        }
+    }
+    Ok(config)
 }
 
 /// Returns the template, or that named `default` of several.
@@ -340,7 +352,7 @@ mod tests {
 
     #[test]
     fn templates_are_found_in_the_config_by_name_too() {
-        let config = serde_json::json!({
+        let config = json!({
             "chat_template": [{"name": "tool_use", "template": "T"}, {"name": "default", "template": "D"}],
             "eos_token": {"content": "</s>"}, "bos_token": null
         });
