@@ -22,6 +22,7 @@ pub struct Linear {
 
 /// The projections to queries, keys and values.
 #[derive(Debug)]
+#[expect(clippy::large_enum_variant, reason = "there is one a block, and most are of the larger kind")]
 pub enum QkvLinears {
     Apart {
         q: Linear,
@@ -34,6 +35,7 @@ pub enum QkvLinears {
 
 /// The projections that the MLP's product is made of.
 #[derive(Debug)]
+#[expect(clippy::large_enum_variant, reason = "there is one a block, and most are of the larger kind")]
 pub enum GateUpLinears {
     Apart {
         gate: Linear,

@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 fn is_model_file(name: &str) -> bool {
     name.ends_with(".safetensors")
         || name.ends_with(".safetensors.index.json")
-        || ["config.json", "generation_config.json", "special_tokens_map.json"].contains(&name)
+        || ["config.json", "generation_config.json", "special_tokens_map.json", "chat_template.jinja"].contains(&name)
         || (name.starts_with("tokenizer") && (name.ends_with(".json") || name.ends_with(".model")))
 }
 

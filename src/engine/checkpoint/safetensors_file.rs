@@ -48,7 +48,25 @@ impl SafetensorsFolder {
             let expected = format!("expected {SINGLE}, or {INDEX} and its shards; neither is there");
             return Err(fail(dir, if dir.is_dir() { expected } else { format!("no such folder; {expected}") }));
         }
+        folder.rename_inner_model();
         Ok(folder)
+    }
+
+    /// Gives the tensors of a text model that is part of a larger one the names that they have alone. transformers 4 writes
+    /// `language_model.model.…`, transformers 5 `model.language_model.…`.
+    fn rename_inner_model(&mut self) {
+        if self.tensors.keys().any(|name| name.starts_with("model.layers.")) {
+            return;
+        }
+        let roots = [("language_model.model.", "model."), ("model.language_model.", "model."), ("language_model.", "")];
+        let rename = |name: String| match roots.iter().find_map(|(root, own)| Some((name.strip_prefix(root)?, own))) {
+            Some((rest, own)) => format!("{own}{rest}"),
+            None => name,
+        };
+        let tensors = std::mem::take(&mut self.tensors);
+        self.tensors = tensors.into_iter().map(|(name, tensor)| (rename(name), tensor)).collect();
+        let others = std::mem::take(&mut self.others);
+        self.others = others.into_iter().map(|(name, dtype)| (rename(name), dtype)).collect();
     }
 
     pub fn get(&self, name: &str) -> Option<&StoredTensor> {
@@ -178,6 +196,19 @@ mod tests {
         assert!(folder.checked("x", &[2, 2]).is_ok() && folder.checked("y", &[2, 2]).is_ok());
         let error = folder.checked("x", &[4, 1]).expect_err("a wrong shape").to_string();
         assert!(error.contains("[4, 1]") && error.contains("[2, 2]") && error.contains("a.safetensors"), "{error}");
+    }
+
+    #[test]
+    fn a_text_model_inside_another_bears_the_names_that_it_has_alone() {
+        for root in ["language_model.model.", "model.language_model."] {
+            let dir = tempfile::tempdir().expect("a temporary folder");
+            let names = [format!("{root}layers.0.x"), format!("{root}norm"), "vision_tower.y".to_owned()];
+            write(&dir.path().join(SINGLE), &names.each_ref().map(String::as_str));
+            let folder = SafetensorsFolder::open(dir.path()).expect("a folder");
+            for name in ["model.layers.0.x", "model.norm", "vision_tower.y"] {
+                assert!(folder.get(name).is_some(), "{root}: {name}");
+            }
+        }
     }
 
     #[test]

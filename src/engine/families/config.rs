@@ -48,6 +48,14 @@ impl ConfigFile {
         config
     }
 
+    /// Returns the config that stands in a field of this one.
+    pub fn section(&self, field: &str) -> Result<ConfigFile, InferenceError> {
+        match self.root.get(field) {
+            Some(section) if section.is_object() => Ok(ConfigFile { path: self.path.clone(), root: section.clone() }),
+            _ => Err(self.error(format!("{field}: expected a mapping"))),
+        }
+    }
+
     /// Returns an error that names this file.
     pub fn error(&self, reason: impl Into<String>) -> InferenceError {
         InferenceError::File { path: self.path.clone(), reason: reason.into() }

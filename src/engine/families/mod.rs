@@ -26,8 +26,16 @@ pub struct Family {
 }
 
 /// Every family labpipe knows.
-pub static FAMILIES: &[Family] =
-    &[llama::FAMILY, qwen2::FAMILY, qwen3::FAMILY, mistral::FAMILY, gemma2::FAMILY, gemma3::FAMILY, phi3::FAMILY];
+pub static FAMILIES: &[Family] = &[
+    llama::FAMILY,
+    qwen2::FAMILY,
+    qwen3::FAMILY,
+    mistral::FAMILY,
+    gemma2::FAMILY,
+    gemma3::FAMILY,
+    gemma3::WITH_VISION,
+    phi3::FAMILY,
+];
 
 /// Reads a config.json.
 ///
