@@ -4,6 +4,7 @@ mod args;
 mod cache;
 mod catalogue;
 mod doctor;
+mod download;
 mod engine;
 mod error;
 mod plan;

@@ -13,6 +13,7 @@ mod kv_cache;
 mod memory;
 mod model;
 mod score;
+mod source;
 mod spec;
 mod tap;
 mod weights;

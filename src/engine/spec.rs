@@ -15,6 +15,8 @@ pub enum Activation {
 #[derive(Debug, Clone, PartialEq)]
 pub enum RopeScaling {
     None,
+    /// Each frequency is divided by a number of its own; `head_dim / 2` of them. GGUF files hold Llama 3.1's scaling so.
+    Divided { by: Vec<f64> },
     /// Llama 3.1's piecewise scaling (transformers 5.17, `_compute_llama3_parameters`).
     Llama3 {
         factor: f64,
@@ -117,9 +119,10 @@ impl RopeSpec {
         (0..head_dim / 2)
             .map(|i| {
                 let plain = self.theta.powf(-2.0 * i as f64 / head_dim as f64);
-                match self.scaling {
+                match &self.scaling {
                     RopeScaling::None => plain,
-                    RopeScaling::Llama3 { factor, low_freq_factor, high_freq_factor, original_max_position } => {
+                    RopeScaling::Divided { by } => plain / by.get(i).copied().unwrap_or(1.0),
+                    &RopeScaling::Llama3 { factor, low_freq_factor, high_freq_factor, original_max_position } => {
                         let wavelength = std::f64::consts::TAU / plain;
                         if wavelength < original_max_position / high_freq_factor {
                             plain

@@ -14,6 +14,7 @@ mod schedule;
 pub use environment::environment;
 pub use facts::StoreFacts;
 pub use metrics_rows::metrics_rows;
+pub use progress::StageProgress;
 pub use residency::Residency;
 pub use run_file::{RunFile, run_id, timestamp};
 pub use schedule::{RunOutcome, RunRequest, execute};

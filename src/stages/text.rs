@@ -1,5 +1,6 @@
 //! Texts as tokens: reads a text source and tokenizes it with the model's own tokenizer.json.
 
+use crate::gguf::{GgufFile, tokenizer_json};
 use crate::inference::ModelInfo;
 use crate::stage::{StageContext, StageError};
 use serde_json::Value;
@@ -70,9 +71,16 @@ fn read(path: &Path, n_chars: Option<u64>) -> Result<String, StageError> {
 }
 
 fn load(dir: &Path) -> Result<(Tokenizer, PathBuf, String), StageError> {
-    let path = dir.join("tokenizer.json");
+    // A GGUF file carries its tokenizer.
+    let is_gguf = dir.is_file();
+    let path = if is_gguf { dir.to_owned() } else { dir.join("tokenizer.json") };
     let fail = |reason: String| StageError::Tokenize { path: path.clone(), reason };
-    let bytes = std::fs::read(&path).map_err(|error| fail(error.to_string()))?;
+    let bytes = if is_gguf {
+        let json = GgufFile::open(dir).and_then(|file| tokenizer_json(&file));
+        json.map_err(|error| StageError::Other(error.to_string()))?.into_bytes()
+    } else {
+        std::fs::read(&path).map_err(|error| fail(error.to_string()))?
+    };
     let mut tokenizer =
         Tokenizer::from_bytes(&bytes).map_err(|error| fail(format!("not a readable tokenizer ({error})")))?;
     tokenizer.with_truncation(None).map_err(|error| fail(error.to_string()))?;

@@ -34,6 +34,15 @@ impl ConfigFile {
         Ok(ConfigFile { path: path.to_owned(), root })
     }
 
+    /// Takes the config that a file of another format stands for.
+    pub fn of(path: &Path, root: Value) -> ConfigFile {
+        ConfigFile { path: path.to_owned(), root }
+    }
+
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
     /// Returns an error that names this file.
     pub fn error(&self, reason: impl Into<String>) -> InferenceError {
         InferenceError::File { path: self.path.clone(), reason: reason.into() }
@@ -191,10 +200,15 @@ impl ConfigFile {
 
 #[cfg(test)]
 mod tests {
-    use super::super::read_spec;
+    use super::super::spec_of;
+    use super::ConfigFile;
     use crate::engine::spec::RopeScaling;
     use crate::inference::InferenceError;
     use std::path::PathBuf;
+
+    fn read_spec(path: &std::path::Path) -> Result<crate::engine::spec::ModelSpec, InferenceError> {
+        spec_of(&ConfigFile::read(path)?)
+    }
 
     fn config(text: &str) -> (tempfile::TempDir, PathBuf) {
         let dir = tempfile::tempdir().expect("a temporary folder");
