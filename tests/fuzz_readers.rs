@@ -169,6 +169,7 @@ proptest! {
 mod safetensors {
     use super::*;
     use labpipe::engine::BurnEngine;
+    use labpipe::event::NullProgress;
     use labpipe::inference::{Engine, InferenceError, ModelRecipe, ModelSource};
 
     fn inspect(weights: &[u8], index: Option<&[u8]>) -> Result<(), InferenceError> {
@@ -215,6 +216,47 @@ mod safetensors {
         ] {
             let error = inspect(&with_header(|header| header.replacen(from, to, 1)), None).expect_err(to).to_string();
             assert!(error.contains("model.safetensors"), "{to}: {error}");
+        }
+    }
+
+    /// Describes a model of a GGUF file and, if that goes well, loads it and runs two tokens.
+    fn try_model(bytes: &[u8]) -> Result<(), InferenceError> {
+        let dir = tempfile::tempdir().expect("a temporary folder");
+        let path = dir.path().join("mutated.gguf");
+        std::fs::write(&path, bytes).expect("a file");
+        let source = ModelSource::Path(path);
+        let recipe = ModelRecipe { source, dtype: None, compute_dtype: None, quantization: None };
+        bounded(|| {
+            let engine = BurnEngine::cpu();
+            engine.inspect(&recipe)?;
+            engine.open(&recipe, &NullProgress)?.last_logits(&[1, 2]).map(|_| ())
+        })
+    }
+
+    /// Found by the search below: every layer that a header claimed was given its names before any of them was looked for.
+    #[test]
+    fn absurd_numbers_of_layers_are_refused_without_a_large_allocation() {
+        let _alone = alone();
+        let mut bytes = gguf_fixture("llama-mixed.gguf");
+        let key = b"llama.block_count\x04\0\0\0";
+        let at = bytes.windows(key.len()).position(|window| window == key).expect("the key") + key.len();
+        for n_layers in [131_077u32, 1 << 24, u32::MAX] {
+            overwrite(&mut bytes, at, &n_layers.to_le_bytes());
+            let error = try_model(&bytes).expect_err("an error").to_string();
+            assert!(error.contains("num_hidden_layers"), "{error}");
+        }
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::default() })]
+
+        #[test]
+        fn mutated_gguf_models_end_in_a_model_or_an_error(all in proptest::collection::vec(damage(), 1..3)) {
+            let _alone = alone();
+            let mut bytes = gguf_fixture("llama-mixed.gguf");
+            // Where the model's sizes stand, before its vocabulary; whoever cuts there is tried above.
+            apply(&mut bytes, 500, &all);
+            let _ = try_model(&bytes);
         }
     }
 

@@ -10,6 +10,7 @@ use hf_hub::api::sync::{Api, ApiBuilder, ApiError, ApiRepo};
 use hf_hub::{Cache, Repo, RepoType};
 use sha2::{Digest, Sha256};
 use std::fs::{self, File};
+use std::io::Read;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -200,10 +201,8 @@ impl<'a> Hub<'a> {
         let n_bytes = fs::metadata(blob).map_err(io(blob))?.len();
         let mut reason = (n_bytes != file.n_bytes).then(|| format!("{n_bytes} bytes came, {} were announced", file.n_bytes));
         if reason.is_none() && file.etag.len() == 64 {
-            let mut hasher = Sha256::new();
-            std::io::copy(&mut File::open(blob).map_err(io(blob))?, &mut hasher).map_err(io(blob))?;
-            let found: String = hasher.finalize().iter().map(|byte| format!("{byte:02x}")).collect();
-            reason = (found != file.etag).then(|| "its SHA-256 is not the one that the hub names".to_owned());
+            let is_same = sha256(blob).map_err(io(blob))? == file.etag;
+            reason = (!is_same).then(|| "its SHA-256 is not the one that the hub names".to_owned());
         }
         let Some(reason) = reason else { return Ok(()) };
         fs::remove_file(blob).map_err(io(blob))?;
@@ -281,6 +280,19 @@ impl<'a> Hub<'a> {
 fn io(path: &Path) -> impl FnOnce(std::io::Error) -> HubError {
     let path = path.to_owned();
     |source| HubError::Io { path, source }
+}
+
+/// Returns a file's SHA-256 in lower-case digits.
+fn sha256(path: &Path) -> std::io::Result<String> {
+    let mut file = File::open(path)?;
+    let mut hasher = Sha256::new();
+    let mut buffer = vec![0u8; MIB as usize];
+    loop {
+        match file.read(&mut buffer)? {
+            0 => return Ok(hasher.finalize().iter().map(|byte| format!("{byte:02x}")).collect()),
+            n => hasher.update(&buffer[..n]),
+        }
+    }
 }
 
 /// Returns the HTTP status that an error carries.

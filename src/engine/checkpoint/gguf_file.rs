@@ -12,6 +12,7 @@ use serde_json::{Map, Value, json};
 use std::path::Path;
 
 /// How files of one architecture differ from the checkpoints that they were made from.
+#[derive(Debug)]
 struct Architecture {
     /// `general.architecture`, and `model_type` in config.json.
     name: &'static str,
@@ -83,10 +84,6 @@ impl GgufCheckpoint {
         checkpoint.n_heads = checkpoint.whole("attention.head_count")?.unwrap_or(1);
         checkpoint.n_kv_heads = checkpoint.whole("attention.head_count_kv")?.unwrap_or(checkpoint.n_heads);
         Ok(checkpoint)
-    }
-
-    pub fn path(&self) -> &Path {
-        self.file.path()
     }
 
     fn key(&self, name: &str) -> String {

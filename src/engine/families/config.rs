@@ -8,6 +8,8 @@ use std::path::{Path, PathBuf};
 
 /// Larger dimensions than this are taken for damage: they would ask for absurd allocations.
 const MAX_DIM: usize = 1 << 24;
+/// More layers than this are taken for damage: every one is described by name.
+const MAX_LAYERS: usize = 1 << 12;
 
 /// A parsed config.json.
 #[derive(Debug, Clone)]
@@ -177,9 +179,13 @@ impl ConfigFile {
         if head_dim % 2 != 0 {
             return Err(self.error(format!("head_dim {head_dim} is odd; rotary embeddings need pairs")));
         }
+        let n_layers = self.required_size("num_hidden_layers")?;
+        if n_layers > MAX_LAYERS {
+            return Err(self.error(format!("num_hidden_layers: {n_layers} is more than {MAX_LAYERS}")));
+        }
         Ok(ModelSpec {
             family,
-            n_layers: self.required_size("num_hidden_layers")?,
+            n_layers,
             hidden_size,
             n_heads,
             n_kv_heads,
