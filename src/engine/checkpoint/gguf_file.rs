@@ -168,11 +168,15 @@ impl GgufCheckpoint {
         if kind == "none" || self.file.tensor(ROPE_DIVISORS).is_some() {
             return Ok(None);
         }
-        Ok(Some(json!({
-            "rope_type": kind,
-            "factor": self.number("rope.scaling.factor")?,
-            "original_max_position_embeddings": self.whole("rope.scaling.original_context_length")?,
-        })))
+        let mut scaling = Map::new();
+        scaling.insert("rope_type".to_owned(), kind.into());
+        if let Some(factor) = self.number("rope.scaling.factor")? {
+            scaling.insert("factor".to_owned(), json!(factor));
+        }
+        if let Some(n) = self.whole("rope.scaling.original_context_length")? {
+            scaling.insert("original_max_position_embeddings".to_owned(), n.into());
+        }
+        Ok(Some(Value::Object(scaling)))
     }
 
     /// Rotary embeddings over part of a head would be computed wrongly.
@@ -192,10 +196,10 @@ impl GgufCheckpoint {
     /// Returns what each rotary frequency is divided by, where the file says so.
     ///
     /// # Errors
-    /// `Tensor` where there are not `head_dim / 2` of them.
-    pub fn rope_divisors(&self, head_dim: usize) -> Result<Option<Vec<f64>>, InferenceError> {
+    /// `Tensor` where there are not `rotary_dim / 2` of them.
+    pub fn rope_divisors(&self, rotary_dim: usize) -> Result<Option<Vec<f64>>, InferenceError> {
         let Some(tensor) = self.file.tensor(ROPE_DIVISORS) else { return Ok(None) };
-        let stored = self.stored(ROPE_DIVISORS, tensor, &[head_dim / 2], None)?;
+        let stored = self.stored(ROPE_DIVISORS, tensor, &[rotary_dim / 2], None)?;
         let values = super::to_f32(stored.dtype, stored.bytes.as_slice());
         match values.iter().find(|value| !value.is_finite() || **value <= 0.0) {
             None => Ok(Some(values.into_iter().map(f64::from).collect())),
