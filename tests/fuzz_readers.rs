@@ -67,7 +67,8 @@ enum Damage {
 }
 
 fn number() -> impl Strategy<Value = u64> {
-    let edges = vec![0, 1, 31, 255, 1 << 16, 1 << 24, 1 << 31, u64::from(u32::MAX), 1 << 40, 1 << 62, 1 << 63, u64::MAX];
+    let edges =
+        vec![0, 1, 31, 255, 1 << 16, 1 << 24, 1 << 31, u64::from(u32::MAX), 1 << 40, 1 << 62, 1 << 63, u64::MAX];
     prop_oneof![proptest::sample::select(edges), any::<u64>(), 0..100_000u64]
 }
 
@@ -203,7 +204,10 @@ mod safetensors {
         let _alone = alone();
         inspect(&weights(), None).expect("what is not damaged opens");
         let embedding = r#""shape":[512,64],"data_offsets":[0,131072]"#;
-        assert!(String::from_utf8_lossy(&weights()[..4096]).contains(embedding), "the header is as this test expects it");
+        assert!(
+            String::from_utf8_lossy(&weights()[..4096]).contains(embedding),
+            "the header is as this test expects it"
+        );
         for (from, to) in [
             (embedding, r#""shape":[512,64],"data_offsets":[0,99999999999]"#),
             (embedding, r#""shape":[512,64],"data_offsets":[131072,0]"#),

@@ -109,7 +109,9 @@ fn answer(stream: TcpStream, state: &State, address: SocketAddr) -> std::io::Res
         lines.push(line.trim().to_owned());
     }
     let header = |name: &str| {
-        lines.iter().find_map(|line| line.split_once(": ").filter(|(n, _)| n.eq_ignore_ascii_case(name)).map(|(_, v)| v))
+        lines
+            .iter()
+            .find_map(|line| line.split_once(": ").filter(|(n, _)| n.eq_ignore_ascii_case(name)).map(|(_, v)| v))
     };
     let path = lines.first().and_then(|line| line.split(' ').nth(1)).unwrap_or_default().to_owned();
     let token = header("authorization").unwrap_or("no token");
@@ -248,7 +250,9 @@ fn shards_one_gguf_file_and_a_dataset_s_file_are_downloaded() {
     let file = dataset_file(written, &settings, &NullProgress).expect("a file");
     assert!(file.starts_with(cache.path().join("datasets--Salesforce--wikitext")));
     assert_eq!(std::fs::read_to_string(file).expect("a text"), "text");
-    assert!(hub.requests().iter().any(|request| request.starts_with("/api/datasets/Salesforce/wikitext/revision/main")));
+    assert!(
+        hub.requests().iter().any(|request| request.starts_with("/api/datasets/Salesforce/wikitext/revision/main"))
+    );
     let error = dataset_file("hf://org/tiny/x/tiny.gguf", &settings, &NullProgress).expect_err("no dataset");
     assert!(matches!(error, HubError::Reference { .. }));
     let error = fetch(&id("hf://org/tiny/nowhere.gguf"), &settings, &NullProgress).expect_err("no such file");
@@ -258,7 +262,11 @@ fn shards_one_gguf_file_and_a_dataset_s_file_are_downloaded() {
 #[test]
 fn what_is_missing_gated_or_refused_says_what_to_do() {
     for (access, token, expected) in [
-        (Access::Empty, None, vec!["find hf://org/tiny", "no such repository or revision", "a private one needs HF_TOKEN"]),
+        (
+            Access::Empty,
+            None,
+            vec!["find hf://org/tiny", "no such repository or revision", "a private one needs HF_TOKEN"],
+        ),
         (Access::Empty, Some("t"), vec!["the account of HF_TOKEN may see it"]),
         (Access::Gated("good"), None, vec!["/org/tiny", "ask for access", "set HF_TOKEN to a token of that account"]),
         (Access::Gated("good"), Some("bad"), vec!["ask for access", "check that HF_TOKEN belongs to that account"]),

@@ -59,12 +59,8 @@ impl GgufFile {
         // SAFETY: labpipe never writes model files; a file cut short by somebody else while it is mapped raises SIGBUS, as
         // with every program that maps models.
         let map = unsafe { Mmap::map(&file) }.map_err(|error| fail(error.to_string()))?;
-        let mut file = GgufFile {
-            path: path.to_owned(),
-            map: Arc::new(map),
-            metadata: BTreeMap::new(),
-            tensors: BTreeMap::new(),
-        };
+        let mut file =
+            GgufFile { path: path.to_owned(), map: Arc::new(map), metadata: BTreeMap::new(), tensors: BTreeMap::new() };
         let map = Arc::clone(&file.map);
         file.read_header(&map)?;
         Ok(file)
@@ -101,10 +97,9 @@ impl GgufFile {
         let n_tensors = cursor.u64("the number of tensors").map_err(|reason| cut(self, reason))?;
         let n_pairs = cursor.u64("the number of metadata pairs").map_err(|reason| cut(self, reason))?;
         let n_left = cursor.n_left() as u64;
-        for (what, n, max, least) in [
-            ("metadata pairs", n_pairs, MAX_PAIRS, PAIR_BYTES),
-            ("tensors", n_tensors, MAX_TENSORS, TENSOR_BYTES),
-        ] {
+        for (what, n, max, least) in
+            [("metadata pairs", n_pairs, MAX_PAIRS, PAIR_BYTES), ("tensors", n_tensors, MAX_TENSORS, TENSOR_BYTES)]
+        {
             if n > max || n * least > n_left {
                 return Err(self.fail(format!("its header claims {n} {what}, more than the file has room for")));
             }
@@ -163,12 +158,7 @@ impl GgufFile {
     }
 
     /// Puts tensors at their place in the file, where none may reach past its end or into another.
-    fn place(
-        &mut self,
-        found: Vec<(String, GgufTensor)>,
-        header_end: usize,
-        file_len: usize,
-    ) -> Result<(), GgufError> {
+    fn place(&mut self, found: Vec<(String, GgufTensor)>, header_end: usize, file_len: usize) -> Result<(), GgufError> {
         const KEY: &str = "general.alignment";
         let alignment = self.metadata.get(KEY).map_or(Some(ALIGNMENT), MetaValue::as_u64);
         let alignment = alignment
@@ -272,7 +262,8 @@ impl GgufFile {
         row_of: &(dyn Fn(usize) -> usize + Sync),
     ) -> Result<Vec<f32>, GgufError> {
         let Some(decode) = tensor.ty.decode else {
-            let reason = format!("{} holds no blocks that labpipe reads ({})", tensor.ty.name, GgmlType::readable_names());
+            let reason =
+                format!("{} holds no blocks that labpipe reads ({})", tensor.ty.name, GgmlType::readable_names());
             return Err(self.tensor_error(name, reason));
         };
         let n_cols = tensor.shape.last().copied().unwrap_or(1);

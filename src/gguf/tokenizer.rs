@@ -31,7 +31,10 @@ pub fn tokenizer_json(file: &GgufFile) -> Result<String, GgufError> {
         Some("gpt2") => vocabulary.byte_level()?,
         Some("llama") => vocabulary.sentence_piece()?,
         Some(other) => {
-            return Err(fail(file, format!("its kind {other:?} is not read; labpipe reads gpt2 (BPE) and llama (SPM)")));
+            return Err(fail(
+                file,
+                format!("its kind {other:?} is not read; labpipe reads gpt2 (BPE) and llama (SPM)"),
+            ));
         }
         None => return Err(fail(file, "tokenizer.ggml.model is missing".to_owned())),
     };
@@ -100,9 +103,11 @@ impl<'a> Vocabulary<'a> {
     /// Returns the tokens that are found in a text as they stand.
     fn added_tokens(&self) -> Value {
         let is_added = |id: usize| [UNKNOWN, CONTROL, USER_DEFINED].contains(&self.types[id]);
-        let added = self.tokens.iter().enumerate().filter(|(id, token)| {
-            is_added(*id) && !token.is_empty() && self.ids.get(*token) == Some(id)
-        });
+        let added = self
+            .tokens
+            .iter()
+            .enumerate()
+            .filter(|(id, token)| is_added(*id) && !token.is_empty() && self.ids.get(*token) == Some(id));
         let token = |(id, content): (usize, &&str)| {
             json!({
                 "id": id, "content": content, "single_word": false, "lstrip": false, "rstrip": false, "normalized": false,

@@ -87,7 +87,10 @@ mod tests {
         assert_eq!(locate(&main, &settings), None);
         write(repo.join("refs/main"), "abc\n");
         write(repo.join("snapshots/abc/config.json"), "{}");
-        write(repo.join("snapshots/abc").join(INDEX), r#"{"weight_map": {"a": "1.safetensors", "b": "2.safetensors"}}"#);
+        write(
+            repo.join("snapshots/abc").join(INDEX),
+            r#"{"weight_map": {"a": "1.safetensors", "b": "2.safetensors"}}"#,
+        );
         write(repo.join("snapshots/abc/1.safetensors"), "");
         assert_eq!(locate(&main, &settings), None);
         write(repo.join("snapshots/abc/2.safetensors"), "");

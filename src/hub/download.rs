@@ -153,7 +153,8 @@ impl<'a> Hub<'a> {
         let metadata = found.map_err(|error| self.file_error(name, error))?;
         let etag = metadata.etag().to_owned();
         // It becomes a file's name.
-        let is_plain = !etag.is_empty() && etag.len() <= 128 && etag.chars().all(|c| c.is_ascii_alphanumeric() || c == '-');
+        let is_plain =
+            !etag.is_empty() && etag.len() <= 128 && etag.chars().all(|c| c.is_ascii_alphanumeric() || c == '-');
         if !is_plain || !metadata.commit_hash().chars().all(|c| c.is_ascii_alphanumeric()) {
             return Err(self.server(format!("the hub sent {etag:?} as the hash of {name}")));
         }
@@ -170,7 +171,8 @@ impl<'a> Hub<'a> {
                 return Err(HubError::Cancelled);
             }
             let before = count.n_bytes;
-            let result = self.guarded(|| repo.download_with_progress(&file.name, FileProgress { count: &mut *count, before }))?;
+            let result =
+                self.guarded(|| repo.download_with_progress(&file.name, FileProgress { count: &mut *count, before }))?;
             match result {
                 Ok(_) => {
                     self.check(&blob, file)?;
@@ -199,7 +201,8 @@ impl<'a> Hub<'a> {
     /// Compares a downloaded file with what the hub said of it.
     fn check(&self, blob: &Path, file: &Wanted) -> Result<(), HubError> {
         let n_bytes = fs::metadata(blob).map_err(io(blob))?.len();
-        let mut reason = (n_bytes != file.n_bytes).then(|| format!("{n_bytes} bytes came, {} were announced", file.n_bytes));
+        let mut reason =
+            (n_bytes != file.n_bytes).then(|| format!("{n_bytes} bytes came, {} were announced", file.n_bytes));
         if reason.is_none() && file.etag.len() == 64 {
             let is_same = sha256(blob).map_err(io(blob))? == file.etag;
             reason = (!is_same).then(|| "its SHA-256 is not the one that the hub names".to_owned());
@@ -268,7 +271,9 @@ impl<'a> Hub<'a> {
         match (&error, status(&error)) {
             (_, Some(429)) => self.server("the hub asks for a pause (HTTP 429); try again in some minutes"),
             (_, Some(status)) => self.server(format!("the hub answered with HTTP status {status}")),
-            (ApiError::TooManyRetries(cause), _) => self.server(format!("it broke off too often ({cause}); run it again")),
+            (ApiError::TooManyRetries(cause), _) => {
+                self.server(format!("it broke off too often ({cause}); run it again"))
+            }
             (ApiError::RequestError(cause), _) => {
                 HubError::Unreachable { endpoint: self.settings.endpoint.clone(), reason: cause.to_string() }
             }

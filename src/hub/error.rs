@@ -13,13 +13,17 @@ pub enum HubError {
          with a network and bring the cache here (HF_HOME names another)"
     )]
     Offline { id: String, cache: PathBuf },
-    #[error("find {id}: it is not in the Hugging Face cache at {cache}, and this labpipe was built without downloads (feature hub)")]
+    #[error(
+        "find {id}: it is not in the Hugging Face cache at {cache}, and this labpipe was built without downloads (feature hub)"
+    )]
     NotBuilt { id: String, cache: PathBuf },
     #[error("find {what} at {endpoint}: there is no such {noun}; check its spelling{}", private(*.has_token))]
     Missing { what: String, noun: &'static str, endpoint: String, has_token: bool },
     #[error("download {id}: its owner must let you in first; ask for access at {page}, then {}", token_advice(*.has_token))]
     Gated { id: String, page: String, has_token: bool },
-    #[error("find {id} at {endpoint}: the hub does not accept the token; get a valid one, or unset HF_TOKEN for what is public")]
+    #[error(
+        "find {id} at {endpoint}: the hub does not accept the token; get a valid one, or unset HF_TOKEN for what is public"
+    )]
     Token { id: String, endpoint: String },
     #[error("reach {endpoint}: {reason}; HF_ENDPOINT names a mirror, and a copy of the cache needs no network")]
     Unreachable { endpoint: String, reason: String },

@@ -23,11 +23,7 @@ use std::path::PathBuf;
 ///
 /// # Errors
 /// `Offline` where it would have to be downloaded and must not be; whatever went wrong with the hub otherwise.
-pub fn fetch(
-    reference: &HubReference,
-    settings: &HubSettings,
-    progress: &dyn Progress,
-) -> Result<PathBuf, HubError> {
+pub fn fetch(reference: &HubReference, settings: &HubSettings, progress: &dyn Progress) -> Result<PathBuf, HubError> {
     let found = locate(reference, settings);
     match found {
         Some(path) if cache::is_whole(&path) || settings.is_offline => Ok(path),

@@ -167,8 +167,18 @@ mod tests {
     #[test]
     fn ids_that_lead_out_of_the_cache_are_refused() {
         for written in [
-            "hf://", "hf://../name", "hf://org/..", "hf://org/name/../../x", "hf://org/name@../x", "hf://org/name@",
-            "hf://org/name//x", "hf://a--b/c", "hf://org/na me", "hf://org/name/a b", "org/name", "hf://org/name/x\\y",
+            "hf://",
+            "hf://../name",
+            "hf://org/..",
+            "hf://org/name/../../x",
+            "hf://org/name@../x",
+            "hf://org/name@",
+            "hf://org/name//x",
+            "hf://a--b/c",
+            "hf://org/na me",
+            "hf://org/name/a b",
+            "org/name",
+            "hf://org/name/x\\y",
         ] {
             assert!(HubReference::parse(written).is_err(), "{written}");
         }

@@ -120,7 +120,10 @@ impl GgufCheckpoint {
     /// `File` where something is of the wrong type or asks for what labpipe doesn't have.
     pub fn config(&self) -> Result<Value, InferenceError> {
         if self.whole("expert_count")?.is_some_and(|n| n > 0) {
-            return Err(self.file.metadata_error(&self.key("expert_count"), "mixtures of experts are not supported").into());
+            return Err(self
+                .file
+                .metadata_error(&self.key("expert_count"), "mixtures of experts are not supported")
+                .into());
         }
         let mut config = Map::new();
         config.insert("model_type".to_owned(), self.architecture.name.into());
@@ -182,7 +185,8 @@ impl GgufCheckpoint {
     /// Rotary embeddings over part of a head would be computed wrongly.
     fn check_rope(&self, config: &Map<String, Value>) -> Result<(), InferenceError> {
         let size = |field: &str| config.get(field).and_then(Value::as_u64);
-        let head_dim = size("head_dim").or(size("hidden_size").zip(size("num_attention_heads")).map(|(h, n)| h / n.max(1)));
+        let head_dim =
+            size("head_dim").or(size("hidden_size").zip(size("num_attention_heads")).map(|(h, n)| h / n.max(1)));
         let rotated = self.whole("rope.dimension_count")?.map(|n| n as u64);
         match (head_dim, rotated) {
             (Some(head_dim), Some(rotated)) if head_dim != rotated => {
