@@ -66,6 +66,12 @@ enum Damage {
     Insert(f64, Vec<u8>),
 }
 
+/// Returns how many cases to try: `usual`, or what `PROPTEST_CASES` asks for.
+#[cfg(feature = "cpu")]
+fn n_cases(usual: u32) -> u32 {
+    std::env::var("PROPTEST_CASES").ok().and_then(|n| n.parse().ok()).unwrap_or(usual)
+}
+
 fn number() -> impl Strategy<Value = u64> {
     let edges =
         vec![0, 1, 31, 255, 1 << 16, 1 << 24, 1 << 31, u64::from(u32::MAX), 1 << 40, 1 << 62, 1 << 63, u64::MAX];
@@ -265,7 +271,7 @@ mod safetensors {
     }
 
     proptest! {
-        #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::with_cases(64) })]
+        #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::with_cases(n_cases(64)) })]
 
         #[test]
         fn mutated_safetensors_end_in_a_value_or_an_error(all in proptest::collection::vec(damage(), 1..4)) {

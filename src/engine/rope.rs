@@ -136,6 +136,21 @@ impl RopeSpec {
 mod tests {
     use super::*;
 
+    #[test]
+    fn divided_frequencies_are_what_llama3_scaling_gives() {
+        let scaling = RopeScaling::Llama3 {
+            factor: 32.0,
+            low_freq_factor: 1.0,
+            high_freq_factor: 4.0,
+            original_max_position: 8192.0,
+        };
+        let (plain, scaled) = (frequencies(RopeScaling::None, 1), frequencies(scaling, 1));
+        let by = plain.iter().zip(&scaled).map(|(plain, scaled)| plain / scaled).collect();
+        for (found, expected) in frequencies(RopeScaling::Divided { by }, 1).iter().zip(&scaled) {
+            assert!((found / expected - 1.0).abs() < 1e-12);
+        }
+    }
+
     fn frequencies(scaling: RopeScaling, n_seq: usize) -> Vec<f64> {
         RopeSpec { theta: 500_000.0, rotary_dim: 128, scaling }.inverse_frequencies(n_seq)
     }
