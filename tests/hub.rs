@@ -371,11 +371,12 @@ fn run(lab: &Lab, hub: &Hub, args: &[&str], more: &[(&str, &str)]) -> (Option<i3
 #[cfg(feature = "cpu")]
 #[test]
 fn a_pipeline_names_a_hub_id_and_runs_again_without_a_network() {
-    let hub = Hub::start(&stories260k(), Access::Gated("good"));
+    let mut files = stories260k();
+    files.push(("x/text.txt", "Once upon a time there was a little girl. ".repeat(40).into_bytes()));
+    let hub = Hub::start(&files, Access::Gated("good"));
     let lab = Lab::new();
-    lab.write("text.txt", &"Once upon a time there was a little girl. ".repeat(40));
     let pipeline = "version: 1\nname: hub\nstages:\n  base: { kind: load, model: org/tiny, dtype: f32 }\n  \
-                    ppl: { kind: ppl, model: base, text: text.txt, max_length: 64, stride: 64 }\n";
+                    ppl: { kind: ppl, model: base, text: hf://datasets/org/texts/x/text.txt, max_length: 64, stride: 64 }\n";
     lab.write("hub.yaml", pipeline);
     let (code, text) = run(&lab, &hub, &["plan", "hub.yaml"], &[]);
     assert!(code == Some(0) && text.contains("2 of 2 stages would run"), "{text}");

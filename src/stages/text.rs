@@ -1,6 +1,8 @@
 //! Texts as tokens: reads a text source and tokenizes it with the model's own tokenizer.json.
 
+use crate::event::NullProgress;
 use crate::gguf::{GgufFile, tokenizer_json};
+use crate::hub::{HubSettings, dataset_file};
 use crate::inference::ModelInfo;
 use crate::stage::{StageContext, StageError};
 use serde_json::Value;
@@ -25,7 +27,7 @@ pub struct TokenizedText {
 /// `Read` for a file that isn't there, isn't UTF-8 or is empty; `Tokenize` for a tokenizer that is missing, damaged, or doesn't
 /// fit the model; `Param` where the text is shorter than `n_tokens`.
 pub fn tokenize(context: &StageContext<'_>, source: &Value, model: &ModelInfo) -> Result<TokenizedText, StageError> {
-    let path = context.root.join(source["source"].as_str().unwrap_or_default());
+    let path = on_disk(context.root, source["source"].as_str().unwrap_or_default())?;
     let text = read(&path, source["n_chars"].as_u64())?;
     let dir = model.tokenizer_dir.as_ref().ok_or_else(|| StageError::Tokenize {
         path: path.clone(),
@@ -54,6 +56,15 @@ pub fn tokenize(context: &StageContext<'_>, source: &Value, model: &ModelInfo) -
         _ => "none".to_owned(),
     };
     Ok(TokenizedText { tokens, text_hash: blake3::hash(text.as_bytes()).to_hex().to_string(), tokenizer_hash, bos })
+}
+
+/// Returns where a text lies; what is on the hub was downloaded before the run was planned.
+fn on_disk(root: &Path, written: &str) -> Result<PathBuf, StageError> {
+    if !written.starts_with("hf://") {
+        return Ok(root.join(written));
+    }
+    let file = dataset_file(written, &HubSettings::from_env(), &NullProgress);
+    file.map_err(|error| StageError::Other(error.to_string()))
 }
 
 fn read(path: &Path, n_chars: Option<u64>) -> Result<String, StageError> {
