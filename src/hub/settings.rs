@@ -12,7 +12,7 @@ pub struct HubSettings {
     pub cache_dir: PathBuf,
     /// Without a slash at its end.
     pub endpoint: String,
-    /// Sent to the endpoint's host alone; never shown.
+    /// Sent to the endpoint and, as hf-hub does it, to the storage that it refers to for a file's size; never shown.
     pub token: Option<String>,
     /// Nothing is asked of the network.
     pub is_offline: bool,
