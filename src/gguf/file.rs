@@ -250,6 +250,24 @@ impl GgufFile {
         SharedBytes::new(owner, tensor.range.clone())
     }
 
+    /// Returns the first value of a tensor of blocks that is NaN or infinite, with its index; it keeps one row a thread. Nothing for
+    /// tensors of other types.
+    pub fn first_not_finite(&self, tensor: &GgufTensor) -> Option<(usize, f32)> {
+        let decode = tensor.ty.decode?;
+        let n_cols = tensor.shape.last().copied().unwrap_or(1);
+        let row_bytes = tensor.ty.n_bytes(n_cols)?;
+        let rows = self.map[tensor.range.clone()].par_chunks_exact(row_bytes).enumerate();
+        let found = rows.map_init(
+            || vec![0.0f32; n_cols],
+            |row, (row_idx, bytes)| {
+                decode(bytes, row);
+                let column = row.iter().position(|value| !value.is_finite())?;
+                Some((row_idx * n_cols + column, row[column]))
+            },
+        );
+        found.find_first(Option::is_some).flatten()
+    }
+
     /// Returns a tensor's values, row-major. Row `i` of what is returned is row `row_of(i)` of the file; a row is the innermost
     /// dimension.
     ///

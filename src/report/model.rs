@@ -2,6 +2,7 @@
 
 use crate::artifact::QuantizedModule;
 use crate::inference::ModelRecipe;
+use crate::quantization::ALWAYS_KEPT;
 use crate::stage::StageInput;
 use serde_json::Value;
 use std::sync::Arc;
@@ -113,7 +114,8 @@ fn describe(recipe: &ModelRecipe) -> (String, bool) {
     words.extend(spec.block_size.map(|block_size| format!("block {block_size}")));
     words.extend(spec.double_quant.then(|| "double quantized".to_owned()));
     words.extend(spec.symmetric.then(|| "symmetric".to_owned()));
-    if !config.overrides.is_empty() || !config.keep.is_empty() {
+    let keeps_more = config.keep.iter().any(|pattern| !ALWAYS_KEPT.contains(&pattern.as_str()));
+    if !config.overrides.is_empty() || keeps_more {
         words.push("mixed".to_owned());
     }
     (words.join(", "), true)

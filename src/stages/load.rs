@@ -71,7 +71,9 @@ impl Stage for Load {
 
     fn run(&self, context: &StageContext<'_>) -> Result<StageOutput, StageError> {
         let recipe = recipe(context)?;
-        let info = context.engine.inspect(&recipe.rooted(context.root))?;
+        let rooted = recipe.rooted(context.root);
+        let info = context.engine.inspect(&rooted)?;
+        context.engine.check_values(&rooted, context.progress)?;
         let weights_bytes = info.n_params * info.dtype.size_bytes() as u64;
         let summary = format!(
             "{}, {} parameters, {} as {}",

@@ -4,6 +4,7 @@
 //! Block-quantized tensors are decoded to f32 when they are asked for, which is exact; plain floats are read in place.
 
 use super::StoredTensor;
+use crate::event::Progress;
 use crate::gguf::{GgufError, GgufFile, GgufTensor, MetaValue};
 use crate::inference::InferenceError;
 use crate::units::DType;
@@ -264,6 +265,29 @@ impl GgufCheckpoint {
             _ => None,
         };
         self.stored(name, tensor, shape, n_heads)
+    }
+
+    /// Checks that all tensors that can be read hold finite values; places are those of the file's own order of rows.
+    ///
+    /// # Errors
+    /// `NotFinite`; `Cancelled`.
+    pub fn check_values(&self, progress: &dyn Progress) -> Result<(), InferenceError> {
+        progress.begin(Some(self.file.tensors().count() as u64), "tensors");
+        for (name, tensor) in self.file.tensors() {
+            if progress.is_cancelled() {
+                return Err(InferenceError::Cancelled);
+            }
+            let found = match tensor.ty.dtype {
+                Some(dtype) => super::first_not_finite(dtype, self.file.bytes(tensor).as_slice()),
+                None => self.file.first_not_finite(tensor),
+            };
+            if let Some((index, value)) = found {
+                let (path, tensor) = (self.file.path().to_owned(), name.to_owned());
+                return Err(InferenceError::NotFinite { path, tensor, index, value });
+            }
+            progress.advance(1);
+        }
+        Ok(())
     }
 
     /// Reads a tensor; `n_heads` asks for the rows of each head in the order that rotates halves.

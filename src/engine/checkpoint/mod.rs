@@ -11,6 +11,7 @@ pub use gguf_file::{GgufCheckpoint, is_gguf};
 pub use random::random_values;
 pub use safetensors_file::SafetensorsFolder;
 
+use crate::event::Progress;
 use crate::inference::InferenceError;
 use crate::units::DType;
 use labpipe_kernels::weight::SharedBytes;
@@ -82,6 +83,18 @@ impl Checkpoint {
         match self {
             Checkpoint::Folder(folder) => folder.checked(name, shape).map(|_| ()),
             Checkpoint::Gguf(file) => file.checked(name, shape).map(|_| ()),
+            Checkpoint::Random { .. } => Ok(()),
+        }
+    }
+
+    /// Checks that all weights and biases hold finite values; random ones do.
+    ///
+    /// # Errors
+    /// `NotFinite`; `Cancelled`.
+    pub fn check_values(&self, progress: &dyn Progress) -> Result<(), InferenceError> {
+        match self {
+            Checkpoint::Folder(folder) => folder.check_values(progress),
+            Checkpoint::Gguf(file) => file.check_values(progress),
             Checkpoint::Random { .. } => Ok(()),
         }
     }
