@@ -19,8 +19,10 @@ use std::path::{Path, PathBuf};
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case", deny_unknown_fields)]
 pub enum ModelSource {
-    /// A folder in Hugging Face layout.
+    /// A folder in Hugging Face layout, or a GGUF file.
     Path(PathBuf),
+    /// A model on the Hugging Face hub, or a GGUF file there: `hf://org/name@revision/file`. It is looked for in the cache on disk.
+    Hub(String),
     /// The shapes of a `config.json` with random weights drawn from `seed`.
     Random { config: PathBuf, seed: u64 },
 }
@@ -42,6 +44,7 @@ impl ModelRecipe {
     pub fn rooted(&self, root: &Path) -> ModelRecipe {
         let source = match &self.source {
             ModelSource::Path(path) => ModelSource::Path(root.join(path)),
+            ModelSource::Hub(id) => ModelSource::Hub(id.clone()),
             ModelSource::Random { config, seed } => ModelSource::Random { config: root.join(config), seed: *seed },
         };
         ModelRecipe { source, ..self.clone() }
@@ -82,7 +85,7 @@ pub struct ModelInfo {
     pub compute_dtype: DType,
     /// Linear modules in execution order, each `[out, in]`.
     pub linears: Vec<(String, [usize; 2])>,
-    /// Folder that holds `tokenizer.json`; null for random weights.
+    /// Folder that holds `tokenizer.json`, or the GGUF file that holds a tokenizer; null for random weights.
     pub tokenizer_dir: Option<PathBuf>,
     pub bos_token_id: Option<u32>,
 }

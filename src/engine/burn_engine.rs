@@ -2,20 +2,19 @@
 
 use super::checkpoint::Checkpoint;
 use super::device::cpu_identity;
-use super::families::{ConfigFile, read_spec};
 use super::forward::Executor;
 use super::memory::{HostProbe, total_memory_bytes};
 use super::model::BurnModel;
+use super::source::{open_source, tokenizer_path};
 use super::spec::ModelSpec;
 use super::weights::{WeightReader, compute_dtype, pack};
 use crate::artifact::QuantizedModule;
 use crate::event::Progress;
-use crate::inference::{Engine, EngineInfo, InferenceError, MemoryProbe, Model, ModelInfo, ModelRecipe, ModelSource};
+use crate::inference::{Engine, EngineInfo, InferenceError, MemoryProbe, Model, ModelInfo, ModelRecipe};
 use crate::units::DType;
 use burn::tensor::Device;
 use labpipe_kernels::reconstruction_error;
 use labpipe_kernels::weight::HostWeight;
-use std::path::PathBuf;
 
 /// Grows when the numbers that this engine computes change.
 const NUMERICS_VERSION: u32 = 1;
@@ -46,17 +45,7 @@ impl BurnEngine {
     /// # Errors
     /// Where they are missing, damaged or of no known family.
     pub fn prepare(&self, recipe: &ModelRecipe) -> Result<(ModelSpec, Checkpoint), InferenceError> {
-        let config = config_path(&recipe.source);
-        let spec = read_spec(&config)?;
-        let checkpoint = Checkpoint::open(&recipe.source, ConfigFile::read(&config)?.saved_dtype())?;
-        Ok((spec, checkpoint))
-    }
-}
-
-fn config_path(source: &ModelSource) -> PathBuf {
-    match source {
-        ModelSource::Path(dir) => dir.join("config.json"),
-        ModelSource::Random { config, .. } => config.clone(),
+        open_source(&recipe.source)
     }
 }
 
@@ -95,10 +84,7 @@ fn describe(spec: &ModelSpec, checkpoint: &Checkpoint, recipe: &ModelRecipe) -> 
         dtype: recipe.dtype.unwrap_or(stored),
         compute_dtype: compute_dtype(recipe),
         linears: spec.linears(),
-        tokenizer_dir: match &recipe.source {
-            ModelSource::Path(dir) => Some(dir.clone()),
-            ModelSource::Random { .. } => None,
-        },
+        tokenizer_dir: tokenizer_path(&recipe.source),
         bos_token_id: spec.bos_token_id,
     })
 }

@@ -18,6 +18,7 @@ mod model;
 mod nvidia;
 mod rope;
 mod score;
+mod source;
 mod spec;
 mod tap;
 mod weights;

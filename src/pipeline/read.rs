@@ -167,7 +167,7 @@ pub fn expected(param: &ParamDesc) -> String {
         ParamType::Globs => "a glob over module names, or a list of them".to_owned(),
         ParamType::StageRef(kinds) => format!("the name of a stage of kind {}", kinds.join(" or ")),
         ParamType::StageRefs(kinds) => format!("names of stages of kind {}", kinds.join(", ")),
-        ParamType::Model => "a model folder".to_owned(),
+        ParamType::Model => "a model folder, a GGUF file or a hub id".to_owned(),
         ParamType::RandomModel => "{config: FILE, seed: N}".to_owned(),
         ParamType::TextSource => {
             "a text file, a list of them, or {source: FILE or list, n_chars or n_tokens: N, separator, column, join}; chat: true puts it through the model's chat template"

@@ -2,7 +2,7 @@
 
 use super::chat::Message;
 use super::tokenizer::{Encoded, ModelTokenizer};
-use crate::dataset::locate;
+use crate::dataset::fetch;
 use crate::inference::ModelInfo;
 use crate::metrics::TextUnits;
 use crate::stage::{StageContext, StageError};
@@ -173,7 +173,7 @@ impl Text {
             Gather { text: Text::default(), join: source["join"].as_str().unwrap_or("\n\n"), n_chars, n: 0 };
         let mut path = PathBuf::new();
         for name in &names {
-            path = locate(name, root)
+            path = fetch(name, root)
                 .map_err(|error| StageError::Read { path: PathBuf::from(name), reason: error.to_string() })?;
             gather.file(&path, source["column"].as_str().unwrap_or("text"), source["separator"].as_str())?;
         }

@@ -1,6 +1,7 @@
 //! A model's tokenizer: tokenizer.json, and what tokenizer_config.json says of BOS, EOS and chats.
 
 use super::chat::{ChatTemplate, Message};
+use crate::gguf::{GgufFile, tokenizer_config, tokenizer_json};
 use crate::stage::StageError;
 use serde_json::{Value, json};
 use std::collections::BTreeMap;
@@ -10,7 +11,7 @@ use tokenizers::Tokenizer;
 /// A tokenizer with its model's conventions.
 pub struct ModelTokenizer {
     tokenizer: Tokenizer,
-    /// tokenizer.json, for error messages.
+    /// tokenizer.json or a GGUF file, for error messages.
     path: PathBuf,
     hash: String,
     config: TokenizerConfig,
@@ -36,15 +37,20 @@ pub struct Encoded {
 }
 
 impl ModelTokenizer {
-    /// Reads a model folder's tokenizer.
+    /// Reads the tokenizer of a model folder, or that which a GGUF file carries.
     ///
     /// # Errors
-    /// `Tokenize`, naming the file that is missing or damaged.
-    pub fn load(dir: &Path) -> Result<ModelTokenizer, StageError> {
-        let path = dir.join("tokenizer.json");
+    /// `Tokenize`, naming the file that is missing or damaged; `Other` for a GGUF file's.
+    pub fn load(model: &Path) -> Result<ModelTokenizer, StageError> {
+        if model.is_file() {
+            let parts = GgufFile::open(model).and_then(|file| Ok((tokenizer_json(&file)?, tokenizer_config(&file)?)));
+            let (json, config) = parts.map_err(|error| StageError::Other(error.to_string()))?;
+            return ModelTokenizer::from_json(model.to_owned(), json.as_bytes(), &config);
+        }
+        let path = model.join("tokenizer.json");
         let bytes = std::fs::read(&path)
             .map_err(|error| StageError::Tokenize { path: path.clone(), reason: error.to_string() })?;
-        ModelTokenizer::from_json(path, &bytes, &read_config(dir)?)
+        ModelTokenizer::from_json(path, &bytes, &read_config(model)?)
     }
 
     /// Makes a tokenizer from the content of tokenizer.json and of tokenizer_config.json, wherever they come from.
@@ -64,12 +70,12 @@ impl ModelTokenizer {
         Ok(ModelTokenizer { tokenizer, path, hash, config: TokenizerConfig::of(config) })
     }
 
-    /// Returns blake3 of tokenizer.json.
+    /// Returns blake3 of tokenizer.json, or of what stands for it in a GGUF file.
     pub fn hash(&self) -> &str {
         &self.hash
     }
 
-    /// Returns an error that names tokenizer.json.
+    /// Returns an error that names the file.
     pub fn error(&self, reason: impl Into<String>) -> StageError {
         StageError::Tokenize { path: self.path.clone(), reason: reason.into() }
     }

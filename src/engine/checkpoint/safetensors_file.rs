@@ -15,6 +15,8 @@ use std::sync::Arc;
 
 const SINGLE: &str = "model.safetensors";
 const INDEX: &str = "model.safetensors.index.json";
+/// Indexes have some hundred bytes a tensor.
+const MAX_INDEX_BYTES: u64 = 64 << 20;
 
 /// The tensors of a folder, mapped into memory.
 #[derive(Debug)]
@@ -131,6 +133,9 @@ impl SafetensorsFolder {
         })?;
         let base = owner.as_ptr() as usize;
         for (name, view) in parsed.iter() {
+            if name.contains("..") || name.contains(char::is_control) {
+                return Err(fail(path, format!("no tensor is named {name:?}; the file is damaged")));
+            }
             let dtype = match view.dtype() {
                 Dtype::F32 => DType::F32,
                 Dtype::F16 => DType::F16,
@@ -156,6 +161,10 @@ fn fail(path: &Path, reason: String) -> InferenceError {
 }
 
 fn read_index(path: &Path) -> Result<BTreeMap<String, String>, InferenceError> {
+    let n_bytes = std::fs::metadata(path).map_err(|error| fail(path, error.to_string()))?.len();
+    if n_bytes > MAX_INDEX_BYTES {
+        return Err(fail(path, format!("{n_bytes} bytes are no index")));
+    }
     let text = std::fs::read_to_string(path).map_err(|error| fail(path, error.to_string()))?;
     let index: Value = serde_json::from_str(&text).map_err(|error| fail(path, format!("not valid JSON: {error}")))?;
     let map = index.get("weight_map").and_then(Value::as_object);
