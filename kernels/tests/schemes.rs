@@ -4,7 +4,7 @@ use labpipe_kernels::{SCHEMES, Scheme, SchemeError, SchemeSpec, reconstruction_e
 use proptest::prelude::*;
 
 /// Lowest signal-to-noise ratio of a round trip of normal values, dB.
-const BUDGET_DB: [(&str, f64); 4] = [("nf4", 20.0), ("fp4", 17.0), ("int8", 40.0), ("int4", 18.0)];
+const BUDGET_DB: [(&str, f64); 5] = [("nf4", 20.0), ("fp4", 17.0), ("int8", 40.0), ("int4", 18.0), ("mxfp4", 17.0)];
 /// Largest difference between a product from codes and one from decoded values, relative to Σ|w·x|.
 const MATVEC_BUDGET: f32 = 2e-6;
 
@@ -86,7 +86,8 @@ fn an_odd_number_of_values_packs_code_7_behind_the_last() {
 
 #[test]
 fn packed_bytes_change_only_with_the_scheme_s_version() {
-    let golden = [("nf4", 1, 0x3829_u16), ("fp4", 1, 0xfe57), ("int8", 1, 0x90ab), ("int4", 2, 0x7de3)];
+    let golden =
+        [("nf4", 1, 0x3829_u16), ("fp4", 1, 0xfe57), ("int8", 1, 0x90ab), ("int4", 2, 0x7de3), ("mxfp4", 1, 0xa309)];
     let values = normal(4 * 96, 3);
     for (name, version, digest) in golden {
         let packed = get(&spec(name)).pack(&spec(name), &values, 4, 96).expect("a packed matrix");

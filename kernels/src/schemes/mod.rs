@@ -7,6 +7,7 @@ mod grouped;
 mod int4;
 mod int8;
 mod int8_product;
+pub mod mxfp4;
 pub mod nf4;
 
 use serde::{Deserialize, Serialize};
@@ -15,9 +16,9 @@ use serde::{Deserialize, Serialize};
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct SchemeSpec {
-    /// A name in [`SCHEMES`]: `nf4`, `fp4`, `int8`, `int4`.
+    /// A name in [`SCHEMES`]: `nf4`, `fp4`, `int8`, `int4`, `mxfp4`.
     pub scheme: String,
-    /// Values per block (nf4, fp4) or per group (int4); null where the scheme has none (int8: one scale a row).
+    /// Values per block (nf4, fp4) or per group (int4, mxfp4); null where the scheme has none (int8: one scale a row).
     pub block_size: Option<usize>,
     /// The block scales are quantized too (nf4 and fp4 only).
     pub double_quant: bool,
@@ -49,9 +50,10 @@ pub struct Packed {
     pub n_rows: usize,
     pub n_cols: usize,
     /// Codes as the scheme packs them (4-bit ones two a byte, the even index in the high nibble: over the flattened matrix for
-    /// nf4 and fp4, row by row for int4).
+    /// nf4 and fp4, row by row for int4 and mxfp4).
     pub codes: Vec<u8>,
-    /// Scales: per block (nf4 and fp4 absmax, decoded if double quantized), per row (int8 absmax), per group (int4 scale).
+    /// Scales: per block (nf4 and fp4 absmax, decoded if double quantized), per row (int8 absmax), per group (int4 scale, mxfp4
+    /// power of two).
     pub scales: Vec<f32>,
     /// int4 zero points, one a group; empty otherwise.
     pub zeros: Vec<u8>,
@@ -112,7 +114,7 @@ pub trait Scheme: Send + Sync {
 }
 
 /// Every scheme there is.
-pub static SCHEMES: &[&dyn Scheme] = &[&nf4::NF4, &fp4::FP4, &int8::Int8, &int4::Int4];
+pub static SCHEMES: &[&dyn Scheme] = &[&nf4::NF4, &fp4::FP4, &int8::Int8, &int4::Int4, &mxfp4::Mxfp4];
 
 /// Returns the scheme of that name.
 ///
