@@ -6,16 +6,19 @@ use super::families::{ConfigFile, read_spec};
 use super::forward::Executor;
 use super::memory::HostProbe;
 use super::model::BurnModel;
+use super::save::save_model;
 use super::spec::ModelSpec;
 use super::weights::{WeightReader, compute_dtype, pack};
 use crate::artifact::QuantizedModule;
 use crate::event::Progress;
-use crate::inference::{Engine, EngineInfo, InferenceError, MemoryProbe, Model, ModelInfo, ModelRecipe, ModelSource};
+use crate::inference::{
+    Engine, EngineInfo, InferenceError, MemoryProbe, Model, ModelInfo, ModelRecipe, ModelSource, SavedModel,
+};
 use crate::units::DType;
 use burn::tensor::Device;
 use labpipe_kernels::reconstruction_error;
 use labpipe_kernels::weight::HostWeight;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 /// Grows when the numbers that this engine computes change.
 const NUMERICS_VERSION: u32 = 1;
@@ -77,6 +80,16 @@ fn describe(spec: &ModelSpec, checkpoint: &Checkpoint, recipe: &ModelRecipe) -> 
         }
     }
     let stored = checkpoint.dtype_of(embedding).unwrap_or(DType::F32);
+    let stored_quantization = checkpoint.stored_quantization(&spec.linears())?;
+    if let (Some(stored), Some(config)) = (&stored_quantization, &recipe.quantization) {
+        let schemes: Vec<&str> = stored.schemes.iter().map(|spec| spec.scheme.as_str()).collect();
+        return Err(InferenceError::Unsupported(format!(
+            "quantize with {}: the model's linears are stored quantized ({} {}); use the load stage itself, or the model that it was made of",
+            config.name,
+            stored.format,
+            schemes.join(", ")
+        )));
+    }
     Ok(ModelInfo {
         family: spec.family.to_owned(),
         n_layers: spec.n_layers,
@@ -95,6 +108,7 @@ fn describe(spec: &ModelSpec, checkpoint: &Checkpoint, recipe: &ModelRecipe) -> 
             ModelSource::Random { .. } => None,
         },
         bos_token_id: spec.bos_token_id,
+        stored_quantization,
     })
 }
 
@@ -139,6 +153,13 @@ impl Engine for BurnEngine {
             progress.advance(1);
         }
         Ok(())
+    }
+
+    fn save(&self, recipe: &ModelRecipe, dir: &Path, progress: &dyn Progress) -> Result<SavedModel, InferenceError> {
+        let (spec, checkpoint) = self.prepare(recipe)?;
+        describe(&spec, &checkpoint, recipe)?;
+        let reader = WeightReader { checkpoint: &checkpoint, spec: &spec, recipe, device: &self.device };
+        save_model(&reader, dir, progress)
     }
 
     fn memory_probe(&self) -> Box<dyn MemoryProbe> {

@@ -3,6 +3,7 @@
 
 use super::Packed;
 use crate::simd::{self, Level};
+use half::f16;
 use rayon::prelude::*;
 
 /// Rows of x that share one pass over the weight: their codes stay in the second-level cache.
@@ -54,7 +55,9 @@ struct Quantized {
 
 impl Quantized {
     fn new(threshold: f32, x: &[f32], n_cols: usize) -> Quantized {
-        let is_outlier = |value: f32| threshold > 0.0 && value.abs() >= threshold;
+        // The reference quantizes activations that it first rounds to fp16, whatever their type. Beyond fp16's range they saturate.
+        let round = |value: f32| f16::from_f32(value).clamp(f16::MIN, f16::MAX).to_f32();
+        let is_outlier = |value: f32| threshold > 0.0 && round(value).abs() >= threshold;
         let mut marked = vec![false; n_cols];
         for row in x.chunks_exact(n_cols) {
             for (mark, value) in marked.iter_mut().zip(row) {
@@ -68,10 +71,11 @@ impl Quantized {
         for (row, codes) in x.chunks_exact(n_cols).zip(codes.chunks_exact_mut(n_cols)) {
             // What is no outlier itself counts, also in an outlier column.
             let plain = row.iter().filter(|value| !is_outlier(**value));
-            let absmax = plain.fold(0.0f32, |max, value| max.max(value.abs()));
-            let scale = if absmax == 0.0 { 0.0 } else { 127.0 / absmax };
+            let absmax = plain.fold(0.0f32, |max, value| max.max(round(*value).abs()));
+            // As torch divides a number by a tensor: the reciprocal first.
+            let scale = if absmax == 0.0 { 0.0 } else { 127.0 * (1.0 / absmax) };
             for ((code, value), marked) in codes.iter_mut().zip(row).zip(&marked) {
-                *code = if *marked { 0 } else { (value * scale).round_ties_even() as i8 };
+                *code = if *marked { 0 } else { (round(*value) * scale).round_ties_even() as i8 };
             }
             scales.push(absmax);
             outliers.extend(columns.iter().map(|column| row[*column]));

@@ -1,5 +1,6 @@
 //! Where tensors come from: safetensors files, memory-mapped, or a seed. It knows names, shapes and element types, no model.
 
+mod bitsandbytes;
 mod convert;
 mod random;
 mod safetensors_file;
@@ -8,8 +9,9 @@ pub use convert::{dense_type, first_not_finite, to_dtype, to_f32};
 pub use random::random_values;
 pub use safetensors_file::SafetensorsFolder;
 
-use crate::inference::{InferenceError, ModelSource};
+use crate::inference::{InferenceError, ModelSource, StoredQuantization};
 use crate::units::DType;
+use labpipe_kernels::Packed;
 use labpipe_kernels::weight::SharedBytes;
 use std::path::PathBuf;
 
@@ -71,8 +73,38 @@ impl Checkpoint {
     /// `Tensor` that names what was expected and what was found.
     pub fn check(&self, name: &str, shape: &[usize]) -> Result<(), InferenceError> {
         match self {
+            Checkpoint::Folder(folder) if bitsandbytes::is_packed(folder, name) => {
+                bitsandbytes::check(folder, name, shape)
+            }
             Checkpoint::Folder(folder) => folder.checked(name, shape).map(|_| ()),
             Checkpoint::Random { .. } => Ok(()),
+        }
+    }
+
+    /// Returns a linear's weight that is stored packed; nothing where it is stored as plain floats.
+    ///
+    /// # Errors
+    /// `Tensor` where a part of it is missing or does not fit, `NotFinite` where a statistic is NaN or infinite.
+    pub fn packed(&self, name: &str, shape: &[usize; 2]) -> Result<Option<Packed>, InferenceError> {
+        match self {
+            Checkpoint::Folder(folder) if bitsandbytes::is_packed(folder, name) => {
+                bitsandbytes::read(folder, name, shape).map(Some)
+            }
+            _ => Ok(None),
+        }
+    }
+
+    /// Returns what of these linears is stored packed; nothing where all are plain floats.
+    ///
+    /// # Errors
+    /// `Tensor` as [`Checkpoint::packed`], `Unsupported` where they were packed in a way that labpipe does not know.
+    pub fn stored_quantization(
+        &self,
+        linears: &[(String, [usize; 2])],
+    ) -> Result<Option<StoredQuantization>, InferenceError> {
+        match self {
+            Checkpoint::Folder(folder) => bitsandbytes::stored(folder, linears),
+            _ => Ok(None),
         }
     }
 
