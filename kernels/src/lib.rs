@@ -5,6 +5,8 @@
 
 #[cfg(feature = "burn")]
 pub mod burn_ext;
+#[cfg(feature = "cube")]
+pub mod cube;
 pub mod dense;
 mod error;
 pub mod schemes;

@@ -1,78 +1,90 @@
 //! Rotary embedding and causal attention over grouped heads, a chunk of queries at a time.
 
 use super::kv_cache::float_dtype;
-use super::spec::ModelSpec;
+use super::spec::{AttentionSpec, ModelSpec};
 use crate::units::DType;
 use burn::tensor::{Device, Tensor, TensorData, activation};
 
 /// Queries handled at once: bounds the scores to n_heads · 128 · n_keys values.
 const QUERY_CHUNK: usize = 128;
 
-/// What all layers of one pass share: rotary tables of its positions and causal masks of its query chunks.
+/// What all layers of one kind share in one pass: rotary tables of its positions and masks of its query chunks.
 pub struct AttentionPlan {
-    cos: Tensor<3>, // [n, 1, head_dim]
-    sin: Tensor<3>, // [n, 1, head_dim], negated in its first half
+    cos: Tensor<3>, // [n, 1, rotary_dim]
+    sin: Tensor<3>, // [n, 1, rotary_dim], negated in its first half
     chunks: Vec<QueryChunk>,
 }
 
 struct QueryChunk {
     first: usize,
     n: usize,
-    /// Keys that its last query sees.
-    n_keys: usize,
-    mask: Option<Tensor<4>>, // [1, 1, n, n_keys], 0 or −∞; none for a single query
+    /// First key that its first query sees.
+    first_key: usize,
+    /// End of the keys that its last query sees.
+    end_key: usize,
+    mask: Option<Tensor<4>>, // [1, 1, n, end_key - first_key], 0 or −∞; none for a single query
 }
 
 impl AttentionPlan {
     /// Prepares a pass of `n` tokens after `n_past` cached ones.
-    pub fn new(spec: &ModelSpec, n_past: usize, n: usize, device: &Device) -> AttentionPlan {
-        let frequencies = spec.block.rope.inverse_frequencies(spec.head_dim);
+    pub fn new(spec: &AttentionSpec, n_past: usize, n: usize, device: &Device) -> AttentionPlan {
+        let frequencies = spec.rope.inverse_frequencies(n_past + n);
+        let factor = spec.rope.attention_factor() as f32;
         let half = frequencies.len();
         let (mut cos, mut sin) = (vec![0.0f32; n * 2 * half], vec![0.0f32; n * 2 * half]);
         for i in 0..n {
             for (j, frequency) in frequencies.iter().enumerate() {
                 // The angle in f32, as the reference implementation takes it.
                 let angle = (n_past + i) as f32 * *frequency as f32;
-                let (s, c) = angle.sin_cos();
+                let (s, c) = (factor * angle.sin(), factor * angle.cos());
                 let at = i * 2 * half + j;
                 (cos[at], cos[at + half]) = (c, c);
                 (sin[at], sin[at + half]) = (-s, s);
             }
         }
         let table = |values| Tensor::<3>::from_data(TensorData::new(values, [n, 1, 2 * half]), device);
-        let chunks = (0..n).step_by(QUERY_CHUNK).map(|first| QueryChunk::new(n_past, first, n, device)).collect();
+        let chunk = |first| QueryChunk::new(n_past, first, n, spec.window, device);
+        let chunks = (0..n).step_by(QUERY_CHUNK).map(chunk).collect();
         AttentionPlan { cos: table(cos), sin: table(sin), chunks }
     }
 }
 
 impl QueryChunk {
-    fn new(n_past: usize, first: usize, n_total: usize, device: &Device) -> QueryChunk {
+    fn new(n_past: usize, first: usize, n_total: usize, window: Option<usize>, device: &Device) -> QueryChunk {
         let n = QUERY_CHUNK.min(n_total - first);
-        let n_keys = n_past + first + n;
+        let first_key_of = |query: usize| window.map_or(0, |window| (query + 1).saturating_sub(window));
+        let (first_query, end_key) = (n_past + first, n_past + first + n);
+        let first_key = first_key_of(first_query);
+        let n_keys = end_key - first_key;
         let mask = (n > 1).then(|| {
             let mut values = vec![0.0f32; n * n_keys];
             for (i, row) in values.chunks_exact_mut(n_keys).enumerate() {
-                row[n_past + first + i + 1..].fill(f32::NEG_INFINITY);
+                let query = first_query + i;
+                row[..first_key_of(query) - first_key].fill(f32::NEG_INFINITY);
+                row[query + 1 - first_key..].fill(f32::NEG_INFINITY);
             }
             Tensor::from_data(TensorData::new(values, [1, 1, n, n_keys]), device)
         });
-        QueryChunk { first, n, n_keys, mask }
+        QueryChunk { first, n, first_key, end_key, mask }
     }
 }
 
-/// Rotates each head of `x` by its position (rotate-half form).
+/// Rotates each head of `x` by its position (rotate-half form); values beyond `rotary_dim` stay as they are.
 ///
 /// # Shapes
 /// `x` and result `[n, n_heads · head_dim]`.
 pub fn rotate(x: Tensor<2>, n_heads: usize, plan: &AttentionPlan) -> Tensor<2> {
     let [n, width] = x.dims();
     let head_dim = width / n_heads;
+    let rotary_dim = plan.cos.dims()[2];
     let dtype = x.dtype();
     let x = x.cast(float_dtype(DType::F32)).reshape([n, n_heads, head_dim]);
-    let first = x.clone().slice([0..n, 0..n_heads, 0..head_dim / 2]);
-    let second = x.clone().slice([0..n, 0..n_heads, head_dim / 2..head_dim]);
-    let swapped = Tensor::cat(vec![second, first], 2);
-    x.mul(plan.cos.clone()).add(swapped.mul(plan.sin.clone())).reshape([n, width]).cast(dtype)
+    let part = |from: usize, to: usize| x.clone().slice([0..n, 0..n_heads, from..to]);
+    let swapped = Tensor::cat(vec![part(rotary_dim / 2, rotary_dim), part(0, rotary_dim / 2)], 2);
+    let rotated = part(0, rotary_dim).mul(plan.cos.clone()).add(swapped.mul(plan.sin.clone()));
+    let whole =
+        if rotary_dim == head_dim { rotated } else { Tensor::cat(vec![rotated, part(rotary_dim, head_dim)], 2) };
+    whole.reshape([n, width]).cast(dtype)
 }
 
 /// Returns causal attention of the pass's queries over all keys, in f32.
@@ -87,24 +99,33 @@ pub fn attend(q: Tensor<2>, k: Tensor<2>, v: Tensor<2>, spec: &ModelSpec, plan: 
     // [kv, head_dim, n_keys] and [kv, n_keys, head_dim], strided views: gemm reads them as they lie.
     let k = k.cast(f32_type).reshape([n_keys, kv, head_dim]).permute([1, 2, 0]);
     let v = v.cast(f32_type).reshape([n_keys, kv, head_dim]).permute([1, 0, 2]);
-    let q = q.cast(f32_type).mul_scalar(1.0 / (head_dim as f64).sqrt());
+    let q = q.cast(f32_type).mul_scalar(spec.block.attn_scale);
     let mut chunks: Vec<Tensor<2>> = Vec::with_capacity(plan.chunks.len());
     for chunk in &plan.chunks {
-        let (n, n_keys) = (chunk.n, chunk.n_keys);
+        let (n, keys) = (chunk.n, chunk.first_key..chunk.end_key);
         let q = q.clone().slice([chunk.first..chunk.first + n, 0..spec.n_heads * head_dim]);
         // Queries of one group share a key head: they go through one product as if they were more tokens.
         let q = q.reshape([n, kv, group, head_dim]).permute([1, 2, 0, 3]).reshape([kv, group * n, head_dim]);
-        let scores = q.matmul(k.clone().slice([0..kv, 0..head_dim, 0..n_keys]));
+        let scores = q.matmul(k.clone().slice([0..kv, 0..head_dim, keys.clone()]));
+        let scores = match spec.block.attn_softcap {
+            None => scores,
+            Some(cap) => softcap(scores, cap),
+        };
         let scores = match &chunk.mask {
             None => scores,
             Some(mask) => {
-                let scores = scores.reshape([kv, group, n, n_keys]).add(mask.clone());
-                scores.reshape([kv, group * n, n_keys])
+                let scores = scores.reshape([kv, group, n, keys.len()]).add(mask.clone());
+                scores.reshape([kv, group * n, keys.len()])
             }
         };
-        let out = activation::softmax(scores, 2).matmul(v.clone().slice([0..kv, 0..n_keys, 0..head_dim]));
+        let out = activation::softmax(scores, 2).matmul(v.clone().slice([0..kv, keys, 0..head_dim]));
         let out = out.reshape([kv, group, n, head_dim]).permute([2, 0, 1, 3]);
         chunks.push(out.reshape([n, spec.n_heads * head_dim]));
     }
     if chunks.len() == 1 { chunks.remove(0) } else { Tensor::cat(chunks, 0) }
+}
+
+/// Returns cap · tanh(x / cap).
+pub fn softcap<const D: usize>(x: Tensor<D>, cap: f64) -> Tensor<D> {
+    x.div_scalar(cap).tanh().mul_scalar(cap)
 }

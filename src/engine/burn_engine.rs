@@ -72,8 +72,8 @@ fn describe(spec: &ModelSpec, checkpoint: &Checkpoint, recipe: &ModelRecipe) -> 
         }
     }
     for layer_idx in 0..spec.n_layers {
-        for norm in ["input_layernorm", "post_attention_layernorm"] {
-            checkpoint.check(&format!("model.layers.{layer_idx}.{norm}.weight"), &[hidden])?;
+        for norm in spec.block_norms() {
+            checkpoint.check(&format!("model.layers.{layer_idx}.{}.weight", norm.name), &[norm.width])?;
         }
         for linear in spec.block_linears().iter().filter(|linear| linear.bias) {
             checkpoint.check(&format!("model.layers.{layer_idx}.{}.bias", linear.name), &[linear.n_out])?;

@@ -1,11 +1,11 @@
 //! The forward pass: interprets a [`BlockSpec`](super::spec::BlockSpec) over burn tensors, for whole sequences and single
 //! tokens alike. It knows no files and no clock.
 
-use super::attention::{AttentionPlan, attend, rotate};
+use super::attention::{AttentionPlan, attend, rotate, softcap};
 use super::kv_cache::{KvCache, float_dtype};
-use super::spec::{Activation, ModelSpec};
+use super::spec::{Activation, ModelSpec, NormRole};
 use super::tap::{Source, Tap};
-use super::weights::{Block, Linear, Weights};
+use super::weights::{Block, GateUpLinears, Linear, QkvLinears, Weights};
 use crate::inference::InferenceError;
 use crate::units::DType;
 use burn::tensor::{Device, Tensor, TensorData, activation};
@@ -37,9 +37,11 @@ impl Executor {
         self.check(tokens, n_past)?;
         let mut x = self.embed(tokens);
         tap.output("model.embed_tokens", None, "embedding", &x)?;
-        let plan = AttentionPlan::new(&self.spec, n_past, tokens.len(), &self.device);
+        let plan = |attention| AttentionPlan::new(attention, n_past, tokens.len(), &self.device);
+        let plans: Vec<AttentionPlan> = self.spec.attentions.iter().map(plan).collect();
         for (layer_idx, block) in self.weights.blocks.iter().enumerate() {
-            x = self.block(layer_idx, block, x, &plan, cache.as_deref_mut(), tap)?;
+            let plan = &plans[self.spec.layer_attentions[layer_idx]];
+            x = self.block(layer_idx, block, x, plan, cache.as_deref_mut(), tap)?;
         }
         if let Some(cache) = cache {
             cache.advance(tokens.len());
@@ -54,7 +56,11 @@ impl Executor {
     /// # Shapes
     /// `hidden` `[n, hidden]`, result `[n, vocab]`.
     pub fn logits(&self, hidden: Tensor<2>) -> Tensor<2> {
-        linear(hidden, &self.weights.lm_head).cast(float_dtype(DType::F32))
+        let logits = linear(hidden, &self.weights.lm_head).cast(float_dtype(DType::F32));
+        match self.spec.logit_softcap {
+            None => logits,
+            Some(cap) => softcap(logits, cap),
+        }
     }
 
     fn check(&self, tokens: &[u32], n_past: usize) -> Result<(), InferenceError> {
@@ -76,7 +82,8 @@ impl Executor {
             table.unpack_rows(*token as usize, row);
         }
         let x = Tensor::from_data(TensorData::new(values, [tokens.len(), hidden]), &self.device);
-        self.in_compute(x)
+        let x = self.in_compute(x);
+        if self.spec.embedding_scale == 1.0 { x } else { x.mul_scalar(self.spec.embedding_scale) }
     }
 
     fn in_compute(&self, x: Tensor<2>) -> Tensor<2> {
@@ -91,6 +98,16 @@ impl Executor {
         self.in_compute(x.mul(scale).mul(weight.clone()))
     }
 
+    /// Normalizes each head.
+    ///
+    /// # Shapes
+    /// `x` and result `[n, n_heads · head_dim]`, `weight` `[1, head_dim]`.
+    fn norm_heads(&self, x: Tensor<2>, weight: &Tensor<2>) -> Tensor<2> {
+        let [n, width] = x.dims();
+        let head_dim = self.spec.head_dim;
+        self.norm(x.reshape([n * width / head_dim, head_dim]), weight).reshape([n, width])
+    }
+
     fn block(
         &self,
         layer_idx: usize,
@@ -101,31 +118,60 @@ impl Executor {
         tap: &mut Tap<'_>,
     ) -> Result<Tensor<2>, InferenceError> {
         let layer = Some(layer_idx);
-        let name = |leaf: &str| format!("model.layers.{layer_idx}{leaf}");
-        let normed = self.norm(x.clone(), &block.input_norm);
-        tap.output(&name(".input_layernorm"), layer, "norm", &normed)?;
-        let attended = self.attention(layer_idx, block, normed, plan, cache, tap)?;
+        let name = |role| format!("model.layers.{layer_idx}.{}", self.spec.norm_name(role));
+        let normed = self.norm(x.clone(), &block.attn_norm);
+        tap.output(&name(NormRole::Attn), layer, "norm", &normed)?;
+        let mut attended = self.attention(layer_idx, block, normed, plan, cache, tap)?;
+        if let Some(weight) = &block.attn_out_norm {
+            attended = self.norm(attended, weight);
+            tap.output(&name(NormRole::AttnOut), layer, "norm", &attended)?;
+        }
         let x = x.add(attended);
 
-        let normed = self.norm(x.clone(), &block.post_norm);
-        let norm_name = name(".post_attention_layernorm");
-        tap.output(&norm_name, layer, "norm", &normed)?;
-        let source = Source { module: &norm_name, op: "norm" };
-        tap.shared_input(&name(".mlp.gate_proj"), layer, "gate_proj", &source, &normed)?;
-        let gate = linear(normed.clone(), &block.gate);
-        tap.output(&name(".mlp.gate_proj"), layer, "gate_proj", &gate)?;
-        let activated = activate(self.spec.block.activation, gate);
-        tap.output(&name(".mlp.act_fn"), layer, "act", &activated)?;
-        tap.shared_input(&name(".mlp.up_proj"), layer, "up_proj", &source, &normed)?;
-        let up = linear(normed, &block.up);
-        tap.output(&name(".mlp.up_proj"), layer, "up_proj", &up)?;
-        let product = activated.mul(up);
-        tap.input(&name(".mlp.down_proj"), layer, "down_proj", &product)?;
-        let down = linear(product, &block.down);
-        tap.output(&name(".mlp.down_proj"), layer, "down_proj", &down)?;
-        let x = x.add(down);
-        tap.output(&name(""), layer, "block", &x)?;
+        let normed = self.norm(x.clone(), &block.mlp_norm);
+        tap.output(&name(NormRole::Mlp), layer, "norm", &normed)?;
+        let mut out = self.mlp(layer_idx, block, normed, tap)?;
+        if let Some(weight) = &block.mlp_out_norm {
+            out = self.norm(out, weight);
+            tap.output(&name(NormRole::MlpOut), layer, "norm", &out)?;
+        }
+        let x = x.add(out);
+        tap.output(&format!("model.layers.{layer_idx}"), layer, "block", &x)?;
         Ok(x)
+    }
+
+    fn mlp(
+        &self,
+        layer_idx: usize,
+        block: &Block,
+        normed: Tensor<2>,
+        tap: &mut Tap<'_>,
+    ) -> Result<Tensor<2>, InferenceError> {
+        let layer = Some(layer_idx);
+        let name = |leaf: &str| format!("model.layers.{layer_idx}.{leaf}");
+        let norm_name = name(self.spec.norm_name(NormRole::Mlp));
+        let project = |tap: &mut Tap<'_>, leaf, weights| project(layer_idx, leaf, &norm_name, &normed, weights, tap);
+        let activate = |tap: &mut Tap<'_>, gate| {
+            let activated = activate(self.spec.block.activation, gate);
+            tap.output(&name("mlp.act_fn"), layer, "act", &activated)?;
+            Ok::<_, InferenceError>(activated)
+        };
+        let (activated, up) = match &block.gate_up {
+            GateUpLinears::Apart { gate, up } => {
+                let gate = project(tap, "mlp.gate_proj", gate)?;
+                (activate(tap, gate)?, project(tap, "mlp.up_proj", up)?)
+            }
+            GateUpLinears::Fused(weights) => {
+                let both = project(tap, "mlp.gate_up_proj", weights)?;
+                let ffn = self.spec.ffn_size;
+                (activate(tap, columns(&both, 0, ffn))?, columns(&both, ffn, 2 * ffn))
+            }
+        };
+        let product = activated.mul(up);
+        tap.input(&name("mlp.down_proj"), layer, "down_proj", &product)?;
+        let down = linear(product, &block.down);
+        tap.output(&name("mlp.down_proj"), layer, "down_proj", &down)?;
+        Ok(down)
     }
 
     fn attention(
@@ -139,17 +185,13 @@ impl Executor {
     ) -> Result<Tensor<2>, InferenceError> {
         let layer = Some(layer_idx);
         let name = |leaf: &str| format!("model.layers.{layer_idx}.{leaf}");
-        let norm_name = name("input_layernorm");
-        let mut project = |op: &str, weights: &Linear| {
-            let module = name(&format!("self_attn.{op}"));
-            tap.shared_input(&module, layer, op, &Source { module: &norm_name, op: "norm" }, &normed)?;
-            let y = linear(normed.clone(), weights);
-            tap.output(&module, layer, op, &y)?;
-            Ok::<_, InferenceError>(y)
-        };
-        let q = project("q_proj", &block.q)?;
-        let k = project("k_proj", &block.k)?;
-        let v = project("v_proj", &block.v)?;
+        let (mut q, mut k, v) = self.queries_keys_values(layer_idx, block, normed, tap)?;
+        if let (Some(q_norm), Some(k_norm)) = (&block.q_norm, &block.k_norm) {
+            q = self.norm_heads(q, q_norm);
+            tap.output(&name(self.spec.norm_name(NormRole::Q)), layer, "norm", &q)?;
+            k = self.norm_heads(k, k_norm);
+            tap.output(&name(self.spec.norm_name(NormRole::K)), layer, "norm", &k)?;
+        }
         let q = rotate(q, self.spec.n_heads, plan);
         let k = rotate(k, self.spec.n_kv_heads, plan);
         let (k, v) = match cache {
@@ -164,6 +206,49 @@ impl Executor {
         tap.output(&o_name, layer, "o_proj", &out)?;
         Ok(out)
     }
+
+    /// Projects to queries `[n, n_heads · head_dim]`, keys and values `[n, n_kv_heads · head_dim]`.
+    fn queries_keys_values(
+        &self,
+        layer_idx: usize,
+        block: &Block,
+        normed: Tensor<2>,
+        tap: &mut Tap<'_>,
+    ) -> Result<(Tensor<2>, Tensor<2>, Tensor<2>), InferenceError> {
+        let norm_name = format!("model.layers.{layer_idx}.{}", self.spec.norm_name(NormRole::Attn));
+        let mut project = |leaf, weights| project(layer_idx, leaf, &norm_name, &normed, weights, tap);
+        match &block.qkv {
+            QkvLinears::Apart { q, k, v } => {
+                Ok((project("self_attn.q_proj", q)?, project("self_attn.k_proj", k)?, project("self_attn.v_proj", v)?))
+            }
+            QkvLinears::Fused(weights) => {
+                let all = project("self_attn.qkv_proj", weights)?;
+                let (q, kv) = (self.spec.q_width(), self.spec.kv_width());
+                Ok((columns(&all, 0, q), columns(&all, q, q + kv), columns(&all, q + kv, q + 2 * kv)))
+            }
+        }
+    }
+}
+
+/// Runs a linear whose input is the output of the norm `norm_name`.
+fn project(
+    layer_idx: usize,
+    leaf: &str,
+    norm_name: &str,
+    normed: &Tensor<2>,
+    weights: &Linear,
+    tap: &mut Tap<'_>,
+) -> Result<Tensor<2>, InferenceError> {
+    let module = format!("model.layers.{layer_idx}.{leaf}");
+    let op = leaf.rsplit('.').next().unwrap_or(leaf);
+    tap.shared_input(&module, Some(layer_idx), op, &Source { module: norm_name, op: "norm" }, normed)?;
+    let y = linear(normed.clone(), weights);
+    tap.output(&module, Some(layer_idx), op, &y)?;
+    Ok(y)
+}
+
+fn columns(x: &Tensor<2>, from: usize, to: usize) -> Tensor<2> {
+    x.clone().slice([0..x.dims()[0], from..to])
 }
 
 fn linear(x: Tensor<2>, linear: &Linear) -> Tensor<2> {

@@ -12,6 +12,7 @@ mod forward;
 mod kv_cache;
 mod memory;
 mod model;
+mod rope;
 mod save;
 mod score;
 mod spec;

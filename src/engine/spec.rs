@@ -1,4 +1,6 @@
-//! What a model is, apart from its weights: the spec that families fill in and the executor interprets.
+//! What a model is, apart from its weights: the spec that families fill in and executors interpret.
+
+use super::rope::RopeSpec;
 
 /// Activation between gate and down projection.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -11,35 +13,37 @@ pub enum Activation {
     Gelu,
 }
 
-/// How rotary frequencies are scaled.
+/// What the attention of one layer is, apart from its weights; most models have one kind, some alternate between two.
 #[derive(Debug, Clone, PartialEq)]
-pub enum RopeScaling {
-    None,
-    /// Llama 3.1's piecewise scaling (transformers 5.17, `_compute_llama3_parameters`).
-    Llama3 {
-        factor: f64,
-        low_freq_factor: f64,
-        high_freq_factor: f64,
-        original_max_position: f64,
-    },
+pub struct AttentionSpec {
+    /// A query sees at most this many keys, its own included: query q sees key k where q − window < k ≤ q.
+    pub window: Option<usize>,
+    pub rope: RopeSpec,
 }
 
-/// Rotary position embedding, rotate-half form.
-#[derive(Debug, Clone, PartialEq)]
-pub struct RopeSpec {
-    pub theta: f64,
-    pub scaling: RopeScaling,
-}
-
-/// What one decoder block is made of; every block of a model is alike.
+/// What one decoder block is made of; every block of a model is alike but for its [`AttentionSpec`].
 #[derive(Debug, Clone, PartialEq)]
 pub struct BlockSpec {
     pub qkv_bias: bool,
     pub o_bias: bool,
     pub mlp_bias: bool,
+    /// One matrix `self_attn.qkv_proj`: rows of all query heads, then of all key heads, then of all value heads.
+    pub fused_qkv: bool,
+    /// One matrix `mlp.gate_up_proj`: rows of the gate, then of the up projection.
+    pub fused_gate_up: bool,
     pub activation: Activation,
     pub norm_eps: f64,
-    pub rope: RopeSpec,
+    /// Norms multiply by 1 + w. The loader adds the 1, in f32, so that executors multiply by what it gives them. (GGUF files
+    /// hold the sum already.)
+    pub norm_unit_offset: bool,
+    /// Norms behind attention and MLP too, before each is added to the residual stream.
+    pub out_norms: bool,
+    /// RMSNorm over each head's query and key, before they are rotated; one weight `[head_dim]` for all heads of a layer.
+    pub qk_norm: bool,
+    /// Multiplies queries' products with keys: 1/√head_dim in most families.
+    pub attn_scale: f64,
+    /// Scores s become cap · tanh(s / cap), after scaling and before the mask.
+    pub attn_softcap: Option<f64>,
 }
 
 /// A decoder-only model.
@@ -56,12 +60,37 @@ pub struct ModelSpec {
     pub n_ctx_max: usize,
     pub tied_embeddings: bool,
     pub bos_token_id: Option<u32>,
+    /// Multiplies embeddings, after rounding to the compute dtype; 1 in most families.
+    pub embedding_scale: f64,
+    /// Logits l become cap · tanh(l / cap).
+    pub logit_softcap: Option<f64>,
     pub block: BlockSpec,
+    /// The kinds of attention that occur: one, or two where layers alternate.
+    pub attentions: Vec<AttentionSpec>,
+    /// Each layer's index into `attentions`, `[n_layers]`.
+    pub layer_attentions: Vec<usize>,
+}
+
+/// What a linear layer of a block does.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum LinearRole {
+    Q,
+    K,
+    V,
+    /// Q, K and V in one matrix.
+    Qkv,
+    O,
+    Gate,
+    Up,
+    /// Gate and up in one matrix.
+    GateUp,
+    Down,
 }
 
 /// One linear layer of a block.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct LinearSpec {
+    pub role: LinearRole,
     /// `self_attn.q_proj`, below the layer's own name.
     pub name: &'static str,
     pub n_out: usize,
@@ -69,28 +98,126 @@ pub struct LinearSpec {
     pub bias: bool,
 }
 
+/// Where a norm of a block stands.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum NormRole {
+    /// Before attention.
+    Attn,
+    /// On each head's query.
+    Q,
+    /// On each head's key.
+    K,
+    /// Behind attention, before the residual sum.
+    AttnOut,
+    /// Before the MLP.
+    Mlp,
+    /// Behind the MLP, before the residual sum.
+    MlpOut,
+}
+
+/// One RMSNorm of a block.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct NormSpec {
+    pub role: NormRole,
+    /// `input_layernorm`, below the layer's own name.
+    pub name: &'static str,
+    /// Number of weights.
+    pub width: usize,
+}
+
 impl ModelSpec {
+    /// Returns the attention of a layer.
+    pub fn attention(&self, layer_idx: usize) -> &AttentionSpec {
+        &self.attentions[self.layer_attentions[layer_idx]]
+    }
+
+    /// Gives the layers that `is_sliding` names a window and a rotary embedding; the others keep what all had.
+    pub fn set_sliding(&mut self, is_sliding: &[bool], window: Option<usize>, rope: RopeSpec) {
+        let full = self.attentions[0].clone();
+        let sliding = AttentionSpec { window, rope };
+        self.layer_attentions = is_sliding.iter().map(|is_sliding| usize::from(*is_sliding)).collect();
+        self.attentions = match (is_sliding.contains(&false), is_sliding.contains(&true)) {
+            (true, true) => vec![full, sliding],
+            (false, true) => vec![sliding],
+            _ => vec![full],
+        };
+        if self.attentions.len() == 1 {
+            self.layer_attentions.fill(0);
+        }
+    }
+
+    /// Number of values of all query heads: n_heads · head_dim.
+    pub fn q_width(&self) -> usize {
+        self.n_heads * self.head_dim
+    }
+
+    /// Number of values of all key heads, or of all value heads: n_kv_heads · head_dim.
+    pub fn kv_width(&self) -> usize {
+        self.n_kv_heads * self.head_dim
+    }
+
     /// Returns a block's linears in execution order.
-    pub fn block_linears(&self) -> [LinearSpec; 7] {
-        let (q, kv) = (self.n_heads * self.head_dim, self.n_kv_heads * self.head_dim);
-        let (hidden, ffn, block) = (self.hidden_size, self.ffn_size, &self.block);
-        let linear = |name, n_out, n_in, bias| LinearSpec { name, n_out, n_in, bias };
-        [
-            linear("self_attn.q_proj", q, hidden, block.qkv_bias),
-            linear("self_attn.k_proj", kv, hidden, block.qkv_bias),
-            linear("self_attn.v_proj", kv, hidden, block.qkv_bias),
-            linear("self_attn.o_proj", hidden, q, block.o_bias),
-            linear("mlp.gate_proj", ffn, hidden, block.mlp_bias),
-            linear("mlp.up_proj", ffn, hidden, block.mlp_bias),
-            linear("mlp.down_proj", hidden, ffn, block.mlp_bias),
-        ]
+    pub fn block_linears(&self) -> Vec<LinearSpec> {
+        let (q, kv, hidden, ffn) = (self.q_width(), self.kv_width(), self.hidden_size, self.ffn_size);
+        let block = &self.block;
+        let linear = |role, name, n_out, n_in, bias| LinearSpec { role, name, n_out, n_in, bias };
+        let mut linears = if block.fused_qkv {
+            vec![linear(LinearRole::Qkv, "self_attn.qkv_proj", q + 2 * kv, hidden, block.qkv_bias)]
+        } else {
+            vec![
+                linear(LinearRole::Q, "self_attn.q_proj", q, hidden, block.qkv_bias),
+                linear(LinearRole::K, "self_attn.k_proj", kv, hidden, block.qkv_bias),
+                linear(LinearRole::V, "self_attn.v_proj", kv, hidden, block.qkv_bias),
+            ]
+        };
+        linears.push(linear(LinearRole::O, "self_attn.o_proj", hidden, q, block.o_bias));
+        if block.fused_gate_up {
+            linears.push(linear(LinearRole::GateUp, "mlp.gate_up_proj", 2 * ffn, hidden, block.mlp_bias));
+        } else {
+            linears.push(linear(LinearRole::Gate, "mlp.gate_proj", ffn, hidden, block.mlp_bias));
+            linears.push(linear(LinearRole::Up, "mlp.up_proj", ffn, hidden, block.mlp_bias));
+        }
+        linears.push(linear(LinearRole::Down, "mlp.down_proj", hidden, ffn, block.mlp_bias));
+        linears
+    }
+
+    /// Returns a block's norms in execution order.
+    pub fn block_norms(&self) -> Vec<NormSpec> {
+        let mut roles = vec![NormRole::Attn];
+        if self.block.qk_norm {
+            roles.extend([NormRole::Q, NormRole::K]);
+        }
+        if self.block.out_norms {
+            roles.extend([NormRole::AttnOut, NormRole::Mlp, NormRole::MlpOut]);
+        } else {
+            roles.push(NormRole::Mlp);
+        }
+        let norm = |role| {
+            let width = if matches!(role, NormRole::Q | NormRole::K) { self.head_dim } else { self.hidden_size };
+            NormSpec { role, name: self.norm_name(role), width }
+        };
+        roles.into_iter().map(norm).collect()
+    }
+
+    /// Returns a norm's module name, below the layer's own.
+    pub fn norm_name(&self, role: NormRole) -> &'static str {
+        match role {
+            NormRole::Attn => "input_layernorm",
+            NormRole::Q => "self_attn.q_norm",
+            NormRole::K => "self_attn.k_norm",
+            NormRole::Mlp if self.block.out_norms => "pre_feedforward_layernorm",
+            // Llama's name for the norm before the MLP says where it stands; in Gemma's blocks it is a norm of its own.
+            NormRole::Mlp | NormRole::AttnOut => "post_attention_layernorm",
+            NormRole::MlpOut => "post_feedforward_layernorm",
+        }
     }
 
     /// Returns every linear's module name and shape `[out, in]` in execution order, the output head last.
     pub fn linears(&self) -> Vec<(String, [usize; 2])> {
-        let mut linears = Vec::with_capacity(self.n_layers * 7 + 1);
+        let block_linears = self.block_linears();
+        let mut linears = Vec::with_capacity(self.n_layers * block_linears.len() + 1);
         for layer_idx in 0..self.n_layers {
-            for linear in self.block_linears() {
+            for linear in &block_linears {
                 linears.push((format!("model.layers.{layer_idx}.{}", linear.name), [linear.n_out, linear.n_in]));
             }
         }
@@ -100,60 +227,10 @@ impl ModelSpec {
 
     /// Returns the number of parameters, tied weights counted once.
     pub fn n_params(&self) -> u64 {
-        let per_block: usize = self
-            .block_linears()
-            .iter()
-            .map(|linear| linear.n_out * linear.n_in + if linear.bias { linear.n_out } else { 0 })
-            .sum::<usize>()
-            + 2 * self.hidden_size;
+        let linear = |linear: &LinearSpec| linear.n_out * linear.n_in + if linear.bias { linear.n_out } else { 0 };
+        let per_block = self.block_linears().iter().map(linear).sum::<usize>()
+            + self.block_norms().iter().map(|norm| norm.width).sum::<usize>();
         let heads = if self.tied_embeddings { 1 } else { 2 };
         (self.n_layers * per_block + self.hidden_size + heads * self.vocab_size * self.hidden_size) as u64
-    }
-}
-
-impl RopeSpec {
-    /// Returns the `head_dim / 2` inverse frequencies in radians per position.
-    pub fn inverse_frequencies(&self, head_dim: usize) -> Vec<f64> {
-        (0..head_dim / 2)
-            .map(|i| {
-                let plain = self.theta.powf(-2.0 * i as f64 / head_dim as f64);
-                match self.scaling {
-                    RopeScaling::None => plain,
-                    RopeScaling::Llama3 { factor, low_freq_factor, high_freq_factor, original_max_position } => {
-                        let wavelength = std::f64::consts::TAU / plain;
-                        if wavelength < original_max_position / high_freq_factor {
-                            plain
-                        } else if wavelength > original_max_position / low_freq_factor {
-                            plain / factor
-                        } else {
-                            let smooth = (original_max_position / wavelength - low_freq_factor)
-                                / (high_freq_factor - low_freq_factor);
-                            (1.0 - smooth) * plain / factor + smooth * plain
-                        }
-                    }
-                }
-            })
-            .collect()
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn llama3_scaling_keeps_high_frequencies_and_divides_low_ones() {
-        let scaling = RopeScaling::Llama3 {
-            factor: 32.0,
-            low_freq_factor: 1.0,
-            high_freq_factor: 4.0,
-            original_max_position: 8192.0,
-        };
-        let plain = RopeSpec { theta: 500_000.0, scaling: RopeScaling::None }.inverse_frequencies(128);
-        let scaled = RopeSpec { theta: 500_000.0, scaling }.inverse_frequencies(128);
-        assert_eq!(plain.len(), 64);
-        assert_eq!(scaled[0], plain[0]);
-        assert!((scaled[63] - plain[63] / 32.0).abs() < 1e-15);
-        assert!(scaled.iter().zip(&plain).any(|(s, p)| *s < *p && *s > *p / 32.0));
     }
 }

@@ -1,7 +1,7 @@
 //! A model's weights on the device: linears in stored form, norms and biases as tensors.
 
 use super::checkpoint::{Checkpoint, StoredTensor, dense_type, first_not_finite, to_dtype, to_f32};
-use super::spec::{LinearSpec, ModelSpec};
+use super::spec::{LinearRole, ModelSpec, NormRole};
 use crate::event::Progress;
 use crate::inference::{InferenceError, ModelRecipe};
 use crate::quantization::QuantizationConfig;
@@ -20,18 +20,42 @@ pub struct Linear {
     pub bias: Option<Tensor<2>>,
 }
 
-/// One decoder block.
+/// The projections to queries, keys and values.
+#[derive(Debug)]
+pub enum QkvLinears {
+    Apart {
+        q: Linear,
+        k: Linear,
+        v: Linear,
+    },
+    /// Rows of all query heads, then of all key heads, then of all value heads.
+    Fused(Linear),
+}
+
+/// The projections that the MLP's product is made of.
+#[derive(Debug)]
+pub enum GateUpLinears {
+    Apart {
+        gate: Linear,
+        up: Linear,
+    },
+    /// Rows of the gate, then of the up projection.
+    Fused(Linear),
+}
+
+/// One decoder block. Norms' weights are what to multiply by: where the family stores w for 1 + w, the 1 is in them.
 #[derive(Debug)]
 pub struct Block {
-    pub input_norm: Tensor<2>, // [1, hidden]
-    pub q: Linear,
-    pub k: Linear,
-    pub v: Linear,
+    pub attn_norm: Tensor<2>, // [1, hidden]
+    pub qkv: QkvLinears,
+    pub q_norm: Option<Tensor<2>>, // [1, head_dim]
+    pub k_norm: Option<Tensor<2>>, // [1, head_dim]
     pub o: Linear,
-    pub post_norm: Tensor<2>, // [1, hidden]
-    pub gate: Linear,
-    pub up: Linear,
+    pub attn_out_norm: Option<Tensor<2>>, // [1, hidden]
+    pub mlp_norm: Tensor<2>,              // [1, hidden]
+    pub gate_up: GateUpLinears,
     pub down: Linear,
+    pub mlp_out_norm: Option<Tensor<2>>, // [1, hidden]
 }
 
 /// All weights of a model.
@@ -74,12 +98,12 @@ impl WeightReader<'_> {
             blocks.push(self.block(layer_idx, &mut stored_bytes)?);
             progress.advance(1);
         }
-        let final_norm = self.row("model.norm.weight", spec.hidden_size, &mut stored_bytes)?;
+        let final_norm = self.norm("model.norm.weight", spec.hidden_size, &mut stored_bytes)?;
         let lm_head = if spec.tied_embeddings {
             Linear { weight: Arc::clone(&embedding), bias: None }
         } else {
-            let head = LinearSpec { name: "lm_head", n_out: spec.vocab_size, n_in: spec.hidden_size, bias: false };
-            self.linear("lm_head", &head, &mut stored_bytes)?
+            let head = (spec.vocab_size, spec.hidden_size);
+            self.linear("lm_head", head, false, &mut stored_bytes)?
         };
         progress.advance(1);
         Ok(Weights { embedding, blocks, final_norm, lm_head, stored_bytes })
@@ -87,21 +111,44 @@ impl WeightReader<'_> {
 
     fn block(&self, layer_idx: usize, stored_bytes: &mut u64) -> Result<Block, InferenceError> {
         let prefix = format!("model.layers.{layer_idx}");
-        let hidden = self.spec.hidden_size;
-        let input_norm = self.row(&format!("{prefix}.input_layernorm.weight"), hidden, stored_bytes)?;
-        let post_norm = self.row(&format!("{prefix}.post_attention_layernorm.weight"), hidden, stored_bytes)?;
-        let mut read = |linear: &LinearSpec| self.linear(&format!("{prefix}.{}", linear.name), linear, stored_bytes);
-        let [q, k, v, o, gate, up, down] = self.spec.block_linears();
+        let (linear_specs, norm_specs) = (self.spec.block_linears(), self.spec.block_norms());
+        let mut norm = |role| {
+            let spec = norm_specs.iter().find(|norm| norm.role == role)?;
+            Some(self.norm(&format!("{prefix}.{}.weight", spec.name), spec.width, stored_bytes))
+        };
+        // Every block has these two; the others depend on the family.
+        let required = |norm: Option<Result<Tensor<2>, InferenceError>>| norm.expect("a block's spec has this norm");
+        let attn_norm = required(norm(NormRole::Attn))?;
+        let mlp_norm = required(norm(NormRole::Mlp))?;
+        let [q_norm, k_norm, attn_out_norm, mlp_out_norm] =
+            [NormRole::Q, NormRole::K, NormRole::AttnOut, NormRole::MlpOut].map(|role| norm(role).transpose());
+        let mut read = |role| {
+            let spec = linear_specs.iter().find(|linear| linear.role == role).expect("a block's spec has this linear");
+            self.linear(&format!("{prefix}.{}", spec.name), (spec.n_out, spec.n_in), spec.bias, stored_bytes)
+        };
+        let qkv = if self.spec.block.fused_qkv {
+            QkvLinears::Fused(read(LinearRole::Qkv)?)
+        } else {
+            QkvLinears::Apart { q: read(LinearRole::Q)?, k: read(LinearRole::K)?, v: read(LinearRole::V)? }
+        };
+        let o = read(LinearRole::O)?;
+        let gate_up = if self.spec.block.fused_gate_up {
+            GateUpLinears::Fused(read(LinearRole::GateUp)?)
+        } else {
+            GateUpLinears::Apart { gate: read(LinearRole::Gate)?, up: read(LinearRole::Up)? }
+        };
+        let down = read(LinearRole::Down)?;
         Ok(Block {
-            input_norm,
-            q: read(&q)?,
-            k: read(&k)?,
-            v: read(&v)?,
-            o: read(&o)?,
-            post_norm,
-            gate: read(&gate)?,
-            up: read(&up)?,
-            down: read(&down)?,
+            attn_norm,
+            qkv,
+            q_norm: q_norm?,
+            k_norm: k_norm?,
+            o,
+            attn_out_norm: attn_out_norm?,
+            mlp_norm,
+            gate_up,
+            down,
+            mlp_out_norm: mlp_out_norm?,
         })
     }
 
@@ -120,11 +167,16 @@ impl WeightReader<'_> {
         self.recipe.dtype.unwrap_or(stored)
     }
 
-    fn linear(&self, module: &str, linear: &LinearSpec, stored_bytes: &mut u64) -> Result<Linear, InferenceError> {
-        let weight = self.module_weight(module, linear.n_out, linear.n_in)?;
+    fn linear(
+        &self,
+        module: &str,
+        (n_out, n_in): (usize, usize),
+        has_bias: bool,
+        stored_bytes: &mut u64,
+    ) -> Result<Linear, InferenceError> {
+        let weight = self.module_weight(module, n_out, n_in)?;
         *stored_bytes += weight.stored_bytes();
-        let bias =
-            if linear.bias { Some(self.row(&format!("{module}.bias"), linear.n_out, stored_bytes)?) } else { None };
+        let bias = has_bias.then(|| self.row(&format!("{module}.bias"), n_out, stored_bytes)).transpose()?;
         Ok(Linear { weight: Arc::new(weight), bias })
     }
 
@@ -184,6 +236,14 @@ impl WeightReader<'_> {
         let bytes = to_dtype(&to_f32(tensor.dtype, tensor.bytes.as_slice()), dtype);
         check_range(name, dtype, bytes.as_slice())?;
         Ok(bytes)
+    }
+
+    /// Returns what a norm multiplies by.
+    fn norm(&self, name: &str, n: usize, stored_bytes: &mut u64) -> Result<Tensor<2>, InferenceError> {
+        let weight = self.row(name, n, stored_bytes)?;
+        // Random norms are ones: what to multiply by, not what a file would store.
+        let is_whole = matches!(self.checkpoint, Checkpoint::Random { .. });
+        Ok(if self.spec.block.norm_unit_offset && !is_whole { weight.add_scalar(1.0) } else { weight })
     }
 
     fn row(&self, name: &str, n: usize, stored_bytes: &mut u64) -> Result<Tensor<2>, InferenceError> {

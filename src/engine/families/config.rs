@@ -1,6 +1,7 @@
 //! A config.json with typed, checked access: every error names the file and the field.
 
-use crate::engine::spec::{Activation, BlockSpec, ModelSpec, RopeScaling, RopeSpec};
+use crate::engine::rope::RopeScaling;
+use crate::engine::spec::{Activation, AttentionSpec, BlockSpec, ModelSpec};
 use crate::inference::InferenceError;
 use crate::units::DType;
 use serde_json::Value;
@@ -8,6 +9,8 @@ use std::path::{Path, PathBuf};
 
 /// Larger dimensions than this are taken for damage: they would ask for absurd allocations.
 const MAX_DIM: usize = 1 << 24;
+/// More layers than this are taken for damage.
+const MAX_LAYERS: usize = 1 << 12;
 
 /// A parsed config.json.
 #[derive(Debug, Clone)]
@@ -34,6 +37,17 @@ impl ConfigFile {
         Ok(ConfigFile { path: path.to_owned(), root })
     }
 
+    /// Returns the config with values for fields that it leaves out; a field that is null stays so.
+    pub fn with_defaults(&self, defaults: &[(&str, Value)]) -> ConfigFile {
+        let mut config = self.clone();
+        if let Some(fields) = config.root.as_object_mut() {
+            for (field, value) in defaults {
+                fields.entry(*field).or_insert_with(|| value.clone());
+            }
+        }
+        config
+    }
+
     /// Returns an error that names this file.
     pub fn error(&self, reason: impl Into<String>) -> InferenceError {
         InferenceError::File { path: self.path.clone(), reason: reason.into() }
@@ -48,7 +62,7 @@ impl ConfigFile {
         self.root.get("architectures")?.get(0)?.as_str().map(str::to_owned)
     }
 
-    fn present(&self, field: &str) -> Option<&Value> {
+    pub(super) fn present(&self, field: &str) -> Option<&Value> {
         self.root.get(field).filter(|value| !value.is_null())
     }
 
@@ -66,7 +80,7 @@ impl ConfigFile {
         self.present(field).map(|value| self.finite(field, value)).transpose()
     }
 
-    fn finite(&self, field: &str, value: &Value) -> Result<f64, InferenceError> {
+    pub(super) fn finite(&self, field: &str, value: &Value) -> Result<f64, InferenceError> {
         value
             .as_f64()
             .filter(|number| number.is_finite())
@@ -92,6 +106,14 @@ impl ConfigFile {
         self.size(field)?.ok_or_else(|| self.error(format!("{field} is missing")))
     }
 
+    /// Returns a soft cap: a number above 0, or nothing where it is absent or null.
+    pub fn softcap(&self, field: &str) -> Result<Option<f64>, InferenceError> {
+        match self.number(field)? {
+            Some(cap) if cap <= 0.0 => Err(self.error(format!("{field}: expected a number above 0, found {cap}"))),
+            cap => Ok(cap),
+        }
+    }
+
     /// Returns the element type that the checkpoint was saved in, where the config says it.
     pub fn saved_dtype(&self) -> Option<DType> {
         self.text("torch_dtype").or_else(|| self.text("dtype")).and_then(|name| DType::parse(&name))
@@ -109,45 +131,8 @@ impl ConfigFile {
         }
     }
 
-    /// Returns the rotary embedding, from `rope_theta` and `rope_scaling` or from `rope_parameters` (transformers 5).
-    pub fn rope(&self, default_theta: f64) -> Result<RopeSpec, InferenceError> {
-        let parameters = self.present("rope_parameters");
-        let theta = match parameters.and_then(|p| p.get("rope_theta")) {
-            Some(value) => self.finite("rope_parameters.rope_theta", value)?,
-            None => self.number("rope_theta")?.unwrap_or(default_theta),
-        };
-        let scaling = match parameters.or_else(|| self.present("rope_scaling")) {
-            None => RopeScaling::None,
-            Some(scaling) => self.rope_scaling(scaling)?,
-        };
-        Ok(RopeSpec { theta, scaling })
-    }
-
-    fn rope_scaling(&self, scaling: &Value) -> Result<RopeScaling, InferenceError> {
-        let kind =
-            scaling.get("rope_type").or_else(|| scaling.get("type")).and_then(Value::as_str).unwrap_or("default");
-        let field = |name: &str| {
-            let value =
-                scaling.get(name).ok_or_else(|| self.error(format!("rope scaling {kind}: {name} is missing")))?;
-            self.finite(name, value)
-        };
-        match kind {
-            "default" => Ok(RopeScaling::None),
-            "llama3" => Ok(RopeScaling::Llama3 {
-                factor: field("factor")?,
-                low_freq_factor: field("low_freq_factor")?,
-                high_freq_factor: field("high_freq_factor")?,
-                original_max_position: field("original_max_position_embeddings")?,
-            }),
-            other => {
-                Err(self
-                    .error(format!("rope scaling {other:?} is not supported yet; labpipe knows default and llama3")))
-            }
-        }
-    }
-
-    /// Builds the spec from the fields that all families share.
-    pub fn model_spec(&self, family: &'static str, block: BlockSpec) -> Result<ModelSpec, InferenceError> {
+    /// Builds the spec from the fields that all families share: that of a Llama without biases. Families change what is theirs.
+    pub fn base_spec(&self, family: &'static str) -> Result<ModelSpec, InferenceError> {
         let hidden_size = self.required_size("hidden_size")?;
         let n_heads = self.required_size("num_attention_heads")?;
         let n_kv_heads = self.size("num_key_value_heads")?.unwrap_or(n_heads);
@@ -165,23 +150,79 @@ impl ConfigFile {
                 );
             }
         };
-        if head_dim % 2 != 0 {
-            return Err(self.error(format!("head_dim {head_dim} is odd; rotary embeddings need pairs")));
+        let n_layers = self.required_size("num_hidden_layers")?;
+        if n_layers > MAX_LAYERS {
+            return Err(self.error(format!("num_hidden_layers {n_layers} is more than {MAX_LAYERS}")));
         }
+        let rope = self.rope(head_dim)?;
         Ok(ModelSpec {
             family,
-            n_layers: self.required_size("num_hidden_layers")?,
+            n_layers,
             hidden_size,
             n_heads,
             n_kv_heads,
             head_dim,
             ffn_size: self.required_size("intermediate_size")?,
             vocab_size: self.required_size("vocab_size")?,
-            n_ctx_max: self.required_size("max_position_embeddings")?,
+            n_ctx_max: self.n_ctx_max(&rope.scaling)?,
             tied_embeddings: self.flag("tie_word_embeddings")?.unwrap_or(false),
             bos_token_id: self.bos_token_id(),
-            block,
+            embedding_scale: 1.0,
+            logit_softcap: None,
+            block: BlockSpec {
+                qkv_bias: false,
+                o_bias: false,
+                mlp_bias: false,
+                fused_qkv: false,
+                fused_gate_up: false,
+                activation: self.activation()?,
+                norm_eps: self.number("rms_norm_eps")?.unwrap_or(1e-6),
+                norm_unit_offset: false,
+                out_norms: false,
+                qk_norm: false,
+                attn_scale: 1.0 / (head_dim as f64).sqrt(),
+                attn_softcap: None,
+            },
+            attentions: vec![AttentionSpec { window: None, rope }],
+            layer_attentions: vec![0; n_layers],
         })
+    }
+
+    /// Returns the longest context. Llama's configs keep the original length in `max_position_embeddings` where they scale
+    /// linearly or dynamically, and Qwen's where they use YaRN: the factor stretches it.
+    fn n_ctx_max(&self, scaling: &RopeScaling) -> Result<usize, InferenceError> {
+        let stated = self.required_size("max_position_embeddings")?;
+        let stretched = match scaling {
+            RopeScaling::Linear { factor } | RopeScaling::Dynamic { factor, .. } => stated as f64 * factor,
+            RopeScaling::Yarn { factor, original_max_position, .. } => factor * original_max_position,
+            RopeScaling::None | RopeScaling::Llama3 { .. } | RopeScaling::LongRope { .. } => stated as f64,
+        };
+        Ok((stretched.min(MAX_DIM as f64) as usize).max(stated))
+    }
+
+    /// Returns for each layer whether its attention slides: `layer_types`, or what `is_sliding` says of the layer's index.
+    pub fn sliding_layers(
+        &self,
+        n_layers: usize,
+        is_sliding: impl Fn(usize) -> bool,
+    ) -> Result<Vec<bool>, InferenceError> {
+        let Some(types) = self.present("layer_types") else {
+            return Ok((0..n_layers).map(is_sliding).collect());
+        };
+        let types = types.as_array().map(Vec::as_slice).unwrap_or_default();
+        if types.len() != n_layers {
+            return Err(self.error(format!("layer_types has {} entries for {n_layers} layers", types.len())));
+        }
+        types
+            .iter()
+            .map(|kind| match kind.as_str() {
+                Some("full_attention") => Ok(false),
+                Some("sliding_attention") => Ok(true),
+                _ => {
+                    Err(self.error(format!("layer_types: expected full_attention or sliding_attention, found {kind}")))
+                }
+            })
+            .collect()
     }
 
     fn bos_token_id(&self) -> Option<u32> {
@@ -192,7 +233,7 @@ impl ConfigFile {
 #[cfg(test)]
 mod tests {
     use super::super::read_spec;
-    use crate::engine::spec::RopeScaling;
+    use crate::engine::rope::RopeScaling;
     use crate::inference::InferenceError;
     use std::path::PathBuf;
 
@@ -214,7 +255,7 @@ mod tests {
         );
         let spec = read_spec(&path).expect("a spec");
         assert_eq!(spec.n_params(), 3_212_749_824);
-        assert!(matches!(spec.block.rope.scaling, RopeScaling::Llama3 { factor: 32.0, .. }));
+        assert!(matches!(spec.attentions[0].rope.scaling, RopeScaling::Llama3 { factor: 32.0, .. }));
     }
 
     #[test]

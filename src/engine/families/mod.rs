@@ -2,8 +2,14 @@
 //! forward pass of its own.
 
 mod config;
+mod gemma2;
+mod gemma3;
 mod llama;
+mod mistral;
+mod phi3;
 mod qwen2;
+mod qwen3;
+mod rope_config;
 
 pub use config::ConfigFile;
 
@@ -20,7 +26,8 @@ pub struct Family {
 }
 
 /// Every family labpipe knows.
-pub static FAMILIES: &[Family] = &[llama::FAMILY, qwen2::FAMILY];
+pub static FAMILIES: &[Family] =
+    &[llama::FAMILY, qwen2::FAMILY, qwen3::FAMILY, mistral::FAMILY, gemma2::FAMILY, gemma3::FAMILY, phi3::FAMILY];
 
 /// Reads a config.json.
 ///

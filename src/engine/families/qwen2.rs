@@ -1,24 +1,27 @@
 //! Qwen2 and Qwen2.5: Llama's block with biases on the query, key and value projections.
 
 use super::{ConfigFile, Family};
-use crate::engine::spec::{BlockSpec, ModelSpec};
+use crate::engine::spec::ModelSpec;
 use crate::inference::InferenceError;
 
 pub const FAMILY: Family = Family { model_type: "qwen2", spec };
 
 fn spec(config: &ConfigFile) -> Result<ModelSpec, InferenceError> {
-    if config.flag("use_sliding_window")?.unwrap_or(false) {
-        return Err(config.error("use_sliding_window is true: sliding windows are not supported yet"));
+    let mut spec = config.base_spec("qwen2")?;
+    spec.block.qkv_bias = true;
+    slide_upper_layers(config, &mut spec)?;
+    Ok(spec)
+}
+
+/// Applies Qwen's sliding windows: off unless `use_sliding_window`, and then in the layers from `max_window_layers` on.
+pub fn slide_upper_layers(config: &ConfigFile, spec: &mut ModelSpec) -> Result<(), InferenceError> {
+    if !config.flag("use_sliding_window")?.unwrap_or(false) {
+        return Ok(());
     }
-    config.model_spec(
-        "qwen2",
-        BlockSpec {
-            qkv_bias: true,
-            o_bias: false,
-            mlp_bias: false,
-            activation: config.activation()?,
-            norm_eps: config.number("rms_norm_eps")?.unwrap_or(1e-6),
-            rope: config.rope(10_000.0)?,
-        },
-    )
+    let window = config.size("sliding_window")?;
+    let first = config.size("max_window_layers")?.unwrap_or(28);
+    let sliding = config.sliding_layers(spec.n_layers, |layer_idx| window.is_some() && layer_idx >= first)?;
+    let rope = spec.attentions[0].rope.clone();
+    spec.set_sliding(&sliding, window, rope);
+    Ok(())
 }

@@ -1,0 +1,211 @@
+//! Large products of plain matrices by cuBLAS, in the order of cubecl's own stream.
+//!
+//! cubecl does not show its stream, so products run on one of ours, and events of the whole context keep the two in order: ours waits for
+//! all that was launched before, and all that is launched later waits for ours. The library is found at run time; where it or a
+//! driver with context events (CUDA 12.5) is missing, [`Cublas::open`] says so and callers multiply with cubecl's own kernels.
+
+use super::Element;
+use cubecl::client::Client;
+use cubecl::cuda::CudaRuntime;
+use cubecl::server::Handle;
+use cubecl_server::runtime::Runtime;
+use cudarc::cublas::{result as blas, sys as blas_sys};
+use cudarc::driver::sys as driver;
+use std::ffi::c_void;
+
+/// Oldest driver whose context events work, as CUDA numbers versions.
+const MIN_DRIVER_VERSION: i32 = 12_050;
+
+/// Bytes that cuBLAS may use between products: what NVIDIA recommends for Hopper.
+const WORKSPACE_BYTES: usize = 32 << 20;
+
+/// Why cuBLAS is not used.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum CublasError {
+    #[error("load cuBLAS: libcublas is not on the library path")]
+    Missing,
+    #[error("use cuBLAS: the driver supports CUDA {found}, context events need {needed}")]
+    Driver { found: i32, needed: i32 },
+    #[error("use cuBLAS: {0}")]
+    Call(String),
+}
+
+/// cuBLAS on a device's context.
+#[derive(Debug)]
+pub struct Cublas {
+    handle: blas_sys::cublasHandle_t,
+    stream: driver::CUstream,
+    context: driver::CUcontext,
+    before: driver::CUevent,
+    after: driver::CUevent,
+    // Kept alive: cuBLAS was given its address.
+    _workspace: Handle,
+}
+
+// SAFETY: the handle, stream and events are used by one thread at a time, since every call needs `&mut self`.
+unsafe impl Send for Cublas {}
+
+/// A matrix on the device: its address and element type.
+#[derive(Debug, Clone, Copy)]
+pub struct Operand {
+    address: u64,
+    element: Element,
+}
+
+impl Operand {
+    /// Returns the buffer's address; the caller keeps the handle alive as long as it uses the operand.
+    ///
+    /// # Errors
+    /// Where a kernel that writes the buffer has failed.
+    pub fn of(client: &Client, handle: &Handle, element: Element) -> Result<Operand, CublasError> {
+        let resource = client
+            .get_resource::<<CudaRuntime as Runtime>::Server>(handle.clone())
+            .map_err(|error| CublasError::Call(format!("resolve a buffer: {error}")))?;
+        Ok(Operand { address: resource.resource().ptr, element })
+    }
+
+    /// Returns the operand that starts `n` elements further on.
+    pub fn offset(self, n: usize) -> Operand {
+        Operand { address: self.address + (n * self.element.size_bytes()) as u64, ..self }
+    }
+}
+
+fn check(result: driver::CUresult, what: &str) -> Result<(), CublasError> {
+    result.result().map_err(|error| CublasError::Call(format!("{what}: {error:?}")))
+}
+
+impl Cublas {
+    /// Opens the library on the context that the client's device runs in.
+    ///
+    /// # Errors
+    /// `Missing`, `Driver`, `Call`.
+    pub fn open(client: &Client) -> Result<Cublas, CublasError> {
+        // SAFETY: only looks for the library.
+        if !unsafe { blas_sys::is_culib_present() } {
+            return Err(CublasError::Missing);
+        }
+        let workspace = client.empty(WORKSPACE_BYTES);
+        let at = Operand::of(client, &workspace, Element::F32)?.address;
+        let mut version = 0;
+        // SAFETY: plain driver calls; every out-pointer is a local that outlives its call.
+        unsafe {
+            check(driver::cuDriverGetVersion(&mut version), "driver version")?;
+            if version < MIN_DRIVER_VERSION {
+                return Err(CublasError::Driver { found: version, needed: MIN_DRIVER_VERSION });
+            }
+            let mut context: driver::CUcontext = std::ptr::null_mut();
+            check(
+                driver::cuPointerGetAttribute(
+                    (&raw mut context).cast(),
+                    driver::CUpointer_attribute::CU_POINTER_ATTRIBUTE_CONTEXT,
+                    at,
+                ),
+                "find the context",
+            )?;
+            if context.is_null() {
+                let mut device = 0;
+                check(driver::cuDeviceGet(&mut device, 0), "find the device")?;
+                check(driver::cuDevicePrimaryCtxRetain(&mut context, device), "find the context")?;
+            }
+            check(driver::cuCtxSetCurrent(context), "enter the context")?;
+            let (mut stream, mut before, mut after) =
+                (std::ptr::null_mut(), std::ptr::null_mut(), std::ptr::null_mut());
+            check(driver::cuStreamCreate(&mut stream, 1), "make a stream")?;
+            check(driver::cuEventCreate(&mut before, 2), "make an event")?;
+            check(driver::cuEventCreate(&mut after, 2), "make an event")?;
+            let call = |error: blas::CublasError| CublasError::Call(format!("{error:?}"));
+            let handle = blas::create_handle().map_err(call)?;
+            blas::set_stream(handle, stream.cast()).map_err(call)?;
+            blas_sys::cublasSetWorkspace_v2(handle, at as *mut c_void, WORKSPACE_BYTES).result().map_err(call)?;
+            Ok(Cublas { handle, stream, context, before, after, _workspace: workspace })
+        }
+    }
+
+    /// Writes `y = x · Wᵀ` with fp32 sums, after everything launched so far and before everything launched later.
+    ///
+    /// # Shapes
+    /// `x` `[m, k]` with rows `x_stride` elements apart, `w` `[n, k]`, `y` `[m, n]` with rows `y_stride` apart.
+    ///
+    /// # Errors
+    /// `Call`.
+    #[expect(clippy::too_many_arguments, reason = "a matrix product has this many sizes")]
+    pub fn matmul(
+        &mut self,
+        client: &Client,
+        x: Operand,
+        x_stride: usize,
+        w: Operand,
+        y: Operand,
+        y_stride: usize,
+        [m, n, k]: [usize; 3],
+    ) -> Result<(), CublasError> {
+        let (one, zero) = (1.0f32, 0.0f32);
+        client.flush().map_err(|error| CublasError::Call(error.to_string()))?;
+        // SAFETY: the operands are live device buffers of these shapes (the caller keeps their handles), and the scalars outlive the call.
+        unsafe {
+            self.enter()?;
+            blas::gemm_ex(
+                self.handle,
+                blas_sys::cublasOperation_t::CUBLAS_OP_T,
+                blas_sys::cublasOperation_t::CUBLAS_OP_N,
+                n as i32,
+                m as i32,
+                k as i32,
+                (&raw const one).cast(),
+                w.address as *const c_void,
+                cuda_type(w.element),
+                k as i32,
+                x.address as *const c_void,
+                cuda_type(x.element),
+                x_stride as i32,
+                (&raw const zero).cast(),
+                y.address as *mut c_void,
+                cuda_type(y.element),
+                y_stride as i32,
+                blas_sys::cublasComputeType_t::CUBLAS_COMPUTE_32F,
+                blas_sys::cublasGemmAlgo_t::CUBLAS_GEMM_DEFAULT,
+            )
+            .map_err(|error| CublasError::Call(format!("multiply [{m}, {k}] with [{n}, {k}]: {error:?}")))?;
+            self.leave()
+        }
+    }
+
+    unsafe fn enter(&self) -> Result<(), CublasError> {
+        // SAFETY: the context, event and stream live as long as `self`.
+        unsafe {
+            check(driver::cuCtxSetCurrent(self.context), "enter the context")?;
+            check(driver::cuCtxRecordEvent(self.context, self.before), "mark earlier work")?;
+            check(driver::cuStreamWaitEvent(self.stream, self.before, 0), "wait for earlier work")
+        }
+    }
+
+    unsafe fn leave(&self) -> Result<(), CublasError> {
+        // SAFETY: as in `enter`.
+        unsafe {
+            check(driver::cuEventRecord(self.after, self.stream), "mark the product")?;
+            check(driver::cuCtxWaitEvent(self.context, self.after), "hold later work back")
+        }
+    }
+}
+
+impl Drop for Cublas {
+    fn drop(&mut self) {
+        // SAFETY: nothing uses them afterwards; errors at the end of life have nobody to go to.
+        unsafe {
+            let _ = driver::cuStreamSynchronize(self.stream);
+            let _ = blas::destroy_handle(self.handle);
+            let _ = driver::cuEventDestroy_v2(self.before);
+            let _ = driver::cuEventDestroy_v2(self.after);
+            let _ = driver::cuStreamDestroy_v2(self.stream);
+        }
+    }
+}
+
+fn cuda_type(element: Element) -> blas_sys::cudaDataType {
+    match element {
+        Element::F32 => blas_sys::cudaDataType::CUDA_R_32F,
+        Element::F16 => blas_sys::cudaDataType::CUDA_R_16F,
+        Element::Bf16 => blas_sys::cudaDataType::CUDA_R_16BF,
+    }
+}

@@ -1,0 +1,21 @@
+//! The kernels in cubecl: the same code runs on CUDA and, where it uses no tensor cores, on any runtime that cubecl has.
+//!
+//! A stored matrix lives on the device as a [`DeviceMatrix`]: the host's packed bytes as u32 words, and its statistics. Kernels decode
+//! through the [`Decode`](decode::Decode) trait, one implementation a scheme. This room allocates and launches; it knows no model.
+
+pub mod attention;
+#[cfg(feature = "cuda")]
+pub mod cublas;
+pub mod decode;
+mod dequantize;
+pub mod gemv;
+mod launch;
+mod linear;
+mod matrix;
+pub mod ops;
+mod reduce;
+mod tensor_core;
+
+pub use launch::{Element, dequantize, linear};
+pub use matrix::{DeviceMatrix, Kind};
+pub use tensor_core::{Gemv, Norm, Tuning, gemv, gemv_fits};

@@ -1,0 +1,341 @@
+//! The small operations between products: embedding, norm with residual, rotary embedding with the cache's new rows, activation,
+//! argmax, negative log-likelihood. One cube a row, fp32 inside.
+
+use super::decode::{Decode, Format, Stored};
+use super::reduce::{cube_max, cube_sum};
+use cubecl::prelude::*;
+
+/// Units of a cube that works on a row.
+pub const ROW_UNITS: u32 = 256;
+
+/// Words of the state that a recorded decode keeps on the device.
+pub const STATE_POSITION: u32 = 0;
+pub const STATE_TOKEN: u32 = 1;
+/// Tokens generated so far start here.
+pub const STATE_HISTORY: u32 = 2;
+
+/// Writes the rows of a table that `tokens` name, times `scale`.
+///
+/// # Shapes
+/// `tokens` `[n]` from `first` on, `x` `[n, n_cols]`.
+#[cube(launch_unchecked)]
+pub fn embed_kernel<D: Decode>(
+    table: Stored,
+    tokens: &[u32],
+    x: &mut [f32],
+    first: u32,
+    scale: f32,
+    #[comptime] format: Format,
+) {
+    let token = tokens[(first + CUBE_POS_X) as usize];
+    let n_cols = table.n_cols;
+    let mut col = UNIT_POS_X;
+    while col < n_cols {
+        x[(CUBE_POS_X * n_cols + col) as usize] = D::value(&table, token, col, format) * scale;
+        col += CUBE_DIM_X;
+    }
+}
+
+/// What [`add_norm_kernel`] does; fixed when it is compiled.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct AddNorm {
+    /// `x += delta` first.
+    pub add: bool,
+    /// The delta goes through a norm of its own before (Gemma).
+    pub norm_delta: bool,
+    /// The normed row is written.
+    pub norm: bool,
+    /// Norms multiply with 1 + w.
+    pub plus_one: bool,
+}
+
+/// `x += delta; out = RMSNorm(x) · w`, a cube a row.
+///
+/// # Shapes
+/// `x`, `delta`, `out` `[n, n_cols]`, `weight`, `delta_weight` `[n_cols]`.
+#[cube(launch_unchecked)]
+pub fn add_norm_kernel<A: Float>(
+    x: &mut [f32],
+    delta: &[A],
+    delta_weight: &[f32],
+    weight: &[f32],
+    out: &mut [A],
+    n_cols: u32,
+    eps: f32,
+    #[comptime] spec: AddNorm,
+) {
+    let mut scratch = Shared::<[f32]>::new_slice(comptime!(ROW_UNITS as usize));
+    let base = CUBE_POS_X * n_cols;
+    let plus = comptime!(if spec.plus_one { 1.0f32 } else { 0.0f32 });
+    let mut delta_scale = 1.0f32;
+    if comptime!(spec.norm_delta) {
+        let mut squares = 0.0f32;
+        let mut col = UNIT_POS_X;
+        while col < n_cols {
+            let value = f32::cast_from(delta[(base + col) as usize]);
+            squares += value * value;
+            col += CUBE_DIM_X;
+        }
+        let total = cube_sum(squares, &mut scratch);
+        delta_scale = (total / f32::cast_from(n_cols) + eps).inverse_sqrt();
+    }
+    let mut squares = 0.0f32;
+    let mut col = UNIT_POS_X;
+    while col < n_cols {
+        let at = (base + col) as usize;
+        let mut value = x[at];
+        if comptime!(spec.add) {
+            let mut change = f32::cast_from(delta[at]);
+            if comptime!(spec.norm_delta) {
+                change = change * delta_scale * (delta_weight[col as usize] + plus);
+            }
+            value += change;
+            x[at] = value;
+        }
+        squares += value * value;
+        col += CUBE_DIM_X;
+    }
+    if comptime!(spec.norm) {
+        let total = cube_sum(squares, &mut scratch);
+        let scale = (total / f32::cast_from(n_cols) + eps).inverse_sqrt();
+        let mut col = UNIT_POS_X;
+        while col < n_cols {
+            let at = (base + col) as usize;
+            out[at] = A::cast_from(x[at] * scale * (weight[col as usize] + plus));
+            col += CUBE_DIM_X;
+        }
+    }
+}
+
+/// Between gate and down projection.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Gate {
+    Silu,
+    Gelu,
+    GeluTanh,
+}
+
+/// Returns the activation of one value.
+#[cube]
+pub fn activate(x: f32, #[comptime] gate: Gate) -> f32 {
+    match gate {
+        Gate::Silu => x / (1.0f32 + (-x).exp()),
+        Gate::Gelu => 0.5f32 * x * (1.0f32 + (x * core::f32::consts::FRAC_1_SQRT_2).erf()),
+        Gate::GeluTanh => {
+            let inner = 0.797_884_6f32 * (x + 0.044_715f32 * x * x * x);
+            0.5f32 * x * (1.0f32 + inner.tanh())
+        }
+    }
+}
+
+/// `out = act(gate) · up`; without `multiply`, `out = act(gate)` alone.
+///
+/// # Shapes
+/// `gate_up` `[n, 2·n_cols]`, gate first; `out` `[n, n_cols]`.
+#[cube(launch_unchecked)]
+pub fn gate_kernel<A: Float>(
+    gate_up: &[A],
+    out: &mut [A],
+    n_cols: u32,
+    n_values: u32,
+    #[comptime] gate: Gate,
+    #[comptime] multiply: bool,
+) {
+    let at = ABSOLUTE_POS as u32;
+    if at < n_values {
+        let row = at / n_cols;
+        let gate_at = row * 2u32 * n_cols + at % n_cols;
+        let mut value = activate(f32::cast_from(gate_up[gate_at as usize]), gate);
+        if comptime!(multiply) {
+            value *= f32::cast_from(gate_up[(gate_at + n_cols) as usize]);
+        }
+        out[at as usize] = A::cast_from(value);
+    }
+}
+
+/// Heads and cache of one layer; fixed when a kernel is compiled.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct Heads {
+    pub n_heads: u32,
+    pub n_kv_heads: u32,
+    pub head_dim: u32,
+    /// Query and key heads go through an RMSNorm of their own first (Qwen3, Gemma 3).
+    pub qk_norm: bool,
+    pub qk_plus_one: bool,
+}
+
+/// Rotates queries and keys (rotate-half), norms them before where the model does, and appends keys and values to the cache. A cube
+/// a token and head: queries, then keys, then values.
+///
+/// # Shapes
+/// `qkv` `[n, (n_heads + 2·n_kv_heads)·head_dim]`, `table` `[positions, head_dim / 2, 2]` cos and sin, `q` `[n, n_heads·head_dim]`,
+/// `keys`, `values` `[n_kv_heads, capacity, head_dim]`, `q_norm`, `k_norm` `[head_dim]`.
+#[cube(launch_unchecked)]
+pub fn rope_append_kernel<A: Float, C: Float>(
+    qkv: &[A],
+    table: &[f32],
+    q_norm: &[f32],
+    k_norm: &[f32],
+    q: &mut [A],
+    keys: &mut [C],
+    values: &mut [C],
+    n_past: u32,
+    capacity: u32,
+    eps: f32,
+    #[comptime] heads: Heads,
+) {
+    let half = comptime!(heads.head_dim / 2);
+    let head_dim = comptime!(heads.head_dim);
+    let n_all = comptime!(heads.n_heads + 2 * heads.n_kv_heads);
+    let token = CUBE_POS_X;
+    let head = CUBE_POS_Y;
+    let position = n_past + token;
+    let from = (token * n_all + head) * head_dim;
+    if head >= comptime!(heads.n_heads + heads.n_kv_heads) {
+        let to = ((head - comptime!(heads.n_heads + heads.n_kv_heads)) * capacity + position) * head_dim;
+        let mut i = UNIT_POS_X;
+        while i < head_dim {
+            values[(to + i) as usize] = C::cast_from(qkv[(from + i) as usize]);
+            i += CUBE_DIM_X;
+        }
+    } else {
+        let is_query = head < comptime!(heads.n_heads);
+        let mut scale = 1.0f32;
+        if comptime!(heads.qk_norm) {
+            let mut scratch = Shared::<[f32]>::new_slice(comptime!(ROW_UNITS as usize));
+            let mut squares = 0.0f32;
+            let mut i = UNIT_POS_X;
+            while i < head_dim {
+                let value = f32::cast_from(qkv[(from + i) as usize]);
+                squares += value * value;
+                i += CUBE_DIM_X;
+            }
+            let total = cube_sum(squares, &mut scratch);
+            scale = (total / comptime!(heads.head_dim as f32) + eps).inverse_sqrt();
+        }
+        let mut i = UNIT_POS_X;
+        while i < half {
+            let mut low = f32::cast_from(qkv[(from + i) as usize]);
+            let mut high = f32::cast_from(qkv[(from + half + i) as usize]);
+            if comptime!(heads.qk_norm) {
+                let plus = comptime!(if heads.qk_plus_one { 1.0f32 } else { 0.0f32 });
+                let low_weight = select(is_query, q_norm[i as usize], k_norm[i as usize]);
+                let high_weight = select(is_query, q_norm[(half + i) as usize], k_norm[(half + i) as usize]);
+                low *= scale * (low_weight + plus);
+                high *= scale * (high_weight + plus);
+            }
+            let angle = (position * half + i) * 2u32;
+            let (cos, sin) = (table[angle as usize], table[(angle + 1u32) as usize]);
+            let first = low * cos - high * sin;
+            let second = high * cos + low * sin;
+            if is_query {
+                let to = (token * comptime!(heads.n_heads) + head) * head_dim;
+                q[(to + i) as usize] = A::cast_from(first);
+                q[(to + half + i) as usize] = A::cast_from(second);
+            } else {
+                let to = ((head - comptime!(heads.n_heads)) * capacity + position) * head_dim;
+                keys[(to + i) as usize] = C::cast_from(first);
+                keys[(to + half + i) as usize] = C::cast_from(second);
+            }
+            i += CUBE_DIM_X;
+        }
+    }
+}
+
+/// Finds the largest logit of the last row, remembers it as the next token and moves the position on: the end of a recorded step.
+///
+/// # Shapes
+/// `logits` `[n]`, `state` as the `STATE_` constants say.
+#[cube(launch_unchecked)]
+pub fn choose_kernel(logits: &[f32], state: &mut [u32], n: u32, #[comptime] units: u32) {
+    let mut best = Shared::<[f32]>::new_slice(comptime!(units as usize));
+    let mut place = Shared::<[u32]>::new_slice(comptime!(units as usize));
+    let (value, index) = best_of_row(logits, 0u32, n);
+    best[UNIT_POS_X as usize] = value;
+    place[UNIT_POS_X as usize] = index;
+    fold_best(&mut best, &mut place, units);
+    if UNIT_POS_X == 0 {
+        let position = state[STATE_POSITION as usize];
+        let n_chosen = state[STATE_HISTORY as usize];
+        state[STATE_TOKEN as usize] = place[0];
+        state[(STATE_HISTORY + 1u32 + n_chosen) as usize] = place[0];
+        state[STATE_HISTORY as usize] = n_chosen + 1u32;
+        state[STATE_POSITION as usize] = position + 1u32;
+    }
+}
+
+/// Returns a unit's own largest value of a row and where it is; the first of equals.
+#[cube]
+fn best_of_row(logits: &[f32], base: u32, n: u32) -> (f32, u32) {
+    let mut value = f32::reinterpret(0xff7f_ffffu32);
+    let mut index = 0u32;
+    let mut at = UNIT_POS_X;
+    while at < n {
+        let logit = logits[(base + at) as usize];
+        if logit > value {
+            value = logit;
+            index = at;
+        }
+        at += CUBE_DIM_X;
+    }
+    (value, index)
+}
+
+/// Leaves the best of all units in slot 0, the first of equals.
+#[cube]
+fn fold_best(best: &mut Shared<[f32]>, place: &mut Shared<[u32]>, #[comptime] units: u32) {
+    let unit = UNIT_POS_X;
+    let mut width = RuntimeCell::<u32>::new(comptime!(units / 2));
+    sync_cube();
+    while width.read() > 0u32 {
+        let reach = width.read();
+        if unit < reach {
+            let other = best[(unit + reach) as usize];
+            let own = best[unit as usize];
+            let other_place = place[(unit + reach) as usize];
+            if other > own || (other == own && other_place < place[unit as usize]) {
+                best[unit as usize] = other;
+                place[unit as usize] = other_place;
+            }
+        }
+        sync_cube();
+        width.store(reach / 2u32);
+    }
+}
+
+/// Negative log-likelihood of each row's target, and the row's own first choice.
+///
+/// # Shapes
+/// `logits` `[n, vocab]`, `targets` from `first` on, `nll` and `choice` likewise.
+#[cube(launch_unchecked)]
+pub fn nll_kernel(
+    logits: &[f32],
+    targets: &[u32],
+    nll: &mut [f32],
+    choice: &mut [u32],
+    vocab: u32,
+    first: u32,
+    #[comptime] units: u32,
+) {
+    let mut best = Shared::<[f32]>::new_slice(comptime!(units as usize));
+    let mut place = Shared::<[u32]>::new_slice(comptime!(units as usize));
+    let mut scratch = Shared::<[f32]>::new_slice(comptime!(units as usize));
+    let base = CUBE_POS_X * vocab;
+    let (value, index) = best_of_row(logits, base, vocab);
+    let largest = cube_max(value, &mut scratch);
+    let mut sum = 0.0f32;
+    let mut at = UNIT_POS_X;
+    while at < vocab {
+        sum += (logits[(base + at) as usize] - largest).exp();
+        at += CUBE_DIM_X;
+    }
+    let total = cube_sum(sum, &mut scratch);
+    best[UNIT_POS_X as usize] = value;
+    place[UNIT_POS_X as usize] = index;
+    fold_best(&mut best, &mut place, units);
+    if UNIT_POS_X == 0 {
+        let row = (first + CUBE_POS_X) as usize;
+        nll[row] = largest + total.ln() - logits[(base + targets[row]) as usize];
+        choice[row] = place[0];
+    }
+}

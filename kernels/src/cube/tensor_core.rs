@@ -1,0 +1,136 @@
+//! Launches of the tensor-core kernels: what fits them, and how wide they go.
+
+use super::gemv::{
+    Affine4Pairs, Bf16Pairs, Codebook4Pairs, Epilogue, F16Pairs, GemvSpec, Int8Pairs, MAX_ROWS, STEP, gemv_kernel,
+};
+use super::{DeviceMatrix, Kind};
+use cubecl::client::Client;
+use cubecl::prelude::*;
+use cubecl::server::Handle;
+
+/// RMSNorm in front of a projection.
+#[derive(Debug, Clone)]
+pub struct Norm<'a> {
+    /// `[n_cols]` in f32.
+    pub weight: &'a Handle,
+    pub eps: f32,
+    /// Multiplies with 1 + w.
+    pub plus_one: bool,
+}
+
+/// One `y = W · x` with what is fused to it.
+#[derive(Debug, Clone)]
+pub struct Gemv<'a> {
+    pub x: &'a Handle,
+    pub y: &'a Handle,
+    /// Rows of x, 1 to 8.
+    pub m: usize,
+    pub norm: Option<Norm<'a>>,
+    pub bias: Option<&'a Handle>,
+    pub epilogue: Epilogue,
+}
+
+/// How a launch is spread out; [`Tuning::of`] is what was measured to be best.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Tuning {
+    pub planes: u32,
+    pub unroll: u32,
+    pub copies: u32,
+    /// Cubes for each multiprocessor; tiles beyond them are taken in turn.
+    pub cubes_a_processor: u32,
+}
+
+impl Tuning {
+    /// Returns the settings for a matrix.
+    pub fn of(matrix: &DeviceMatrix) -> Tuning {
+        match matrix.kind {
+            Kind::Codebook4 => Tuning { planes: 8, unroll: 6, copies: 32, cubes_a_processor: 4 },
+            _ => Tuning { planes: 8, unroll: 4, copies: 1, cubes_a_processor: 4 },
+        }
+    }
+}
+
+/// Bytes of shared memory that a cube may ask for.
+const MAX_SHARED_BYTES: usize = 96 << 10;
+
+/// Returns true where [`gemv`] takes this matrix on this device.
+pub fn gemv_fits(client: &Client, matrix: &DeviceMatrix, m: usize, paired: bool) -> bool {
+    let rows = if paired { matrix.n_rows / 2 } else { matrix.n_rows };
+    let tile_rows = if paired { 8 } else { 16 };
+    let block = matrix.format.block_size as usize;
+    let blocks_fit = match matrix.kind {
+        Kind::Codebook4 => block.is_multiple_of(STEP as usize) && matrix.n_cols.is_multiple_of(block),
+        Kind::Affine4 => block.is_multiple_of(STEP as usize),
+        Kind::Int8 | Kind::F16 | Kind::Bf16 => true,
+        Kind::F32 => false,
+    };
+    client.name() == "cuda"
+        && blocks_fit
+        && (1..=MAX_ROWS as usize).contains(&m)
+        && matrix.n_cols.is_multiple_of(STEP as usize)
+        && rows.is_multiple_of(tile_rows)
+        && m * matrix.n_cols * 2 + (33 << 10) + matrix.n_cols * 2 <= MAX_SHARED_BYTES
+}
+
+/// Writes `y = epilogue(W · norm(x) + bias)`; the caller has asked [`gemv_fits`].
+///
+/// # Shapes
+/// As [`gemv_kernel`].
+pub fn gemv(client: &Client, matrix: &DeviceMatrix, call: &Gemv<'_>, tuning: Tuning) {
+    let paired = matches!(call.epilogue, Epilogue::SiluMul | Epilogue::GeluMul);
+    let n_tiles = (matrix.n_rows / 16) as u32;
+    let processors = client.properties().hardware.num_streaming_multiprocessors.unwrap_or(64);
+    let count = CubeCount::Static(n_tiles.min(processors * tuning.cubes_a_processor), 1, 1);
+    let spec = GemvSpec {
+        n_rows: matrix.n_rows as u32,
+        n_cols: matrix.n_cols as u32,
+        m: call.m as u32,
+        block_size: matrix.format.block_size.min(matrix.n_cols as u32),
+        nested: matrix.format.nested,
+        norm: call.norm.is_some(),
+        norm_plus_one: call.norm.as_ref().is_some_and(|norm| norm.plus_one),
+        has_bias: call.bias.is_some(),
+        epilogue: call.epilogue,
+        planes: tuning.planes,
+        unroll: tuning.unroll.min((matrix.n_cols as u32 / STEP).div_ceil(tuning.planes)),
+        copies: tuning.copies,
+    };
+    let [n_codes, n_scales, n_aux, n_tables] = matrix.lens;
+    let n_outputs = call.m * if paired { matrix.n_rows / 2 } else { matrix.n_rows };
+    let norm_weight = call.norm.as_ref().map_or(call.x, |norm| norm.weight);
+    let eps = call.norm.as_ref().map_or(0.0, |norm| norm.eps);
+    macro_rules! launch {
+        ($pairs:ty, $width:literal) => {
+            // SAFETY: `gemv_fits` was asked, so rows and columns fill whole tiles and steps, and the buffers have these lengths.
+            unsafe {
+                gemv_kernel::launch_unchecked::<$pairs>(
+                    client,
+                    count,
+                    CubeDim::new_1d(tuning.planes * 32),
+                    $width,
+                    BufferArg::from_raw_parts(matrix.codes.clone(), n_codes / $width),
+                    BufferArg::from_raw_parts(matrix.scales.clone(), n_scales),
+                    BufferArg::from_raw_parts(matrix.aux.clone(), n_aux),
+                    BufferArg::from_raw_parts(matrix.tables.clone(), n_tables),
+                    BufferArg::from_raw_parts(call.x.clone(), call.m * matrix.n_cols),
+                    BufferArg::from_raw_parts(norm_weight.clone(), matrix.n_cols),
+                    BufferArg::from_raw_parts(call.bias.unwrap_or(call.x).clone(), matrix.n_rows),
+                    BufferArg::from_raw_parts(call.y.clone(), n_outputs),
+                    n_tiles,
+                    eps,
+                    matrix.segments[0],
+                    matrix.segments[1],
+                    spec,
+                )
+            }
+        };
+    }
+    match matrix.kind {
+        Kind::Codebook4 => launch!(Codebook4Pairs, 2),
+        Kind::Affine4 => launch!(Affine4Pairs, 2),
+        Kind::Int8 => launch!(Int8Pairs, 4),
+        Kind::F16 => launch!(F16Pairs, 4),
+        Kind::Bf16 => launch!(Bf16Pairs, 4),
+        Kind::F32 => unreachable!("gemv_fits refuses f32"),
+    }
+}
