@@ -172,3 +172,33 @@ fn int4_scales_are_values_of_fp16_and_never_decode_to_nan() {
     int4.unpack_rows(&huge, 0, &mut out);
     assert!(out.iter().all(|value| value.is_finite()), "{out:?}");
 }
+
+#[test]
+fn int4_follows_its_formula_with_and_without_zero_points() {
+    let half = |value: f32| half::f16::from_f32(value).to_f32();
+    let (n_rows, n_cols, group) = (3, 100, 32);
+    let values: Vec<f32> = normal(n_rows * n_cols, 11).iter().map(|value| value * 0.02 + 0.004).collect();
+    for symmetric in [false, true] {
+        let spec = SchemeSpec { block_size: Some(group), symmetric, ..spec("int4") };
+        let packed = get(&spec).pack(&spec, &values, n_rows, n_cols).expect("a packed matrix");
+        let mut decoded = vec![f32::NAN; values.len()];
+        get(&spec).unpack_rows(&packed, 0, &mut decoded);
+        let groups = values.chunks(n_cols).flat_map(|row| row.chunks(group));
+        let decoded = decoded.chunks(n_cols).flat_map(|row| row.chunks(group));
+        for (i, (group, decoded)) in groups.zip(decoded).enumerate() {
+            let max = group.iter().copied().fold(f32::MIN, f32::max);
+            let min = group.iter().copied().fold(f32::MAX, f32::min);
+            let (scale, zero) = if symmetric {
+                (half(max.abs().max(min.abs()).max(1e-5) / 7.0), 8.0)
+            } else {
+                let scale = half((max - min).max(1e-5) / 15.0);
+                (scale, (-min / scale).round_ties_even().clamp(0.0, 15.0))
+            };
+            assert_eq!((packed.scales[i], f32::from(packed.zeros[i])), (scale, zero), "group {i}");
+            for (value, decoded) in group.iter().zip(decoded) {
+                let code = (value / scale + zero).round_ties_even().clamp(0.0, 15.0);
+                assert_eq!(*decoded, (code - zero) * scale, "group {i}");
+            }
+        }
+    }
+}

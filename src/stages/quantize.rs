@@ -19,7 +19,7 @@ pub struct Quantize;
 static DESCRIPTION: StageDescription = StageDescription {
     kind: "quantize",
     summary: "Quantizes a loaded model's linear layers by a config, and measures each weight's error and size.",
-    version: 2,
+    version: 1,
     measures: false,
     computes: true,
     params: &[
