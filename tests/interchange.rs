@@ -153,13 +153,16 @@ fn what_the_format_has_no_place_for_is_refused_before_anything_is_written() {
     }
 }
 
-/// Tensors of the double-quantized fixture, one of them changed by `edit`, in a folder of their own.
-fn damaged(part: &str, edit: impl Fn(Dtype, Vec<usize>, Vec<u8>) -> Option<(Dtype, Vec<usize>, Vec<u8>)>) -> String {
+/// A tensor's type, shape and bytes.
+type Part = (Dtype, Vec<usize>, Vec<u8>);
+
+/// Opens the double-quantized fixture with one of its tensors changed by `edit`, or left out, and returns the error.
+fn damaged(part: &str, edit: impl Fn(Dtype, Vec<usize>, Vec<u8>) -> Option<Part>) -> String {
     let dir = tempfile::tempdir().expect("a temporary folder");
     copy(&fixture("nf4-double"), dir.path());
     let bytes = std::fs::read(fixture("nf4-double/model.safetensors")).expect("the fixture");
     let parsed = SafeTensors::deserialize(&bytes).expect("safetensors");
-    let tensors: Vec<(String, (Dtype, Vec<usize>, Vec<u8>))> = parsed
+    let tensors: Vec<(String, Part)> = parsed
         .iter()
         .filter_map(|(name, view)| {
             let tensor = (view.dtype(), view.shape().to_vec(), view.data().to_vec());
