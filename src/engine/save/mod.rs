@@ -8,7 +8,7 @@ mod tensor_file;
 use super::checkpoint::{Checkpoint, SafetensorsFolder};
 use super::weights::{WeightReader, compute_dtype, pack};
 use crate::event::Progress;
-use crate::inference::{InferenceError, ModelSource, SavedModel};
+use crate::inference::{InferenceError, SavedModel};
 use crate::units::DType;
 use labpipe_kernels::SchemeSpec;
 use labpipe_kernels::weight::HostWeight;
@@ -76,8 +76,8 @@ fn write_error(path: &Path, error: &dyn std::fmt::Display) -> InferenceError {
 }
 
 fn source_folder<'a>(reader: &WeightReader<'a>) -> Result<(PathBuf, &'a SafetensorsFolder), InferenceError> {
-    match (&reader.recipe.source, reader.checkpoint) {
-        (ModelSource::Path(_), Checkpoint::Folder(folder)) => Ok((folder.dir().to_owned(), folder)),
+    match reader.checkpoint {
+        Checkpoint::Folder(folder) => Ok((folder.dir().to_owned(), folder)),
         _ => Err(unsupported("only a model that was loaded from a folder of safetensors can be saved")),
     }
 }
