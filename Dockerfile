@@ -17,6 +17,8 @@ ARG CUDA_VERSION=13.0.1
 # --- build: bookworm's glibc (2.36) is older than that of either runtime image --------------------------------------
 FROM rust:${RUST_VERSION}-slim-bookworm AS build
 WORKDIR /src
+# What run.json calls the program's revision: --build-arg LABPIPE_GIT_REVISION="$(git rev-parse HEAD)".
+ARG LABPIPE_GIT_REVISION
 COPY . .
 # The registry and the target folder are caches of the builder, not layers: hence the copy in the same step.
 RUN --mount=type=cache,target=/usr/local/cargo/registry \

@@ -228,6 +228,12 @@ pub trait Engine: Send + Sync {
     /// Reads what a model is and checks that its files are whole, without loading weights.
     fn inspect(&self, recipe: &ModelRecipe) -> Result<ModelInfo, InferenceError>;
 
+    /// Reads every weight once and checks that its values are finite: damage is then told by the stage that names the model,
+    /// not by each that uses it.
+    fn check_values(&self, _recipe: &ModelRecipe, _progress: &dyn Progress) -> Result<(), InferenceError> {
+        Ok(())
+    }
+
     /// Loads (and quantizes) the model.
     fn open(&self, recipe: &ModelRecipe, progress: &dyn Progress) -> Result<Box<dyn Model>, InferenceError>;
 

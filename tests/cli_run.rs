@@ -83,6 +83,8 @@ fn every_record_has_the_fields_of_the_contract() {
     let prefill = lab.record("prefill");
     has_fields(&prefill, &memory);
     has_fields(&prefill["results"][0], &["label", "n_prompt", "samples_s", "tokens_per_second_mean"]);
+    let (shown, _) = lab.expect(0, &["show", "prefill"]);
+    assert!(shown.contains("│ label ") && shown.contains("┆ pp16 ") && shown.contains("│ ttft_s_median "), "{shown}");
     let decode = lab.record("decode");
     has_fields(&decode, &memory);
     has_fields(&decode["results"][1], &["label", "n_gen", "n_depth", "samples_s", "tokens_per_second"]);
@@ -94,6 +96,10 @@ fn every_record_has_the_fields_of_the_contract() {
     has_fields(
         &lab.record("small")["modules"][0],
         &["module", "scheme", "block_size", "bits_per_weight", "bytes", "weight_mse", "weight_sqnr_db"],
+    );
+    has_fields(
+        &lab.record("small")["totals"],
+        &["n_quantized", "n_kept", "weights_bytes", "base_bytes", "bits_per_weight"],
     );
     let diff = lab.record("diff");
     assert_eq!(diff["mode"], "cumulative");
@@ -132,11 +138,23 @@ fn a_second_run_computes_nothing_and_rerun_from_a_stage_only_what_follows_it() {
 }
 
 #[test]
+fn verbose_says_why_a_stage_runs_and_what_loading_took_and_quiet_says_nothing() {
+    let lab = lab();
+    let (_, told) = lab.expect(0, &["run", "small.yaml", "-v", "--until", "ppl"]);
+    assert!(told.contains("ppl: key ") && told.contains("; why: never computed before"), "{told}");
+    assert!(told.contains("model loaded in") && told.contains("of weights"), "{told}");
+    let (_, told) = lab.expect(0, &["run", "small.yaml", "--until", "ppl", "--force"]);
+    assert!(told.contains("done   ppl") && !told.contains("why:") && !told.contains("model loaded"), "{told}");
+    let (_, told) = lab.expect(0, &["run", "small.yaml", "--until", "ppl", "--force", "--quiet"]);
+    assert_eq!(told, "");
+}
+
+#[test]
 fn a_changed_variable_is_named_by_plan_and_remeasuring_reaches_the_report() {
     let lab = lab();
     lab.expect(0, &["run", "small.yaml"]);
     let (plan, _) = lab.expect(0, &["plan", "small.yaml", "--set", "config={scheme: int8}"]);
-    assert!(plan.contains("params.config"), "{plan}");
+    assert!(plan.contains("params.config") && plan.contains("input model changed"), "{plan}");
     lab.expect(0, &["run", "small.yaml", "--remeasure=prefill"]);
     let done: Vec<String> =
         lab.outcomes().into_iter().filter(|(_, outcome)| outcome == "done").map(|(stage, _)| stage).collect();
@@ -215,6 +233,35 @@ fn saved_metrics_have_a_row_per_model_measured() {
     assert_eq!(lines.len(), 2, "{csv}");
     assert!(lines[0].starts_with("ts,model,quant_method,load_8bit,load_4bit,quant_type,prompt_length"));
     assert!(lines[1].contains(",small,") && lines[1].contains("nf4"));
+}
+
+#[test]
+fn the_cache_is_checked_cleared_and_filled_again() {
+    let lab = lab();
+    lab.expect(0, &["run", "small.yaml", "--until", "acts-b"]);
+    let folder = lab.path("cache").join(lab.record("acts-b")["key"].as_str().expect("a key"));
+    let file = folder.join("activations/lm_head.output.parquet");
+    let mut bytes = std::fs::read(&file).expect("a captured tensor");
+    bytes[100] ^= 1;
+    std::fs::write(&file, &bytes).expect("damage");
+    let (told, _) = lab.expect(5, &["cache", "verify"]);
+    assert!(told.contains("acts-b: activations/lm_head.output.parquet") && told.contains("1 damaged"), "{told}");
+    // A file of another length is noticed without hashing: the stage is computed again and replaces it.
+    std::fs::write(&file, &bytes[..50]).expect("more damage");
+    let (plan, _) = lab.expect(0, &["plan", "small.yaml", "--until", "acts-b"]);
+    assert!(plan.contains("its artifact is gone or damaged"), "{plan}");
+    lab.expect(0, &["run", "small.yaml", "--until", "acts-b"]);
+    lab.expect(0, &["cache", "verify"]);
+    // What a run refers to stays; without its results nothing does.
+    assert!(lab.expect(0, &["cache", "gc"]).0.contains("removed 0 "));
+    std::fs::remove_dir_all(lab.path("results")).expect("the results");
+    lab.write("cache/notes.txt", "not labpipe's");
+    assert!(lab.expect(0, &["cache", "gc", "--older-than", "1"]).0.contains("removed 0 "), "they are from today");
+    let (told, _) = lab.expect(0, &["cache", "gc", "--dry-run"]);
+    assert!(told.contains("would remove 3 ") && folder.is_dir(), "{told}");
+    lab.expect(0, &["cache", "gc"]);
+    assert!(!folder.exists() && lab.path("cache/notes.txt").is_file());
+    lab.expect(0, &["run", "small.yaml", "--until", "acts-b"]);
 }
 
 const SWEEP: &str = r#"

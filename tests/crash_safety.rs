@@ -5,6 +5,7 @@ mod support;
 
 use serde_json::Value;
 use std::collections::BTreeMap;
+use std::io::BufRead;
 use std::process::Stdio;
 use std::time::Duration;
 use support::Lab;
@@ -76,8 +77,13 @@ fn ten_kills_and_one_more_run_give_the_same_results_with_nothing_computed_twice(
 #[test]
 fn two_processes_on_one_cache_compute_each_stage_once() {
     let lab = Lab::new();
-    let start =
-        || lab.command(&["run", PIPELINE, "--log-format", "json"]).stdout(Stdio::null()).stderr(Stdio::piped()).spawn();
+    let start = || {
+        lab.command(&["run", PIPELINE, "--log-format", "json"])
+            .env("SAVE_EVAL_RESULTS", "1")
+            .stdout(Stdio::null())
+            .stderr(Stdio::piped())
+            .spawn()
+    };
     let (first, second) = (start().expect("one starts"), start().expect("another starts"));
     let mut done: BTreeMap<String, usize> = BTreeMap::new();
     for child in [first, second] {
@@ -92,20 +98,37 @@ fn two_processes_on_one_cache_compute_each_stage_once() {
     }
     assert_eq!(done.len(), 12, "{done:?}");
     assert!(done.values().all(|n| *n == 1), "{done:?}");
+    // Both ended at about the same time, and both appended a row for each of the two models under one header.
+    let csv = std::fs::read_to_string(lab.path("results/metrics.csv")).expect("metrics.csv");
+    let lines: Vec<&str> = csv.lines().collect();
+    assert_eq!(lines.iter().filter(|line| line.starts_with("ts,model,")).count(), 1, "{csv}");
+    assert!(lines.len() == 5 && lines.iter().all(|line| line.matches(',').count() == 11), "{csv}");
 }
 
 #[test]
 fn an_interrupt_stops_cleanly_and_says_how_to_go_on() {
     let lab = Lab::new();
-    let child =
-        lab.command(&["run", PIPELINE]).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().expect("labpipe starts");
-    std::thread::sleep(Duration::from_millis(700));
+    let mut child = lab
+        .command(&["run", PIPELINE, "--set", "n_gen=60"])
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .expect("labpipe starts");
+    // The first stage that takes its time has begun: the run is well under way.
+    let mut lines = std::io::BufReader::new(child.stderr.take().expect("its stderr")).lines().map_while(Result::ok);
+    assert!(lines.any(|line| line.starts_with("start  prefill-fp16")), "the run never began");
     let kill =
         std::process::Command::new("kill").args(["-INT", &child.id().to_string()]).status().expect("kill starts");
     assert!(kill.success());
+    let told: Vec<String> = lines.collect();
     let output = child.wait_with_output().expect("its end");
-    assert_eq!(output.status.code(), Some(130), "{}", support::text(&output.stderr));
-    assert!(support::text(&output.stdout).contains("goes on from the last committed stage"));
+    assert_eq!(output.status.code(), Some(130), "{told:?}");
+    let said = support::text(&output.stdout);
+    assert!(
+        said.contains(&format!("labpipe run {PIPELINE} --set n_gen=60 goes on from the last committed stage")),
+        "{said}"
+    );
+    assert!(told.iter().any(|line| line.contains("stopping at the next step")), "{told:?}");
     assert_eq!(lab.run_json()["status"], "cancelled");
     lab.expect(0, &["run", PIPELINE]);
 }

@@ -1,7 +1,7 @@
 //! The engine against values that transformers and bitsandbytes computed (tests/fixtures/README.md says how).
 #![cfg(feature = "cpu")]
 
-use labpipe::engine::BurnEngine;
+use labpipe::engine;
 use labpipe::event::NullProgress;
 use labpipe::inference::{
     CaptureFilter, CaptureSink, CaptureSite, Engine, InferenceError, Model, ModelRecipe, ModelSource,
@@ -30,8 +30,14 @@ fn recipe() -> ModelRecipe {
     }
 }
 
+/// The device that these tests run on: the CPU, or what `LABPIPE_TEST_DEVICE` names.
+fn device() -> String {
+    std::env::var("LABPIPE_TEST_DEVICE").unwrap_or_else(|_| "cpu".to_owned())
+}
+
 fn open(recipe: &ModelRecipe) -> Box<dyn Model> {
-    BurnEngine::cpu().open(recipe, &NullProgress).expect("a model")
+    let (engine, _) = engine::build(&device()).expect("the device");
+    engine.open(recipe, &NullProgress).expect("a model")
 }
 
 fn nf4(double_quant: bool) -> ModelRecipe {
@@ -198,6 +204,9 @@ fn every_linear_s_cumulative_error_agrees_with_bitsandbytes() {
 
 #[test]
 fn no_path_holds_more_than_a_panel_of_dequantized_weights_a_thread() {
+    if device() != "cpu" {
+        return eprintln!("left out: panels are the CPU's");
+    }
     let shape = root().join("tests/fixtures/smollm2-135m/config.json");
     for scheme in ["nf4", "int8", "int4"] {
         let config = labpipe::quantization::parse(&format!("scheme: {scheme}\n"), scheme, scheme).expect("a config");
@@ -227,6 +236,9 @@ fn tied_weights_are_found_under_either_name_and_give_the_same_logits_in_any_stor
 
 #[test]
 fn half_precision_compute_stays_near_f32() {
+    if device() == "wgpu" {
+        return eprintln!("left out: wgpu computes in f32 alone");
+    }
     let tokens = tokens(Path::new("experiments/data/tinystories.txt"), 4_000);
     let perplexity = |compute| {
         strided(open(&ModelRecipe { compute_dtype: Some(compute), ..recipe() }).as_mut(), &tokens, 512, 512).0

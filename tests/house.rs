@@ -88,6 +88,93 @@ fn every_pipeline_parses_with_the_real_catalogue() {
     }
 }
 
+/// Returns where a value does not fit a JSON Schema; knows the words that labpipe's own schema uses.
+fn misfits(value: &Value, schema: &Value, at: &str) -> Vec<String> {
+    let Some(words) = schema.as_object() else { panic!("{at}: a schema is a mapping") };
+    let mut found = Vec::new();
+    let mut check = |fits: bool, what: &str| {
+        if !fits {
+            found.push(format!("{at}: {what}, found {value}"));
+        }
+    };
+    for (word, wanted) in words {
+        let fitting = || {
+            let schemas = wanted.as_array().expect("a list of schemas");
+            schemas.iter().filter(|schema| misfits(value, schema, at).is_empty()).count()
+        };
+        let size = |count: usize| count as u64 >= wanted.as_u64().expect("a size");
+        let list = |wanted: &Value| wanted.as_array().cloned().unwrap_or_else(|| vec![wanted.clone()]);
+        match word.as_str() {
+            "$schema" | "title" | "description" | "default" | "additionalProperties" | "propertyNames" => {}
+            "const" => check(value == wanted, &format!("expected {wanted}")),
+            "enum" => check(list(wanted).contains(value), &format!("expected one of {wanted}")),
+            "anyOf" => check(fitting() > 0, "fits none of the alternatives"),
+            "oneOf" => check(fitting() == 1, "does not fit exactly one of the alternatives"),
+            "minimum" => check(value.as_f64() >= wanted.as_f64(), "is too small"),
+            "maximum" => check(value.as_f64() <= wanted.as_f64(), "is too large"),
+            "minLength" => check(size(value.as_str().map_or(0, str::len)), "is too short"),
+            "minItems" => check(size(value.as_array().map_or(0, Vec::len)), "is too short"),
+            "minProperties" => check(size(value.as_object().map_or(0, serde_json::Map::len)), "is too small"),
+            // The only pattern that decides between alternatives is that of a variable.
+            "pattern" if wanted.as_str().is_some_and(|pattern| pattern.contains("[^}]+")) => {
+                check(value.as_str().is_some_and(|text| text.contains("${") && text.contains('}')), "is no variable");
+            }
+            "pattern" => {}
+            "type" => {
+                let is = |name: &Value| match name.as_str() {
+                    Some("object") => value.is_object(),
+                    Some("array") => value.is_array(),
+                    Some("string") => value.is_string(),
+                    Some("boolean") => value.is_boolean(),
+                    Some("integer") => value.is_i64() || value.is_u64(),
+                    Some("number") => value.is_number(),
+                    other => panic!("{at}: type {other:?}"),
+                };
+                check(list(wanted).iter().any(is), &format!("expected {wanted}"));
+            }
+            "required" => {
+                let names = list(wanted);
+                let has = |name: &Value| value.get(name.as_str().unwrap_or_default()).is_some();
+                check(names.iter().all(has), &format!("needs {wanted}"));
+            }
+            "items" => {
+                for (idx, item) in value.as_array().into_iter().flatten().enumerate() {
+                    check(misfits(item, wanted, at).is_empty(), &format!("item {idx} does not fit"));
+                }
+            }
+            "properties" => {
+                for (name, field) in value.as_object().into_iter().flatten() {
+                    match (wanted.get(name), words.get("additionalProperties")) {
+                        (Some(schema), _) => {
+                            check(misfits(field, schema, at).is_empty(), &format!("{name} does not fit"))
+                        }
+                        (None, Some(Value::Bool(false))) => check(false, &format!("knows no {name}")),
+                        (None, _) => {}
+                    }
+                }
+            }
+            other => panic!("{at}: the test knows no {other}"),
+        }
+    }
+    if let Some(schema @ Value::Object(_)) = words.get("additionalProperties") {
+        for (name, field) in value.as_object().into_iter().flatten() {
+            found.extend(misfits(field, schema, &format!("{at}.{name}")));
+        }
+    }
+    found
+}
+
+#[test]
+fn every_pipeline_fits_the_schema_that_editors_are_given() {
+    let schema = pipeline::schema(&stages::catalogue());
+    for path in files("pipelines", ".yaml") {
+        assert_eq!(misfits(&parse_yaml(&path), &schema, &path.display().to_string()), Vec::<String>::new());
+    }
+    let bad: Value =
+        serde_yaml::from_str("version: 1\nname: x\nstages: { a: { kind: load, modell: m } }\n").expect("YAML");
+    assert_eq!(misfits(&bad, &schema, "bad").len(), 1);
+}
+
 #[test]
 fn files_that_pipelines_name_are_there() {
     for path in files("pipelines", ".yaml") {

@@ -47,9 +47,6 @@ impl CliError {
             CliError::Read { source, .. } if source.kind() == std::io::ErrorKind::NotFound => {
                 Some("the path starts where labpipe was started; ready-made files are in pipelines/".to_owned())
             }
-            CliError::Plan(PlanError::MissingFile { .. }) => {
-                Some("relative paths start at --root; --set NAME=VALUE changes a variable".to_owned())
-            }
             _ => None,
         };
         let hint = hint.map(|hint| format!("\n  = hint: {hint}")).unwrap_or_default();

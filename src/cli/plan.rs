@@ -3,11 +3,13 @@
 use super::args::{Global, GraphArgs, GraphFormat, MatrixArgs, MatrixFormat, PipelineArgs, PlanArgs};
 use super::error::CliError;
 use super::print;
-use super::workspace::{planned, read};
+use super::workspace::{Read, planned, read};
 use crate::pipeline::github_matrix;
 use crate::plan::Selection;
+use crate::quantization;
 use crate::ui::table;
 use serde_json::{Value, json};
+use std::collections::BTreeSet;
 
 /// Shows what would run, and why.
 pub fn plan(global: &Global, args: &PlanArgs) -> Result<u8, CliError> {
@@ -46,12 +48,30 @@ pub fn graph(global: &Global, args: &GraphArgs) -> Result<u8, CliError> {
 pub fn validate(global: &Global, args: &PipelineArgs) -> Result<u8, CliError> {
     let read = read(&args.file, args.options())?;
     let plan = planned(global, &read, &Selection::default())?.plan;
+    check_configs(global, &read)?;
     let cells = match read.pipeline.cells.len() {
         0 => String::new(),
         n => format!(", {n} cells"),
     };
     print(&format!("{}: ok, {} stages{cells}", args.file.display(), plan.order.len()))?;
     Ok(0)
+}
+
+/// Reads every quantization config that the pipeline names. A run leaves this to the stages: one cell's damaged config must not
+/// keep the others from running.
+fn check_configs(global: &Global, read: &Read) -> Result<(), CliError> {
+    let stages = read.pipeline.stages.iter().filter(|stage| stage.kind == "quantize");
+    let files: BTreeSet<&str> = stages.filter_map(|stage| stage.params.get("config").and_then(Value::as_str)).collect();
+    let mut problems = Vec::new();
+    for file in files {
+        let path = global.root.join(file);
+        let text = std::fs::read_to_string(&path).map_err(|source| CliError::Read { path, source })?;
+        problems.extend(quantization::parse(&text, file, file).err().map(|error| error.to_string()));
+    }
+    if problems.is_empty() {
+        return Ok(());
+    }
+    Err(CliError::Usage { message: format!("failed to {}", problems.join("\nerror: failed to ")), hint: None })
 }
 
 /// Lists the cells of the matrix.

@@ -5,7 +5,7 @@ use super::error::CliError;
 use super::print;
 use super::workspace::{Planned, Read, planned, read};
 use crate::artifact::StageStatus;
-use crate::event::{Event, Level};
+use crate::event::{Event, EventSink, Level};
 use crate::pipeline::ParseOptions;
 use crate::plan::Selection;
 use crate::run::{RunFile, RunOutcome, RunRequest, environment, execute, metrics_rows, run_id, timestamp};
@@ -14,7 +14,8 @@ use crate::ui::{sink, summary_table};
 use serde_json::Value;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::sync::atomic::AtomicBool;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread::JoinHandle;
 
 /// Runs a pipeline.
 pub fn run(global: &Global, args: &RunArgs) -> Result<u8, CliError> {
@@ -84,7 +85,7 @@ fn start(global: &Global, file: &Path, read: Read, selection: &Selection, jobs: 
     let run_dir = results.start(&read.pipeline.name, &run_file.run_id, &run_file.to_json())?;
     let events = sink(global.log_format(), global.level());
     let cancel = Arc::new(AtomicBool::new(false));
-    catch_interrupts(&cancel)?;
+    let teller = catch_interrupts(&cancel, &events)?;
     let request = RunRequest {
         plan: &plan,
         catalogue: &read.catalogue,
@@ -94,30 +95,77 @@ fn start(global: &Global, file: &Path, read: Read, selection: &Selection, jobs: 
         run_file,
         engine,
         events,
-        cancel,
+        cancel: Arc::clone(&cancel),
         jobs,
     };
     let outcome = execute(&request)?;
+    // A signal that stopped the run has woken the thread too: its word comes before the last one.
+    if let Some(teller) = teller.filter(|_| cancel.load(Ordering::Relaxed)) {
+        let _ = teller.join();
+    }
     if std::env::var("SAVE_EVAL_RESULTS").is_ok_and(|value| !["", "0", "false"].contains(&value.as_str())) {
         append_metrics_csv(&global.results.join("metrics.csv"), &metrics_rows(&outcome.results, &timestamp()))?;
     }
-    print(&closing(&outcome, &run_dir.path, file))?;
+    print(&closing(&outcome, &run_dir.path, &again(global, file, &read.options)))?;
     Ok(outcome.exit_code)
 }
 
-/// The first Ctrl-C asks the run to stop, the second ends the process at once.
-fn catch_interrupts(cancel: &Arc<AtomicBool>) -> Result<(), CliError> {
+/// The first Ctrl-C asks the run to stop, and says so; the second ends the process at once.
+fn catch_interrupts(cancel: &Arc<AtomicBool>, events: &Arc<dyn EventSink>) -> Result<Option<JoinHandle<()>>, CliError> {
     use signal_hook::consts::{SIGINT, SIGTERM};
+    let failed =
+        |error: std::io::Error| CliError::Usage { message: format!("failed to catch signals: {error}"), hint: None };
     for signal in [SIGINT, SIGTERM] {
-        let shutdown = signal_hook::flag::register_conditional_shutdown(signal, 130, Arc::clone(cancel));
-        let request = shutdown.and_then(|_| signal_hook::flag::register(signal, Arc::clone(cancel)));
-        request
-            .map_err(|error| CliError::Usage { message: format!("failed to catch signals: {error}"), hint: None })?;
+        signal_hook::flag::register_conditional_shutdown(signal, 130, Arc::clone(cancel)).map_err(failed)?;
+        signal_hook::flag::register(signal, Arc::clone(cancel)).map_err(failed)?;
     }
-    Ok(())
+    let mut signals = signal_hook::iterator::Signals::new([SIGINT, SIGTERM]).map_err(failed)?;
+    let events = Arc::clone(events);
+    // Without the thread the run stops all the same; only the word is missing.
+    let teller = std::thread::Builder::new().name("signals".to_owned()).spawn(move || {
+        if signals.forever().next().is_some() {
+            let text = "stopping at the next step; once more ends at once (what is committed stays)".to_owned();
+            events.emit(Event::Note { stage: None, level: Level::Warning, text });
+        }
+    });
+    Ok(teller.ok())
 }
 
-fn closing(outcome: &RunOutcome, run_dir: &Path, file: &Path) -> String {
+/// Returns the command that goes on with this run, options included; what the environment says it says again.
+fn again(global: &Global, file: &Path, options: &ParseOptions) -> String {
+    let mut command = format!("labpipe run {}", quoted(&file.to_string_lossy()));
+    for (option, folder, default, variable) in [
+        ("--root", &global.root, ".", None),
+        ("--cache", &global.cache, "cache", Some("LABPIPE_CACHE")),
+        ("--results", &global.results, "results", Some("LABPIPE_RESULTS")),
+    ] {
+        if folder != Path::new(default) && variable.is_none_or(|name| std::env::var_os(name).is_none()) {
+            command.push_str(&format!(" {option} {}", quoted(&folder.to_string_lossy())));
+        }
+    }
+    for (name, value) in &options.set {
+        command.push_str(&format!(" --set {}", quoted(&format!("{name}={value}"))));
+    }
+    for (name, values) in &options.matrix {
+        command.push_str(&format!(" --matrix {}", quoted(&format!("{name}={}", values.join(",")))));
+    }
+    if let Some(device) = &options.device {
+        command.push_str(&format!(" --device {}", quoted(device)));
+    }
+    command
+}
+
+/// Quotes a word for a POSIX shell where it needs that.
+fn quoted(word: &str) -> String {
+    let is_plain = |c: char| c.is_ascii_alphanumeric() || "-_./=:,+@%".contains(c);
+    if !word.is_empty() && word.chars().all(is_plain) {
+        word.to_owned()
+    } else {
+        format!("'{}'", word.replace('\'', "'\\''"))
+    }
+}
+
+fn closing(outcome: &RunOutcome, run_dir: &Path, again: &str) -> String {
     let shown: Vec<StageStatus> =
         outcome.stages.iter().filter(|stage| stage.error.as_deref() != Some("not selected")).cloned().collect();
     let mut text = summary_table(&shown);
@@ -125,12 +173,42 @@ fn closing(outcome: &RunOutcome, run_dir: &Path, file: &Path) -> String {
     let reports = outcome.results.values().filter(|result| result.kind == "report");
     for report in reports {
         let dir = crate::store::RunDir { path: run_dir.to_owned() }.stage_dir(&report.address);
-        text.push_str(&format!("\nreport:  {}", dir.join("report.md").display()));
+        let page = dir.join("report.md");
+        text.push_str(&format!("\nreport:  {}", if page.is_file() { page } else { dir }.display()));
     }
     if outcome.was_cancelled {
-        text.push_str(&format!("\nstopped; labpipe run {} goes on from the last committed stage", file.display()));
+        text.push_str(&format!("\nstopped; {again} goes on from the last committed stage"));
     } else if outcome.exit_code != 0 {
-        text.push_str(&format!("\nsome stages failed; mend the cause and run again: labpipe run {}", file.display()));
+        text.push_str(&format!("\nsome stages failed; mend the cause and run again: {again}"));
     }
     text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_command_that_goes_on_has_the_run_s_options() {
+        let folder = |name: &str| PathBuf::from(name);
+        let global = Global {
+            root: folder("."),
+            cache: folder("/a b"),
+            results: folder("results"),
+            log_format: super::super::args::LogFormat::Auto,
+            verbose: false,
+            quiet: false,
+        };
+        let pair = |name: &str, value: &str| (name.to_owned(), value.to_owned());
+        let options = ParseOptions {
+            set: vec![pair("model", "/models/x"), pair("n_prompt", "[512, 2048]"), pair("title", "it's")],
+            matrix: vec![("config".to_owned(), vec!["nf4".to_owned(), "int8".to_owned()])],
+            device: Some("cpu".to_owned()),
+            ..ParseOptions::default()
+        };
+        assert_eq!(
+            again(&global, Path::new("p.yaml"), &options),
+            r"labpipe run p.yaml --cache '/a b' --set model=/models/x --set 'n_prompt=[512, 2048]' --set 'title=it'\''s' --matrix config=nf4,int8 --device cpu"
+        );
+    }
 }

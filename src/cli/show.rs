@@ -79,21 +79,40 @@ fn text(record: &Value) -> String {
     text
 }
 
-/// Shows objects as rows; lists inside them (raw samples) only by their length.
+/// Most fields that fit side by side.
+const N_COLUMNS: usize = 10;
+/// Most objects that fit side by side.
+const N_OBJECTS: usize = 6;
+
+/// Shows objects as rows, or as columns where they are few and have many fields; lists inside them (raw samples) only by their
+/// length.
 fn rows_table(rows: &[Value]) -> String {
-    let columns: Vec<&String> = rows.iter().find_map(Value::as_object).into_iter().flat_map(|row| row.keys()).collect();
-    let mut table = table(columns.iter().map(|column| column.as_str()));
+    let fields: Vec<&String> = rows.iter().find_map(Value::as_object).into_iter().flat_map(|row| row.keys()).collect();
+    if fields.len() > N_COLUMNS && rows.len() <= N_OBJECTS {
+        let (name, others) = fields.split_first().map_or(("", &[][..]), |(first, rest)| (first.as_str(), rest));
+        let heads: Vec<String> = rows.iter().map(|row| cell(&row[name])).collect();
+        let mut table = table(std::iter::once(name).chain(heads.iter().map(String::as_str)));
+        for field in others {
+            table.add_row(std::iter::once(field.to_string()).chain(rows.iter().map(|row| cell(&row[field.as_str()]))));
+        }
+        return table.to_string();
+    }
+    let mut table = table(fields.iter().map(|field| field.as_str()));
     for row in rows {
-        table.add_row(columns.iter().map(|column| match &row[column.as_str()] {
-            Value::Array(items) => format!("{} values", items.len()),
-            Value::Object(_) => "…".to_owned(),
-            Value::String(text) => text.chars().take(48).collect(),
-            Value::Number(number) if number.is_f64() => {
-                crate::units::format_significant(number.as_f64().unwrap_or(f64::NAN))
-            }
-            Value::Null => "–".to_owned(),
-            other => other.to_string(),
-        }));
+        table.add_row(fields.iter().map(|field| cell(&row[field.as_str()])));
     }
     table.to_string()
+}
+
+fn cell(value: &Value) -> String {
+    match value {
+        Value::Array(items) => format!("{} values", items.len()),
+        Value::Object(_) => "…".to_owned(),
+        Value::String(text) => text.chars().take(48).collect(),
+        Value::Number(number) if number.is_f64() => {
+            crate::units::format_significant(number.as_f64().unwrap_or(f64::NAN))
+        }
+        Value::Null => "–".to_owned(),
+        other => other.to_string(),
+    }
 }

@@ -5,8 +5,8 @@ use super::engine;
 use super::error::CliError;
 use crate::event::Level;
 use crate::inference::Engine;
-use crate::pipeline::{ParseOptions, Pipeline, parse};
-use crate::plan::{Plan, Remeasure, Selection, build};
+use crate::pipeline::{Diagnostic, ParseOptions, Pipeline, PipelineError, parse};
+use crate::plan::{MissingFile, Plan, PlanError, Remeasure, Selection, build};
 use crate::run::StoreFacts;
 use crate::stage::Catalogue;
 use crate::stages::catalogue;
@@ -94,10 +94,30 @@ pub fn read(file: &Path, options: ParseOptions) -> Result<Read, CliError> {
     Ok(Read { pipeline, text, options, catalogue })
 }
 
+/// Shows missing files as what they are: mistakes in the pipeline file, each with its place.
+fn missing_files(read: &Read, files: &[MissingFile]) -> PipelineError {
+    let mut diagnostics: Vec<Diagnostic> = Vec::new();
+    for file in files {
+        let line = read.text.lines().nth(file.line.saturating_sub(1)).unwrap_or_default();
+        let diagnostic = Diagnostic {
+            line: Some(file.line),
+            column: Some(line.chars().take_while(|c| c.is_whitespace()).count() + 1),
+            message: format!("stage {:?}: {}: {}", file.stage, file.param, file.reason),
+            hint: Some("relative paths start at --root; --set NAME=VALUE changes a variable".to_owned()),
+        };
+        // Cells of a matrix share a stage's line.
+        if !diagnostics.contains(&diagnostic) {
+            diagnostics.push(diagnostic);
+        }
+    }
+    diagnostics.sort_by_key(|diagnostic| diagnostic.line);
+    PipelineError { origin: read.pipeline.origin.clone(), text: read.text.clone(), diagnostics }
+}
+
 /// Builds the engine, opens the store and plans.
 ///
 /// # Errors
-/// `Device`, `Store`, `Plan`.
+/// `Device`, `Store`, `Plan`; `Pipeline` where it names files that aren't there.
 pub fn planned(global: &Global, read: &Read, selection: &Selection) -> Result<Planned, CliError> {
     let (engine, device_reason) = engine::build(&read.pipeline.device)?;
     let store = Store::open(&global.cache)?;
@@ -107,6 +127,10 @@ pub fn planned(global: &Global, read: &Read, selection: &Selection) -> Result<Pl
         pipeline: read.pipeline.name.clone(),
         engine: engine.info(),
     };
-    let plan = build(&read.pipeline, &read.catalogue, &global.root, &facts, selection)?;
+    let plan =
+        build(&read.pipeline, &read.catalogue, &global.root, &facts, selection).map_err(|error| match error {
+            PlanError::MissingFiles(files) => CliError::Pipeline(missing_files(read, &files)),
+            other => CliError::Plan(other),
+        })?;
     Ok(Planned { plan, store, engine, device_reason })
 }

@@ -4,7 +4,7 @@ use super::checkpoint::Checkpoint;
 use super::device::cpu_identity;
 use super::families::{ConfigFile, read_spec};
 use super::forward::Executor;
-use super::memory::HostProbe;
+use super::memory::{HostProbe, total_memory_bytes};
 use super::model::BurnModel;
 use super::save::save_model;
 use super::spec::ModelSpec;
@@ -44,7 +44,11 @@ impl BurnEngine {
         }
     }
 
-    fn prepare(&self, recipe: &ModelRecipe) -> Result<(ModelSpec, Checkpoint), InferenceError> {
+    /// Reads the config and opens the files.
+    ///
+    /// # Errors
+    /// Where they are missing, damaged or of no known family.
+    pub fn prepare(&self, recipe: &ModelRecipe) -> Result<(ModelSpec, Checkpoint), InferenceError> {
         let config = config_path(&recipe.source);
         let spec = read_spec(&config)?;
         let checkpoint = Checkpoint::open(&recipe.source, ConfigFile::read(&config)?.saved_dtype())?;
@@ -90,6 +94,7 @@ fn describe(spec: &ModelSpec, checkpoint: &Checkpoint, recipe: &ModelRecipe) -> 
             schemes.join(", ")
         )));
     }
+    check_memory(spec, checkpoint, recipe, stored)?;
     Ok(ModelInfo {
         family: spec.family.to_owned(),
         n_layers: spec.n_layers,
@@ -112,6 +117,26 @@ fn describe(spec: &ModelSpec, checkpoint: &Checkpoint, recipe: &ModelRecipe) -> 
     })
 }
 
+/// Refuses a model whose weights can't fit into the machine's memory: those that are not mapped from a file as they are.
+fn check_memory(
+    spec: &ModelSpec,
+    checkpoint: &Checkpoint,
+    recipe: &ModelRecipe,
+    stored: DType,
+) -> Result<(), InferenceError> {
+    let dtype = recipe.dtype.unwrap_or(stored);
+    let is_mapped = dtype == stored && !matches!(checkpoint, Checkpoint::Random { .. });
+    let largest = spec.linears().iter().map(|(_, [n_out, n_in])| n_out * n_in).max().unwrap_or(0) as u64;
+    let whole = if is_mapped || recipe.quantization.is_some() { 0 } else { spec.n_params() };
+    let asked_bytes = whole.saturating_mul(dtype.size_bytes() as u64).max(largest.saturating_mul(4));
+    match total_memory_bytes() {
+        Some(total) if asked_bytes > total => {
+            Err(InferenceError::OutOfMemory { device: "this machine".to_owned(), asked_bytes, free_bytes: Some(total) })
+        }
+        _ => Ok(()),
+    }
+}
+
 impl Engine for BurnEngine {
     fn info(&self) -> EngineInfo {
         self.info.clone()
@@ -120,6 +145,10 @@ impl Engine for BurnEngine {
     fn inspect(&self, recipe: &ModelRecipe) -> Result<ModelInfo, InferenceError> {
         let (spec, checkpoint) = self.prepare(recipe)?;
         describe(&spec, &checkpoint, recipe)
+    }
+
+    fn check_values(&self, recipe: &ModelRecipe, progress: &dyn Progress) -> Result<(), InferenceError> {
+        self.prepare(recipe)?.1.check_values(progress)
     }
 
     fn open(&self, recipe: &ModelRecipe, progress: &dyn Progress) -> Result<Box<dyn Model>, InferenceError> {

@@ -7,20 +7,63 @@ use std::sync::Arc;
 /// Builds the engine for a device: `auto`, `cpu`, `cuda`, `cuda:N`, `wgpu`. Returns it with the reason for the choice.
 ///
 /// # Errors
-/// `Device` where the device is unknown or this build can't drive it.
+/// `Device` where the device is unknown, is not there, or this build can't drive it.
 pub fn build(device: &str) -> Result<(Arc<dyn Engine>, String), InferenceError> {
-    let unavailable = |reason: &str| {
-        Err(InferenceError::Device { device: device.to_owned(), reason: format!("{reason}; try --device cpu") })
-    };
+    let cpu = || -> Arc<dyn Engine> { Arc::new(BurnEngine::cpu()) };
     match device {
-        "auto" => Ok((Arc::new(BurnEngine::cpu()), "cpu: this build has no GPU backend".to_owned())),
-        "cpu" => Ok((Arc::new(BurnEngine::cpu()), "cpu: asked for".to_owned())),
-        "wgpu" => unavailable("this labpipe was built without the wgpu backend"),
-        cuda if cuda == "cuda" || cuda.starts_with("cuda:") => {
-            unavailable("this labpipe was built without the CUDA backend")
+        "cpu" => Ok((cpu(), "cpu: asked for".to_owned())),
+        "auto" => match cuda(0) {
+            Ok(engine) => Ok((engine, "cuda: an NVIDIA GPU is there".to_owned())),
+            Err(reason) => Ok((cpu(), format!("cpu: {reason}"))),
+        },
+        "wgpu" => match wgpu() {
+            Ok(engine) => Ok((engine, "wgpu: asked for".to_owned())),
+            Err(reason) => Err(unavailable(device, &reason)),
+        },
+        _ => {
+            let index = match device.strip_prefix("cuda") {
+                Some("") => Some(0),
+                Some(rest) => rest.strip_prefix(':').and_then(|index| index.parse().ok()),
+                None => None,
+            };
+            let unknown = "no such device; labpipe knows auto, cpu, cuda, cuda:N and wgpu";
+            let index = index.ok_or_else(|| unavailable(device, unknown))?;
+            let engine = cuda(index).map_err(|reason| unavailable(device, &reason))?;
+            Ok((engine, format!("{device}: asked for")))
         }
-        _ => unavailable("no such device; labpipe knows auto, cpu, cuda, cuda:N and wgpu"),
     }
+}
+
+fn unavailable(device: &str, reason: &str) -> InferenceError {
+    InferenceError::Device { device: device.to_owned(), reason: format!("{reason}; try --device cpu") }
+}
+
+#[cfg(feature = "cuda")]
+fn cuda(index: usize) -> Result<Arc<dyn Engine>, String> {
+    let probe = super::nvidia::probe(index)?;
+    let client = cubecl::Device::cuda(index).map_err(|error| format!("open CUDA device {index}: {error}"))?.client();
+    let memory = move || -> Box<dyn crate::inference::MemoryProbe> { Box::new(super::nvidia::GpuProbe::start(index)) };
+    Ok(Arc::new(super::gpu::GpuEngine::new(client, probe, Box::new(memory))))
+}
+
+#[cfg(not(feature = "cuda"))]
+fn cuda(_index: usize) -> Result<Arc<dyn Engine>, String> {
+    Err("this labpipe was built without the CUDA backend (cargo build --features cuda)".to_owned())
+}
+
+#[cfg(feature = "wgpu")]
+fn wgpu() -> Result<Arc<dyn Engine>, String> {
+    let client = cubecl::Device::wgpu(cubecl::device::WgpuDeviceKind::DefaultDevice)
+        .map_err(|error| format!("open a wgpu device: {error}"))?
+        .client();
+    let device = format!("wgpu: {}", client.properties().identity.name);
+    let memory = || -> Box<dyn crate::inference::MemoryProbe> { Box::new(super::memory::HostProbe::start()) };
+    Ok(Arc::new(super::gpu::GpuEngine::new(client, device, Box::new(memory))))
+}
+
+#[cfg(not(feature = "wgpu"))]
+fn wgpu() -> Result<Arc<dyn Engine>, String> {
+    Err("this labpipe was built without the wgpu backend (cargo build --features wgpu)".to_owned())
 }
 
 /// Returns what identifies this machine's processor in records and keys: model, threads and vector instructions.

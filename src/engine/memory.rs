@@ -10,7 +10,7 @@ use std::time::Duration;
 /// Time between two samples.
 const PERIOD: Duration = Duration::from_millis(5);
 
-const METHOD: &str = "peak anonymous resident memory of the process (RssAnon), sampled every 5 ms after loading, freed heap handed back before; memory-mapped weights are not anonymous";
+const METHOD: &str = "peak anonymous resident memory of the process (RssAnon), sampled every 5 ms after loading, freed heap handed back before; what the process holds from earlier stages counts, memory-mapped weights don't";
 const UNKNOWN: &str = "not measured: this system has no /proc/self/status with RssAnon";
 
 /// Samples the process's anonymous resident memory on a thread of its own.
@@ -84,8 +84,17 @@ fn trim_heap() {}
 
 /// Returns the process's anonymous resident memory now, in bytes (Linux only).
 pub fn rss_anon_bytes() -> Option<u64> {
-    let status = std::fs::read_to_string("/proc/self/status").ok()?;
-    let line = status.lines().find_map(|line| line.strip_prefix("RssAnon:"))?;
-    let kib: u64 = line.trim().strip_suffix("kB")?.trim().parse().ok()?;
+    kib_field("/proc/self/status", "RssAnon:")
+}
+
+/// Returns the machine's memory in bytes (Linux only).
+pub fn total_memory_bytes() -> Option<u64> {
+    kib_field("/proc/meminfo", "MemTotal:")
+}
+
+fn kib_field(path: &str, name: &str) -> Option<u64> {
+    let text = std::fs::read_to_string(path).ok()?;
+    let field = text.lines().find_map(|line| line.strip_prefix(name))?;
+    let kib: u64 = field.trim().strip_suffix("kB")?.trim().parse().ok()?;
     Some(kib * 1024)
 }

@@ -9,9 +9,13 @@ mod checkpoint;
 mod device;
 mod families;
 mod forward;
+#[cfg(any(feature = "cuda", feature = "wgpu"))]
+mod gpu;
 mod kv_cache;
 mod memory;
 mod model;
+#[cfg(feature = "cuda")]
+mod nvidia;
 mod rope;
 mod save;
 mod score;

@@ -4,8 +4,30 @@ use crate::event::Progress;
 use crate::inference::{CaptureFilter, CaptureSink, CaptureSite, InferenceError};
 use burn::tensor::Tensor;
 use globset::{Glob, GlobSet, GlobSetBuilder};
-use std::borrow::Cow;
 use std::collections::BTreeMap;
+
+/// Activations that a tap can read: rows on some device.
+pub trait Values {
+    /// Values in a row.
+    fn width(&self) -> usize;
+
+    /// Copies them to the host, row-major.
+    ///
+    /// # Errors
+    /// Where the device that holds them has failed.
+    fn read(&self) -> Result<Vec<f32>, InferenceError>;
+}
+
+impl Values for Tensor<2> {
+    fn width(&self) -> usize {
+        self.dims()[1]
+    }
+
+    fn read(&self) -> Result<Vec<f32>, InferenceError> {
+        let data = self.clone().into_data_dtype(burn::tensor::DType::F32);
+        data.try_into_vec::<f32>().map_err(|error| InferenceError::Sink(format!("read captured values: {error:?}")))
+    }
+}
 
 /// Hands values on, or ignores them where nothing is captured.
 pub struct Tap<'a> {
@@ -75,7 +97,7 @@ impl<'a> Tap<'a> {
         module: &str,
         layer_idx: Option<usize>,
         op: &str,
-        values: &Tensor<2>,
+        values: &impl Values,
     ) -> Result<(), InferenceError> {
         self.take(module, "output", layer_idx, op, values)
     }
@@ -86,7 +108,7 @@ impl<'a> Tap<'a> {
         module: &str,
         layer_idx: Option<usize>,
         op: &str,
-        values: &Tensor<2>,
+        values: &impl Values,
     ) -> Result<(), InferenceError> {
         if self.capture.as_ref().is_some_and(|capture| capture.inputs) {
             self.take(module, "input", layer_idx, op, values)?;
@@ -101,7 +123,7 @@ impl<'a> Tap<'a> {
         layer_idx: Option<usize>,
         op: &str,
         source: &Source<'_>,
-        values: &Tensor<2>,
+        values: &impl Values,
     ) -> Result<(), InferenceError> {
         let Some(capture) = self.capture.as_mut().filter(|capture| capture.inputs && capture.wants(module)) else {
             return Ok(());
@@ -127,17 +149,13 @@ impl<'a> Tap<'a> {
         port: &'static str,
         layer_idx: Option<usize>,
         op: &str,
-        values: &Tensor<2>,
+        values: &impl Values,
     ) -> Result<(), InferenceError> {
         let Some(capture) = self.capture.as_mut().filter(|capture| capture.wants(module)) else {
             return Ok(());
         };
-        let width = values.dims()[1];
-        let data = values.clone().into_data_dtype(burn::tensor::DType::F32);
-        let slice: Cow<'_, [f32]> = match data.as_slice::<f32>() {
-            Ok(slice) => Cow::Borrowed(slice),
-            Err(error) => return Err(InferenceError::Sink(format!("read values of {module}: {error:?}"))),
-        };
+        let width = values.width();
+        let slice = values.read()?;
         if let Some(value) = slice.iter().find(|value| !value.is_finite()) {
             return Err(InferenceError::NotFiniteResult { what: format!("{module} ({port}: {value})") });
         }

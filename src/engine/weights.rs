@@ -109,7 +109,11 @@ impl WeightReader<'_> {
         Ok(Weights { embedding, blocks, final_norm, lm_head, stored_bytes })
     }
 
-    fn block(&self, layer_idx: usize, stored_bytes: &mut u64) -> Result<Block, InferenceError> {
+    /// Loads one decoder block.
+    ///
+    /// # Errors
+    /// Whatever is wrong with a tensor.
+    pub fn block(&self, layer_idx: usize, stored_bytes: &mut u64) -> Result<Block, InferenceError> {
         let prefix = format!("model.layers.{layer_idx}");
         let (linear_specs, norm_specs) = (self.spec.block_linears(), self.spec.block_norms());
         let mut norm = |role| {
@@ -150,6 +154,31 @@ impl WeightReader<'_> {
             down,
             mlp_out_norm: mlp_out_norm?,
         })
+    }
+
+    /// Loads the embedding, `[vocab, hidden]`.
+    ///
+    /// # Errors
+    /// Whatever is wrong with the tensor.
+    pub fn embedding(&self) -> Result<HostWeight, InferenceError> {
+        self.dense(self.embedding_name(), &[self.spec.vocab_size, self.spec.hidden_size])
+    }
+
+    /// Loads the norm before the head, `[1, hidden]`.
+    ///
+    /// # Errors
+    /// Whatever is wrong with the tensor.
+    pub fn final_norm(&self) -> Result<Tensor<2>, InferenceError> {
+        self.norm("model.norm.weight", self.spec.hidden_size, &mut 0)
+    }
+
+    /// Loads the head, `[vocab, hidden]`, where it is a matrix of its own.
+    ///
+    /// # Errors
+    /// Whatever is wrong with the tensor or the scheme.
+    pub fn untied_head(&self) -> Result<Option<HostWeight>, InferenceError> {
+        let (vocab, hidden) = (self.spec.vocab_size, self.spec.hidden_size);
+        if self.spec.tied_embeddings { Ok(None) } else { self.module_weight("lm_head", vocab, hidden).map(Some) }
     }
 
     /// Returns the tensor that holds the embedding: with tied weights a file may keep it under either name.
@@ -284,4 +313,10 @@ pub fn pack(
 pub fn compute_dtype(recipe: &ModelRecipe) -> DType {
     let from_config = recipe.quantization.as_ref().and_then(|config: &QuantizationConfig| config.compute_dtype);
     from_config.or(recipe.compute_dtype).unwrap_or(DType::F32)
+}
+
+/// Returns true where a recipe says what its weights are multiplied in.
+#[cfg(any(feature = "cuda", feature = "wgpu"))]
+pub fn has_compute_dtype(recipe: &ModelRecipe) -> bool {
+    recipe.compute_dtype.is_some() || recipe.quantization.as_ref().is_some_and(|config| config.compute_dtype.is_some())
 }

@@ -95,7 +95,8 @@ fn scope(
     problems: &mut Problems,
 ) -> Scope {
     let values = cell.iter().filter(|(name, _)| needed.contains(name)).cloned().collect();
-    let mut scope = Scope { values, env: env.clone() };
+    let declared = variable_needs.keys().chain(cell.iter().map(|(name, _)| name)).cloned().collect();
+    let mut scope = Scope { values, env: env.clone(), declared };
     for (name, node) in variables {
         if variable_needs.get(name).is_none_or(|through| through.is_subset(needed)) {
             let value = scope.substitute(node, problems);

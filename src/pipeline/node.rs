@@ -131,11 +131,15 @@ impl Node {
 fn syntax_error(error: &serde_yaml::Error) -> Diagnostic {
     let place = error.location().filter(|location| location.line() > 0);
     let message = error.without_snippet().to_string();
+    // The place stands below the message, and what the parser says of its own settings helps nobody here.
+    let message = message.split(" at line ").next().unwrap_or_default();
+    let message = message.split(", set DuplicateKeyPolicy").next().unwrap_or_default();
+    let is_duplicate = message.starts_with("duplicate mapping key");
     Diagnostic {
         line: place.as_ref().map(|place| place.line() as usize),
         column: place.as_ref().map(|place| place.column() as usize),
         message: format!("read as YAML: {}", message.lines().next().unwrap_or_default()),
-        hint: None,
+        hint: is_duplicate.then(|| "a mapping has each key once".to_owned()),
     }
 }
 
@@ -239,5 +243,6 @@ mod tests {
     fn a_key_given_twice_is_an_error_with_its_place() {
         let diagnostic = Node::parse("a: 1\na: 2\n").expect_err("an error");
         assert_eq!(diagnostic.line, Some(2));
+        assert_eq!(diagnostic.message, "read as YAML: duplicate mapping key: a");
     }
 }

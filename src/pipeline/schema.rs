@@ -47,12 +47,14 @@ fn stage_schema(description: &crate::stage::StageDescription) -> Value {
     })
 }
 
-/// Any value may also be a reference to a variable.
+/// Any value may also be a reference to a variable, and so may a part of one.
+fn or_variable(schema: Value) -> Value {
+    json!({ "anyOf": [schema, { "type": "string", "pattern": "\\$\\{[^}]+\\}" }] })
+}
+
 fn param_schema(param: &ParamDesc) -> Value {
-    let mut schema = json!({
-        "description": format!("{} ({})", param.help, expected(param)),
-        "anyOf": [type_schema(&param.ty), { "type": "string", "pattern": "\\$\\{[^}]+\\}" }],
-    });
+    let mut schema = or_variable(type_schema(&param.ty));
+    schema["description"] = Value::from(format!("{} ({})", param.help, expected(param)));
     if let ParamDefault::Json(text) = &param.default {
         schema["default"] = serde_json::from_str(text).unwrap_or(Value::Null);
     }
@@ -60,7 +62,7 @@ fn param_schema(param: &ParamDesc) -> Value {
 }
 
 fn list_of(item: Value) -> Value {
-    json!({ "anyOf": [item, { "type": "array", "items": item, "minItems": 1 }] })
+    json!({ "anyOf": [item, { "type": "array", "items": or_variable(item), "minItems": 1 }] })
 }
 
 fn type_schema(ty: &ParamType) -> Value {
@@ -75,14 +77,14 @@ fn type_schema(ty: &ParamType) -> Value {
         ParamType::Globs | ParamType::StageRefs(_) => list_of(json!({ "type": "string" })),
         ParamType::RandomModel => json!({
             "type": "object", "additionalProperties": false, "required": ["config"],
-            "properties": { "config": { "type": "string" }, "seed": { "type": "integer", "minimum": 0 } }
+            "properties": { "config": { "type": "string" }, "seed": or_variable(json!({ "type": "integer", "minimum": 0 })) }
         }),
         ParamType::TextSource => json!({ "anyOf": [{ "type": "string" }, {
             "type": "object", "additionalProperties": false, "required": ["source"],
             "properties": {
                 "source": { "type": "string" },
-                "n_chars": { "type": "integer", "minimum": 1 },
-                "n_tokens": { "type": "integer", "minimum": 1 }
+                "n_chars": or_variable(json!({ "type": "integer", "minimum": 1 })),
+                "n_tokens": or_variable(json!({ "type": "integer", "minimum": 1 }))
             }
         }] }),
         ParamType::QuantizationConfig => json!({ "type": ["string", "object"] }),

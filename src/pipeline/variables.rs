@@ -10,6 +10,8 @@ use std::collections::{BTreeMap, BTreeSet};
 pub struct Scope {
     pub values: BTreeMap<String, Node>,
     pub env: BTreeMap<String, String>,
+    /// Every name the file declares, those without a value here included: what a misspelt one may have meant.
+    pub declared: BTreeSet<String>,
 }
 
 /// A piece of a text: plain, or the name inside `${…}`.
@@ -120,8 +122,8 @@ impl Scope {
         }
         let value = self.values.get(plain_name(name)).map(|node| node.value.clone());
         if value.is_none() {
-            let hint = did_you_mean(plain_name(name), self.values.keys().map(String::as_str))
-                .unwrap_or_else(|| "declare it under vars:".to_owned());
+            let known: BTreeSet<&str> = self.values.keys().chain(&self.declared).map(String::as_str).collect();
+            let hint = did_you_mean(plain_name(name), known).unwrap_or_else(|| "declare it under vars:".to_owned());
             problems.add(at, format!("unknown variable {name:?}"), Some(hint));
         }
         value
@@ -136,7 +138,7 @@ mod tests {
         let vars = Node::parse("n: 4\nname: nf4\nlist: [1, 2]\n").expect("a tree");
         let values =
             vars.as_map().expect("a mapping").iter().map(|(key, node)| (key.text.clone(), node.clone())).collect();
-        Scope { values, env: BTreeMap::from([("HOME".to_owned(), "/home/x".to_owned())]) }
+        Scope { values, env: BTreeMap::from([("HOME".to_owned(), "/home/x".to_owned())]), ..Scope::default() }
     }
 
     fn substitute(text: &str) -> (NodeValue, bool) {

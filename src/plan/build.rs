@@ -27,8 +27,8 @@ pub trait Facts {
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum PlanError {
-    #[error("plan stage {stage}: {param}: {reason}")]
-    MissingFile { stage: String, param: String, reason: String },
+    #[error("find the files that {} parameter(s) name, the first of stage {}: {}", .0.len(), .0[0].stage, .0[0].reason)]
+    MissingFiles(Vec<MissingFile>),
     #[error("plan stage {stage}: {reason}")]
     Hash { stage: String, reason: String },
     #[error("find stage {name:?}{}", hint.as_ref().map(|hint| format!(" ({hint})")).unwrap_or_default())]
@@ -37,14 +37,24 @@ pub enum PlanError {
     UnknownKind { stage: String, kind: String },
     #[error("order the stages: {stage} is part of a cycle")]
     Cycle { stage: String },
-    #[error("reuse stage {stage} from the cache: {why}; add --rebuild-upstream to compute it again")]
-    Stale { stage: String, why: String },
+    #[error("reuse stage {stage} from the cache: {why}; {remedy}")]
+    Stale { stage: String, why: String, remedy: &'static str },
+}
+
+/// A parameter that names a file which isn't there.
+#[derive(Debug, Clone, PartialEq)]
+pub struct MissingFile {
+    pub stage: String,
+    /// Where the stage stands in the pipeline file, counted from 1.
+    pub line: usize,
+    pub param: String,
+    pub reason: String,
 }
 
 /// Builds the plan of a pipeline.
 ///
 /// # Errors
-/// `MissingFile` where a parameter names a file that isn't there, `Stale` where `--from` or `--only` need what the cache
+/// `MissingFiles` where parameters name files that aren't there (each stage's first), `Stale` where `--from` or `--only` need what the cache
 /// doesn't hold, `UnknownStage`.
 pub fn build(
     pipeline: &Pipeline,
@@ -56,9 +66,16 @@ pub fn build(
     let mut graph = graph(pipeline, catalogue)?;
     let order = order(&graph)?;
     let chosen = Chosen::new(pipeline, &graph, selection)?;
+    let mut missing = Vec::new();
     for &node in &order {
-        let own = own_fields(&graph[node].stage, graph[node].description, root, facts)?;
-        decide(&mut graph, node, own, facts, &chosen);
+        match own_fields(&graph[node].stage, graph[node].description, root, facts) {
+            Ok(own) => decide(&mut graph, node, own, facts, &chosen),
+            Err(PlanError::MissingFiles(found)) => missing.extend(found),
+            Err(error) => return Err(error),
+        }
+    }
+    if !missing.is_empty() {
+        return Err(PlanError::MissingFiles(missing));
     }
     let plan = Plan { pipeline: pipeline.name.clone(), device: pipeline.device.clone(), graph, order };
     chosen.check_upstream(&plan)?;
@@ -141,6 +158,8 @@ struct Chosen {
     remeasured: BTreeSet<String>,
     /// Stages outside the selection must be in the cache.
     strict: bool,
+    /// What to do where one isn't.
+    remedy: &'static str,
 }
 
 impl Chosen {
@@ -174,7 +193,12 @@ impl Chosen {
             Remeasure::Stages(names) => all_addresses(stages, names)?,
         };
         let strict = (!selection.only.is_empty() || !selection.from.is_empty()) && !selection.rebuild_upstream;
-        Ok(Chosen { selected, forced, remeasured, strict })
+        let remedy = if selection.from.is_empty() {
+            "with --until in place of --only it is computed too"
+        } else {
+            "add --rebuild-upstream to compute it again"
+        };
+        Ok(Chosen { selected, forced, remeasured, strict, remedy })
     }
 
     /// Stages that are not selected but needed must come from the cache.
@@ -191,7 +215,7 @@ impl Chosen {
                     Reason::Changed(_) => format!("it changed ({})", node.reason.explain()),
                     _ => "it is not there".to_owned(),
                 };
-                return Err(PlanError::Stale { stage: node.stage.address.clone(), why });
+                return Err(PlanError::Stale { stage: node.stage.address.clone(), why, remedy: self.remedy });
             }
         }
         Ok(())

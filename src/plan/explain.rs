@@ -31,7 +31,11 @@ impl Reason {
 /// Says how one field changed; hashes are not shown, they tell a reader nothing.
 fn change(field: &str, before: &str, now: &str) -> String {
     if let Some(input) = field.strip_prefix("inputs.") {
-        return format!("input {input} changed");
+        // What gathers names its inputs; others have one, which the parameter's name stands for.
+        return match (now.split_once(' '), before.split_once(' ')) {
+            (Some((address, _)), _) | (None, Some((address, _))) => format!("input {address} changed"),
+            (None, None) => format!("input {} changed", input.trim_end_matches("[0]")),
+        };
     }
     match (field.strip_prefix("files."), before, now) {
         (Some(file), "absent", _) => format!("{file} is new"),

@@ -1,6 +1,6 @@
 //! Cache keys: blake3 over the named fields that determine what a stage produces.
 
-use super::build::{Facts, PlanError};
+use super::build::{Facts, MissingFile, PlanError};
 use super::external::external_files;
 use super::types::{Key, KeyFields};
 use crate::pipeline::PipelineStage;
@@ -23,7 +23,7 @@ pub fn key_of(fields: &KeyFields) -> Key {
 /// Returns the fields that don't depend on inputs.
 ///
 /// # Errors
-/// `MissingFile`, `Hash`.
+/// `MissingFiles`, `Hash`.
 pub fn own_fields(
     stage: &PipelineStage,
     description: &StageDescription,
@@ -40,10 +40,13 @@ pub fn own_fields(
         }
     }
     let address = || stage.address.clone();
-    let files = external_files(description, &stage.params, root).map_err(|missing| PlanError::MissingFile {
-        stage: address(),
-        param: missing.param,
-        reason: missing.reason,
+    let files = external_files(description, &stage.params, root).map_err(|missing| {
+        PlanError::MissingFiles(vec![MissingFile {
+            stage: stage.name.clone(),
+            line: stage.line,
+            param: missing.param,
+            reason: missing.reason,
+        }])
     })?;
     for file in files {
         let hash = facts.file_hash(&file.path).map_err(|reason| PlanError::Hash { stage: address(), reason })?;

@@ -8,7 +8,7 @@ mod keys;
 mod select;
 mod types;
 
-pub use build::{Facts, PlanError, build, miss_reason, model_of};
+pub use build::{Facts, MissingFile, PlanError, build, miss_reason, model_of};
 pub use keys::resolve_key;
 pub use select::{Remeasure, Selection};
 pub use types::{Key, KeyFields, Plan, PlanEdge, PlanNode, Reason};

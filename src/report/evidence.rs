@@ -68,6 +68,7 @@ impl<'a> Evidence<'a> {
             evidence.read(input)?;
         }
         evidence.measure();
+        evidence.drop_unmeasured();
         Ok(evidence)
     }
 
@@ -92,6 +93,15 @@ impl<'a> Evidence<'a> {
             _ => {}
         }
         Ok(())
+    }
+
+    /// Forgets models of which nothing was measured (a sweep's reference capture names one), unless that leaves none.
+    fn drop_unmeasured(&mut self) {
+        let measures = &self.measures;
+        let is_measured = |model: &Model| measures.iter().any(|measure| measure.model == model.address);
+        if self.models.iter().any(is_measured) {
+            self.models.retain(is_measured);
+        }
     }
 
     fn measure(&mut self) {

@@ -16,6 +16,8 @@ use std::collections::{BTreeMap, BTreeSet};
 
 pub const EXPORTER: Exporter = Exporter { name: "md", export };
 
+/// Most stages named in a sentence.
+const N_NAMED: usize = 6;
 const FRONTIER: &str = "images/ppl_vs_bytes";
 
 fn export(evidence: &Evidence<'_>) -> Result<Vec<ReportFile>, ReportError> {
@@ -83,12 +85,21 @@ fn environment(evidence: &Evidence<'_>) -> String {
     let runs: Vec<String> = match runs.len() {
         0 => Vec::new(),
         1 => runs.into_keys().map(|run| format!("all from run `{run}`")).collect(),
-        _ => runs.into_iter().map(|(run, stages)| format!("run `{run}`: {}", listed(&stages))).collect(),
+        _ => runs.into_iter().map(|(run, stages)| format!("run `{run}`: {}", few(&stages))).collect(),
     };
     if !runs.is_empty() {
         parts.push(format!("results: {}", runs.join("; ")));
     }
     format!("{}.", parts.join(" · "))
+}
+
+/// Lists stages while they are few; of many it says how many, for the table of inputs has them all.
+fn few(stages: &[String]) -> String {
+    if stages.len() <= N_NAMED {
+        listed(stages)
+    } else {
+        format!("{} stages (see [Inputs](#inputs))", thousands(stages.len()))
+    }
 }
 
 fn models(evidence: &Evidence<'_>, has_frontier: bool) -> String {

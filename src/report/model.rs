@@ -2,6 +2,7 @@
 
 use crate::artifact::QuantizedModule;
 use crate::inference::{ModelRecipe, StoredQuantization};
+use crate::quantization::ALWAYS_KEPT;
 use crate::stage::StageInput;
 use labpipe_kernels::SchemeSpec;
 use serde_json::Value;
@@ -113,7 +114,8 @@ fn describe(recipe: &ModelRecipe) -> (String, bool) {
         };
     };
     let mut words = spec_words(spec);
-    if !config.overrides.is_empty() || !config.keep.is_empty() {
+    let keeps_more = config.keep.iter().any(|pattern| !ALWAYS_KEPT.contains(&pattern.as_str()));
+    if !config.overrides.is_empty() || keeps_more {
         words.push("mixed".to_owned());
     }
     (words.join(", "), true)

@@ -5,10 +5,12 @@ use super::progress::StageProgress;
 use super::residency::Residency;
 use super::run_file::timestamp;
 use crate::artifact::{FORMAT_VERSION, Record, RecordHead};
+use crate::event::{Level, Progress};
 use crate::inference::Engine;
 use crate::plan::{Key, KeyFields, PlanNode};
 use crate::stage::{Stage, StageContext, StageError, StageInput};
 use crate::store::{Artifact, ManifestDraft, Store};
+use std::cell::Cell;
 use std::collections::BTreeMap;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
@@ -40,8 +42,14 @@ impl Job<'_> {
     /// # Errors
     /// Whatever stopped the stage; nothing is committed then.
     pub fn run(&self) -> Result<(Artifact, bool, String), JobError> {
-        use crate::event::Progress;
-        let staging = self.store.begin(&self.key, &|| !self.progress.is_cancelled())?;
+        let told = Cell::new(false);
+        let keep_waiting = || {
+            if !told.replace(true) {
+                self.progress.note(Level::Info, "another labpipe computes this stage: waiting for it");
+            }
+            !self.progress.is_cancelled()
+        };
+        let staging = self.store.begin(&self.key, &keep_waiting)?;
         if !self.forced
             && let Some(artifact) = self.store.get(&self.key)
         {

@@ -1,11 +1,13 @@
 //! Which model is on the device: one at a time, lent to one stage at a time. So a model and its baseline never sit in a small
 //! card's memory together, and a measuring stage has only its own model there.
 
-use crate::event::Progress;
+use crate::event::{Level, Progress};
 use crate::inference::{Engine, InferenceError, Model, ModelRecipe};
 use crate::stage::{ModelLease, ModelPool};
+use crate::units::{format_bytes, format_seconds};
 use std::ops::{Deref, DerefMut};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Instant;
 
 /// The device's one place for a model.
 pub struct Residency {
@@ -69,7 +71,11 @@ impl ModelPool for Residency {
         if slot.as_ref().is_none_or(|resident| resident.recipe != *recipe) {
             // The old model goes before the new one comes: never both.
             *slot = None;
-            *slot = Some(Resident { recipe: recipe.clone(), model: self.engine.open(recipe, progress)? });
+            let start = Instant::now();
+            let model = self.engine.open(recipe, progress)?;
+            let (took, bytes) = (format_seconds(start.elapsed().as_secs_f64()), format_bytes(model.weights_bytes()));
+            progress.note(Level::Debug, &format!("model loaded in {took}, {bytes} of weights"));
+            *slot = Some(Resident { recipe: recipe.clone(), model });
         }
         Ok(Box::new(Lease { slot }))
     }

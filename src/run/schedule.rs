@@ -244,6 +244,11 @@ impl Executor<'_> {
             return self.ended(status, Outcome::Skipped, None, start, why, None);
         };
         self.request.events.emit(Event::StageStarted { stage: address.clone(), kind: data.stage.kind.clone() });
+        self.request.events.emit(Event::Note {
+            stage: Some(address.clone()),
+            level: Level::Debug,
+            text: format!("key {}; why: {}", key.short(), data.reason.explain()),
+        });
         let progress = StageProgress::new(&address, Arc::clone(&self.request.events), Arc::clone(&self.request.cancel));
         let job = Job {
             node: data,

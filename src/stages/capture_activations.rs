@@ -127,6 +127,10 @@ impl Stage for CaptureActivations {
 
 fn tokens(context: &StageContext<'_>, info: &ModelInfo) -> Result<(Vec<u32>, Option<String>), StageError> {
     let asked = Some(size(context.params, "n_tokens")).filter(|n| *n > 0);
+    // Before anything is made of it: the number comes from the file as it is.
+    if let Some(n) = asked.filter(|n| *n > info.n_ctx_max) {
+        return Err(too_long(&format!("n_tokens {n}"), n, info));
+    }
     let Some(source) = context.params.get("text").filter(|text| !text.is_null()) else {
         return Ok((random_tokens(seed(context.params), asked.unwrap_or(RANDOM_TOKENS), info.vocab_size), None));
     };

@@ -70,7 +70,9 @@ impl Stage for Load {
 
     fn run(&self, context: &StageContext<'_>) -> Result<StageOutput, StageError> {
         let recipe = recipe(context);
-        let info = context.engine.inspect(&recipe.rooted(context.root))?;
+        let rooted = recipe.rooted(context.root);
+        let info = context.engine.inspect(&rooted)?;
+        context.engine.check_values(&rooted, context.progress)?;
         let weights_bytes = info.weights_bytes();
         let stored = info.stored_quantization.as_ref().map(|stored| {
             let schemes: Vec<&str> = stored.schemes.iter().map(|spec| spec.scheme.as_str()).collect();

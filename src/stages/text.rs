@@ -73,6 +73,9 @@ fn load(dir: &Path) -> Result<(Tokenizer, PathBuf, String), StageError> {
     let path = dir.join("tokenizer.json");
     let fail = |reason: String| StageError::Tokenize { path: path.clone(), reason };
     let bytes = std::fs::read(&path).map_err(|error| fail(error.to_string()))?;
+    // Of a file that is no JSON the tokenizers crate (0.23) panics in places where it means to return an error.
+    serde_json::from_slice::<serde::de::IgnoredAny>(&bytes)
+        .map_err(|error| fail(format!("not valid JSON: {error}")))?;
     let mut tokenizer =
         Tokenizer::from_bytes(&bytes).map_err(|error| fail(format!("not a readable tokenizer ({error})")))?;
     tokenizer.with_truncation(None).map_err(|error| fail(error.to_string()))?;

@@ -131,9 +131,23 @@ impl Store {
         }
         static COUNTER: AtomicU64 = AtomicU64::new(0);
         let n = COUNTER.fetch_add(1, Ordering::Relaxed);
+        self.clear_leftovers(key)?;
         let dir = self.dir.join("tmp").join(format!("{}.{}.{n}", key.0, std::process::id()));
         create_dirs(&dir)?;
         Ok(Staging { store: self.clone(), key: key.clone(), dir, _lock: lock })
+    }
+
+    /// Removes what killed runs left of a key whose lock is held. In a container every process has the same id: a leftover would
+    /// otherwise become part of the next artifact.
+    fn clear_leftovers(&self, key: &Key) -> Result<(), StoreError> {
+        let tmp = self.dir.join("tmp");
+        let prefix = format!("{}.", key.0);
+        for entry in fs::read_dir(&tmp).map_err(StoreError::io("list", &tmp))?.filter_map(Result::ok) {
+            if entry.file_name().to_string_lossy().starts_with(&prefix) {
+                fs::remove_dir_all(entry.path()).map_err(StoreError::io("remove", &entry.path()))?;
+            }
+        }
+        Ok(())
     }
 
     /// Returns the artifact that a stage of a pipeline last had: what a miss is explained against.
@@ -305,6 +319,25 @@ mod tests {
             fs::write(artifact.dir.join("data.bin"), b"x").expect("damage");
             assert!(store.get(&key).is_none());
         }
+    }
+
+    #[test]
+    fn what_a_killed_run_left_of_a_key_is_not_part_of_the_next_artifact() {
+        let (dir, store, key) = store();
+        for name in [format!("{}.1.0", key.0), format!("{}.1.old", key.0)] {
+            let left = dir.path().join("tmp").join(name);
+            fs::create_dir(&left).expect("a folder");
+            fs::write(left.join("half.parquet"), b"PAR1").expect("a file");
+        }
+        let other = dir.path().join("tmp").join("notes");
+        fs::create_dir(&other).expect("a folder");
+        let artifact = store.begin(&key, &|| true).expect("a staging folder").commit(draft("s")).expect("a commit");
+        assert_eq!(artifact.manifest.files.len(), 1);
+        let left: Vec<_> = fs::read_dir(dir.path().join("tmp")).expect("the folder").collect();
+        assert!(left.len() == 1 && other.is_dir(), "{left:?}");
+        // What is not named like a staging folder is not labpipe's to remove.
+        let report = store.gc(dir.path(), Duration::ZERO, false).expect("a report");
+        assert!(other.is_dir() && report.removed.len() == 1, "{report:?}");
     }
 
     #[test]

@@ -45,7 +45,6 @@ impl Store {
     }
 
     fn artifact_dirs(&self) -> Result<Vec<PathBuf>, StoreError> {
-        let is_key = |name: &str| name.len() == 64 && name.chars().all(|c| c.is_ascii_hexdigit());
         let entries = fs::read_dir(self.dir()).map_err(StoreError::io("list", self.dir()))?;
         let mut dirs: Vec<PathBuf> = entries
             .filter_map(Result::ok)
@@ -95,7 +94,7 @@ impl Store {
         for entry in fs::read_dir(&tmp).map_err(StoreError::io("list", &tmp))?.filter_map(Result::ok) {
             let name = entry.file_name().to_string_lossy().into_owned();
             let key = name.split('.').next().unwrap_or_default().to_owned();
-            if entry.path().is_dir() && self.is_free(&Key(key)) {
+            if is_key(&key) && entry.path().is_dir() && self.is_free(&Key(key)) {
                 remove(&entry.path(), "left by a run that was killed", dry_run, &mut report)?;
             }
         }
@@ -109,6 +108,10 @@ impl Store {
             Err(_) => true,
         }
     }
+}
+
+fn is_key(name: &str) -> bool {
+    name.len() == 64 && name.chars().all(|c| c.is_ascii_hexdigit())
 }
 
 fn damage(dir: &Path, manifest: &Manifest) -> Option<String> {

@@ -48,6 +48,8 @@ impl Results {
     fn point_latest(&self, target: &Path) -> Result<(), StoreError> {
         let latest = self.dir.join(LATEST);
         let temporary = aside(&latest);
+        // A killed run of the same process id may have left its own; a link can't replace one that is there.
+        let _ = fs::remove_file(&temporary);
         std::os::unix::fs::symlink(target, &temporary).map_err(StoreError::io("link", &temporary))?;
         fs::rename(&temporary, &latest).map_err(StoreError::io("link", &latest))
     }
@@ -134,5 +136,9 @@ fn place(from: &Path, to: &Path) -> Result<(), StoreError> {
     if let Some(parent) = to.parent() {
         create_dirs(parent)?;
     }
-    fs::copy(from, to).map(|_| ()).map_err(StoreError::io("copy", to))
+    fs::copy(from, to).map(|_| ()).map_err(|source| {
+        // Half a picture would look like a whole one; the error that matters is the one being reported.
+        let _ = fs::remove_file(to);
+        StoreError::Io { verb: "copy", path: to.to_owned(), source }
+    })
 }

@@ -1,6 +1,6 @@
 //! Progress bars on a terminal: one for the run, one for every running stage.
 
-use super::lines::{line, said};
+use super::lines::{is_warning, line, said};
 use crate::event::{Event, EventSink, Level, Outcome};
 use crate::units::format_seconds;
 use indicatif::{MultiProgress, ProgressBar, ProgressStyle};
@@ -10,7 +10,7 @@ use std::time::Duration;
 
 const RUN: &str = "{prefix:.bold} [{bar:32}] {pos}/{len} stages  {elapsed_precise}";
 const COUNTED: &str = "  {spinner} {prefix} [{bar:24}] {pos}/{len} {msg}  {per_sec}  ETA {eta}";
-const UNCOUNTED: &str = "  {spinner} {prefix} {pos} {msg}  {elapsed}";
+const UNCOUNTED: &str = "  {spinner} {prefix} {pos} {msg}  {per_sec}  {elapsed}";
 const TICK: Duration = Duration::from_millis(120);
 
 /// Draws bars with indicatif; they redraw themselves, on stderr.
@@ -91,12 +91,14 @@ impl EventSink for Bars {
                 if let Some(bar) = state.stages.remove(stage) {
                     bar.finish_and_clear();
                 }
-                self.say(&format!(
-                    "{} {stage}  {}  {}",
-                    mark(*outcome),
-                    format_seconds(*duration_s),
-                    said(stage, *outcome, summary)
-                ));
+                if self.level < Level::Warning || is_warning(&event) {
+                    self.say(&format!(
+                        "{} {stage}  {}  {}",
+                        mark(*outcome),
+                        format_seconds(*duration_s),
+                        said(stage, *outcome, summary)
+                    ));
+                }
                 if let Some(run) = &state.run {
                     run.inc(1);
                 }

@@ -28,9 +28,10 @@ impl EventSink for JsonLines {
     }
 }
 
-/// Returns an event as a line; nothing for events that need none.
+/// Returns an event as a line; nothing for events that need none, or that say nothing bad where only warnings are wanted.
 pub fn line(event: &Event, level: Level) -> Option<String> {
     match event {
+        event if level == Level::Warning && !is_warning(event) => None,
         Event::RunStarted { run_id, pipeline, device, n_stages, n_cached } => {
             Some(format!("run {run_id} of {pipeline} on {device}: {n_stages} stages, {n_cached} cached"))
         }
@@ -55,6 +56,18 @@ pub fn line(event: &Event, level: Level) -> Option<String> {
     }
 }
 
+/// Returns true for what a user who asked for quiet still wants to know.
+pub fn is_warning(event: &Event) -> bool {
+    match event {
+        Event::Note { level, .. } => *level == Level::Warning,
+        Event::StageFinished { outcome, .. } => !matches!(outcome, Outcome::Done | Outcome::Cached),
+        Event::RunStarted { .. }
+        | Event::StageStarted { .. }
+        | Event::StageProgress { .. }
+        | Event::RunFinished { .. } => false,
+    }
+}
+
 /// Returns the word for an outcome.
 pub fn word(outcome: Outcome) -> &'static str {
     match outcome {
@@ -71,5 +84,28 @@ pub fn said(stage: &str, outcome: Outcome, summary: &str) -> String {
     match outcome {
         Outcome::Failed => format!("{stage} failed to {summary}"),
         _ => summary.to_owned(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn quiet_leaves_failures_and_warnings_only() {
+        let finished = |outcome| Event::StageFinished {
+            stage: "ppl".to_owned(),
+            kind: "ppl".to_owned(),
+            outcome,
+            duration_s: 0.5,
+            summary: "read text.txt: the text is empty".to_owned(),
+        };
+        let note = |level| Event::Note { stage: None, level, text: "careful".to_owned() };
+        assert_eq!(line(&finished(Outcome::Done), Level::Warning), None);
+        assert!(line(&finished(Outcome::Done), Level::Info).is_some());
+        let failed = line(&finished(Outcome::Failed), Level::Warning).expect("a line");
+        assert!(failed.contains("ppl failed to read text.txt"), "{failed}");
+        assert_eq!(line(&note(Level::Info), Level::Warning), None);
+        assert_eq!(line(&note(Level::Warning), Level::Warning).as_deref(), Some("warning: careful"));
     }
 }

@@ -1,6 +1,6 @@
 //! Causal attention over the cache, for any head width and runtime: a cube a query and head, keys in chunks with a running softmax.
 
-use super::ops::Heads;
+use super::ops::{Heads, STATE_POSITION};
 use super::reduce::{cube_max, cube_sum};
 use cubecl::prelude::*;
 
@@ -14,7 +14,7 @@ pub struct Scoring {
     pub soft_cap: bool,
 }
 
-/// Queries `n_past..n_past + n` against all keys up to their own, or the last `window` of them.
+/// Queries from the state's position on against all keys up to their own, or the last `window` of them.
 ///
 /// # Shapes
 /// `q`, `out` `[n, n_heads·head_dim]`, `keys`, `values` `[n_kv_heads, capacity, head_dim]`.
@@ -24,7 +24,7 @@ pub fn attention_kernel<A: Float, C: Float>(
     keys: &[C],
     values: &[C],
     out: &mut [A],
-    n_past: u32,
+    state: &[u32],
     capacity: u32,
     window: u32,
     scale: f32,
@@ -41,7 +41,7 @@ pub fn attention_kernel<A: Float, C: Float>(
     let token = CUBE_POS_X;
     let head = CUBE_POS_Y;
     let kv_head = head / comptime!(heads.n_heads / heads.n_kv_heads);
-    let position = n_past + token;
+    let position = state[STATE_POSITION as usize] + token;
     let q_at = (token * comptime!(heads.n_heads) + head) * head_dim;
     let mut i = UNIT_POS_X;
     while i < head_dim {

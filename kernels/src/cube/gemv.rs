@@ -41,8 +41,6 @@ pub struct GemvSpec {
     pub block_size: u32,
     pub nested: bool,
     pub norm: bool,
-    /// RMSNorm multiplies with 1 + w (Gemma).
-    pub norm_plus_one: bool,
     pub has_bias: bool,
     pub epilogue: Epilogue,
     pub planes: u32,
@@ -256,23 +254,36 @@ macro_rules! dense_pairs {
 dense_pairs!(F16Pairs, false);
 dense_pairs!(Bf16Pairs, true);
 
+/// Reads a variable: assembly would be given its address.
+#[cube]
+fn read_word(word: u32) -> u32 {
+    word | 0u32
+}
+
+/// As [`read_word`].
+#[cube]
+fn read_float(value: f32) -> f32 {
+    f32::reinterpret(u32::reinterpret(value))
+}
+
 #[cube]
 fn subtract_halves(a: u32, b: u32) -> u32 {
     let out: u32;
     gpu_asm!("sub.f16x2 {}, {}, {};", out(_) out, in(_) a, in(_) b, options(pure, nomem));
-    out
+    read_word(out)
 }
 
 /// Packs two numbers as halves, the first in the low half.
 #[cube]
 pub fn pack_pair(low: f32, high: f32, #[comptime] is_bf16: bool) -> u32 {
     let out: u32;
+    let (low, high) = (read_float(low), read_float(high));
     if comptime!(is_bf16) {
         gpu_asm!("cvt.rn.bf16x2.f32 {}, {}, {};", out(_) out, in(_) high, in(_) low, options(pure, nomem));
     } else {
         gpu_asm!("cvt.rn.f16x2.f32 {}, {}, {};", out(_) out, in(_) high, in(_) low, options(pure, nomem));
     }
-    out
+    read_word(out)
 }
 
 #[cube]
@@ -287,22 +298,35 @@ fn high_half(pair: u32, #[comptime] is_bf16: bool) -> f32 {
 
 /// `d = a · b + c` of a 16×8×16 product: a four words, b two, c four floats a lane (PTX ISA, `mma.m16n8k16`).
 #[cube]
+#[allow(clippy::too_many_arguments)]
 pub fn mma_16x8x16(
-    a: Vector<u32, Const<4>>,
-    b: Vector<u32, Const<2>>,
+    a_0: u32,
+    a_1: u32,
+    a_2: u32,
+    a_3: u32,
+    b_0: u32,
+    b_1: u32,
     c: Vector<f32, Const<4>>,
     #[comptime] is_bf16: bool,
 ) -> Vector<f32, Const<4>> {
     let d: Vector<f32, Const<4>>;
+    // Taken apart: an operand that is a variable would be passed by its address.
+    let (c_0, c_1, c_2, c_3) = (c.extract(0usize), c.extract(1usize), c.extract(2usize), c.extract(3usize));
     if comptime!(is_bf16) {
         gpu_asm!(
-            "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {d}, {a}, {b}, {c};",
-            a = in(_) a, b = in(_) b, c = in(_) c, d = out(_) d, options(nomem),
+            "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {d}, ",
+            "{{{a_0}, {a_1}, {a_2}, {a_3}}}, {{{b_0}, {b_1}}}, {{{c_0}, {c_1}, {c_2}, {c_3}}};",
+            a_0 = in(_) a_0, a_1 = in(_) a_1, a_2 = in(_) a_2, a_3 = in(_) a_3, b_0 = in(_) b_0, b_1 = in(_) b_1,
+            c_0 = in(_) c_0, c_1 = in(_) c_1, c_2 = in(_) c_2, c_3 = in(_) c_3, d = out(_) d,
+            options(pure, nomem),
         );
     } else {
         gpu_asm!(
-            "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {d}, {a}, {b}, {c};",
-            a = in(_) a, b = in(_) b, c = in(_) c, d = out(_) d, options(nomem),
+            "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {d}, ",
+            "{{{a_0}, {a_1}, {a_2}, {a_3}}}, {{{b_0}, {b_1}}}, {{{c_0}, {c_1}, {c_2}, {c_3}}};",
+            a_0 = in(_) a_0, a_1 = in(_) a_1, a_2 = in(_) a_2, a_3 = in(_) a_3, b_0 = in(_) b_0, b_1 = in(_) b_1,
+            c_0 = in(_) c_0, c_1 = in(_) c_1, c_2 = in(_) c_2, c_3 = in(_) c_3, d = out(_) d,
+            options(pure, nomem),
         );
     }
     d
@@ -363,9 +387,8 @@ fn stage_x<S: Fragments>(
             let mut low = x[(base + low_at) as usize] * inverse;
             let mut high = x[(base + high_at) as usize] * inverse;
             if comptime!(spec.norm) {
-                let plus = comptime!(if spec.norm_plus_one { 1.0f32 } else { 0.0f32 });
-                low *= norm_weight[low_at as usize] + plus;
-                high *= norm_weight[high_at as usize] + plus;
+                low *= norm_weight[low_at as usize];
+                high *= norm_weight[high_at as usize];
             }
             pairs[(comptime!(row * n_words) + at) as usize] = pack_pair(low, high, S::is_bf16());
             at += units;
@@ -416,7 +439,7 @@ fn stage_scales<S: Fragments>(
 /// # Shapes
 /// `codes` the packed matrix `[n_rows, n_cols]` in vectors of words, `x` `[m, n_cols]`, `norm_weight` `[n_cols]`, `bias` `[n_rows]`,
 /// `y` `[m, n_rows]` (`[m, n_rows / 2]` where rows are paired). Cubes share `n_tiles` tiles of 16 rows.
-#[cube(launch_unchecked)]
+#[cube(launch_unchecked, create_dummy_kernel)]
 #[allow(clippy::too_many_arguments)]
 pub fn gemv_kernel<S: Fragments, V: Size>(
     codes: &[Vector<u32, V>],
@@ -542,17 +565,18 @@ pub fn gemv_kernel<S: Fragments, V: Size>(
                     let x_base = x_row * comptime!(spec.n_cols / 2) + step * comptime!(STEP / 2) + quarter * 8u32;
                     #[unroll]
                     for j in 0..4u32 {
-                        let mut a = Vector::<u32, Const<4>>::empty();
                         let p0 = comptime!(2 * j);
                         let p1 = comptime!(2 * j + 1);
-                        a.insert(0usize, S::pair::<V>(&words_0, &table, lane_copy, first, p0, spec.copies));
-                        a.insert(1usize, S::pair::<V>(&words_1, &table, lane_copy, first, p0, spec.copies));
-                        a.insert(2usize, S::pair::<V>(&words_0, &table, lane_copy, first, p1, spec.copies));
-                        a.insert(3usize, S::pair::<V>(&words_1, &table, lane_copy, first, p1, spec.copies));
-                        let mut b = Vector::<u32, Const<2>>::empty();
-                        b.insert(0usize, pairs[(x_base + p0) as usize]);
-                        b.insert(1usize, pairs[(x_base + p1) as usize]);
-                        product = mma_16x8x16(a, b, product, S::is_bf16());
+                        product = mma_16x8x16(
+                            S::pair::<V>(&words_0, &table, lane_copy, first, p0, spec.copies),
+                            S::pair::<V>(&words_1, &table, lane_copy, first, p0, spec.copies),
+                            S::pair::<V>(&words_0, &table, lane_copy, first, p1, spec.copies),
+                            S::pair::<V>(&words_1, &table, lane_copy, first, p1, spec.copies),
+                            pairs[(x_base + p0) as usize],
+                            pairs[(x_base + p1) as usize],
+                            product,
+                            S::is_bf16(),
+                        );
                     }
                     if comptime!(S::block_scale()) {
                         let block = step / comptime!(spec.block_size / STEP);

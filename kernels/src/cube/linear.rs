@@ -10,15 +10,18 @@ pub const TILE_ROWS: u32 = 8;
 pub const CUBE_UNITS: u32 = 128;
 
 /// # Shapes
-/// `x` `[m, n_cols]`, `bias` `[n_rows]` or empty, `y` `[m, n_rows]`; the cube's y position is a tile of `TILE_ROWS` rows of x.
+/// `x` `[x_row + m, n_cols]`, of which the last m rows are taken, `bias` `[n_rows]` or empty, `y` `[m, y_stride]` of which columns from `y_first` on are written; the cube's y position is a tile of `TILE_ROWS` rows of x.
 #[cube(launch_unchecked)]
-pub fn linear_kernel<D: Decode, A: Float>(
+pub fn linear_kernel<D: Decode, A: Float, O: Float>(
     stored: Stored,
     x: &[A],
     bias: &[f32],
-    y: &mut [A],
+    y: &mut [O],
     m: u32,
     n_rows: u32,
+    x_row: u32,
+    y_first: u32,
+    y_stride: u32,
     #[comptime] format: Format,
     #[comptime] has_bias: bool,
 ) {
@@ -38,7 +41,7 @@ pub fn linear_kernel<D: Decode, A: Float>(
             #[unroll]
             for i in 0..TILE_ROWS {
                 if first + i < m {
-                    sums[i as usize] += weight * f32::cast_from(x[((first + i) * n_cols + col) as usize]);
+                    sums[i as usize] += weight * f32::cast_from(x[((x_row + first + i) * n_cols + col) as usize]);
                 }
             }
             col += PLANE_DIM;
@@ -50,7 +53,7 @@ pub fn linear_kernel<D: Decode, A: Float>(
                 if comptime!(has_bias) {
                     sum += bias[row as usize];
                 }
-                y[((first + i) * n_rows + row) as usize] = A::cast_from(sum);
+                y[((first + i) * y_stride + y_first + row) as usize] = O::cast_from(sum);
             }
         }
     }

@@ -1,6 +1,6 @@
 //! A stored matrix on the device.
 
-use super::decode::{Format, StoredLaunch};
+use super::decode::{Format, OFFSETS, StoredLaunch};
 use crate::dense::DenseType;
 use crate::schemes::dynamic_map::dynamic_map;
 use crate::weight::{DenseWeight, HostWeight};
@@ -8,6 +8,7 @@ use crate::{Packed, SchemeError};
 use cubecl::client::Client;
 use cubecl::prelude::*;
 use cubecl::server::Handle;
+use std::borrow::Cow;
 
 /// Which decoder reads a matrix.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -48,59 +49,19 @@ impl DeviceMatrix {
     /// # Errors
     /// [`SchemeError::Unknown`] for a scheme that has no kernels.
     pub fn upload(client: &Client, weight: &HostWeight) -> Result<DeviceMatrix, SchemeError> {
-        match weight {
-            HostWeight::Dense(dense) => Ok(DeviceMatrix::upload_dense(client, dense)),
-            HostWeight::Packed(packed) => DeviceMatrix::upload_packed(client, packed),
+        Ok(Parts::of(weight)?.upload(client))
+    }
+
+    /// Copies matrices of equal width as one, their rows one after the other; nothing where their stored forms do not go together.
+    ///
+    /// # Errors
+    /// As [`upload`](Self::upload).
+    pub fn upload_stacked(client: &Client, weights: &[&HostWeight]) -> Result<Option<DeviceMatrix>, SchemeError> {
+        let mut parts = Vec::with_capacity(weights.len());
+        for weight in weights {
+            parts.push(Parts::of(weight)?);
         }
-    }
-
-    fn upload_dense(client: &Client, dense: &DenseWeight) -> DeviceMatrix {
-        let kind = match dense.dtype {
-            DenseType::F32 => Kind::F32,
-            DenseType::F16 => Kind::F16,
-            DenseType::Bf16 => Kind::Bf16,
-        };
-        let format = Format { block_size: NO_BLOCKS, nested: false };
-        let parts = Parts { codes: dense.bytes.as_slice(), ..Parts::default() };
-        parts.upload(client, kind, format, dense.n_rows, dense.n_cols)
-    }
-
-    fn upload_packed(client: &Client, packed: &Packed) -> Result<DeviceMatrix, SchemeError> {
-        let block_size = packed.spec.block_size.map_or(NO_BLOCKS, |size| size as u32);
-        let mut parts = Parts { codes: &packed.codes, ..Parts::default() };
-        let (kind, nested) = match packed.spec.scheme.as_str() {
-            "nf4" => {
-                parts.tables = crate::schemes::nf4::TABLE.to_vec();
-                match &packed.nested {
-                    None => parts.scales = packed.scales.clone(),
-                    Some(nested) => {
-                        parts.scales = nested.absmax.clone();
-                        parts.aux = nested.codes.clone();
-                        parts.tables.extend_from_slice(dynamic_map());
-                        parts.tables.extend([nested.offset; 3]);
-                    }
-                }
-                (Kind::Codebook4, packed.nested.is_some())
-            }
-            // The kernels multiply activations as they are; LLM.int8()'s products are the host's.
-            "int8" if packed.spec.outlier_threshold.is_some() => {
-                return Err(SchemeError::Unknown("int8 with outlier_threshold".to_owned()));
-            }
-            "int8" => {
-                parts.scales = packed.scales.clone();
-                (Kind::Int8, false)
-            }
-            "int4" => {
-                let stats = packed.scales.iter().zip(&packed.zeros).flat_map(|(scale, zero)| {
-                    let word = u32::from(half::f16::from_f32(*scale).to_bits()) | u32::from(*zero) << 16;
-                    word.to_le_bytes()
-                });
-                parts.aux = stats.collect();
-                (Kind::Affine4, false)
-            }
-            other => return Err(SchemeError::Unknown(other.to_owned())),
-        };
-        Ok(parts.upload(client, kind, Format { block_size, nested }, packed.n_rows, packed.n_cols))
+        Ok(Parts::stack(parts).map(|stacked| stacked.upload(client)))
     }
 
     /// Bytes on the device: codes and statistics; tables that all matrices share the values of are left out.
@@ -132,30 +93,143 @@ impl DeviceMatrix {
 }
 
 /// What is uploaded.
-#[derive(Default)]
 struct Parts<'a> {
-    codes: &'a [u8],
-    scales: Vec<f32>,
-    aux: Vec<u8>,
+    kind: Kind,
+    format: Format,
+    n_rows: usize,
+    n_cols: usize,
+    segments: [u32; 2],
+    codes: Cow<'a, [u8]>,
+    scales: Cow<'a, [f32]>,
+    aux: Cow<'a, [u8]>,
     tables: Vec<f32>,
 }
 
-impl Parts<'_> {
-    fn upload(self, client: &Client, kind: Kind, format: Format, n_rows: usize, n_cols: usize) -> DeviceMatrix {
-        let (codes, n_codes) = upload_words(client, self.codes);
+impl<'a> Parts<'a> {
+    fn of(weight: &'a HostWeight) -> Result<Parts<'a>, SchemeError> {
+        match weight {
+            HostWeight::Dense(dense) => Ok(Parts::of_dense(dense)),
+            HostWeight::Packed(packed) => Parts::of_packed(packed),
+        }
+    }
+
+    fn of_dense(dense: &'a DenseWeight) -> Parts<'a> {
+        let kind = match dense.dtype {
+            DenseType::F32 => Kind::F32,
+            DenseType::F16 => Kind::F16,
+            DenseType::Bf16 => Kind::Bf16,
+        };
+        Parts {
+            kind,
+            format: Format { block_size: NO_BLOCKS, nested: false },
+            n_rows: dense.n_rows,
+            n_cols: dense.n_cols,
+            segments: [u32::MAX; 2],
+            codes: Cow::Borrowed(dense.bytes.as_slice()),
+            scales: Cow::Borrowed(&[]),
+            aux: Cow::Borrowed(&[]),
+            tables: Vec::new(),
+        }
+    }
+
+    fn of_packed(packed: &'a Packed) -> Result<Parts<'a>, SchemeError> {
+        let block_size = packed.spec.block_size.map_or(NO_BLOCKS, |size| size as u32);
+        let mut parts = Parts {
+            kind: Kind::Codebook4,
+            format: Format { block_size, nested: packed.nested.is_some() },
+            n_rows: packed.n_rows,
+            n_cols: packed.n_cols,
+            segments: [u32::MAX; 2],
+            codes: Cow::Borrowed(&packed.codes),
+            scales: Cow::Borrowed(&packed.scales),
+            aux: Cow::Borrowed(&[]),
+            tables: Vec::new(),
+        };
+        match packed.spec.scheme.as_str() {
+            "nf4" => {
+                parts.tables = crate::schemes::nf4::TABLE.to_vec();
+                if let Some(nested) = &packed.nested {
+                    parts.scales = Cow::Borrowed(&nested.absmax);
+                    parts.aux = Cow::Borrowed(&nested.codes);
+                    parts.tables.extend_from_slice(dynamic_map());
+                    parts.tables.extend([nested.offset; 3]);
+                }
+            }
+            // The kernels multiply activations as they are; LLM.int8()'s products are the host's.
+            "int8" if packed.spec.outlier_threshold.is_some() => {
+                return Err(SchemeError::Unknown("int8 with outlier_threshold".to_owned()));
+            }
+            "int8" => parts.kind = Kind::Int8,
+            "int4" => {
+                parts.kind = Kind::Affine4;
+                let stats = packed.scales.iter().zip(&packed.zeros).flat_map(|(scale, zero)| {
+                    let word = u32::from(half::f16::from_f32(*scale).to_bits()) | u32::from(*zero) << 16;
+                    word.to_le_bytes()
+                });
+                parts.aux = stats.collect();
+                parts.scales = Cow::Borrowed(&[]);
+            }
+            other => return Err(SchemeError::Unknown(other.to_owned())),
+        }
+        Ok(parts)
+    }
+
+    /// Puts matrices on top of each other where blocks, words and second-level blocks all end with each one's rows.
+    fn stack(parts: Vec<Parts<'a>>) -> Option<Parts<'a>> {
+        let first = parts.first()?;
+        let alike =
+            |part: &Parts<'_>| part.kind == first.kind && part.format == first.format && part.n_cols == first.n_cols;
+        let block = first.format.block_size as usize;
+        let ends_whole = |part: &Parts<'_>| {
+            let blocks_end = !matches!(part.kind, Kind::Codebook4)
+                || ((part.n_rows * part.n_cols).is_multiple_of(block)
+                    && (!part.format.nested || (part.n_rows * part.n_cols / block).is_multiple_of(256)));
+            blocks_end && part.codes.len().is_multiple_of(4)
+        };
+        if parts.len() > 3 || !parts.iter().all(alike) || !parts[..parts.len() - 1].iter().all(ends_whole) {
+            return None;
+        }
+        let mut starts = parts.iter().scan(0u32, |row, part| {
+            let start = *row;
+            *row += part.n_rows as u32;
+            Some(start)
+        });
+        starts.next();
+        let segments = std::array::from_fn(|_| starts.next().unwrap_or(u32::MAX));
+        let mut tables = first.tables.clone();
+        if first.format.nested {
+            for (slot, part) in parts.iter().enumerate() {
+                tables[OFFSETS as usize + slot] = part.tables[OFFSETS as usize];
+            }
+        }
+        Some(Parts {
+            kind: first.kind,
+            format: first.format,
+            n_rows: parts.iter().map(|part| part.n_rows).sum(),
+            n_cols: first.n_cols,
+            segments,
+            codes: Cow::Owned(parts.iter().map(|part| part.codes.as_ref()).collect::<Vec<_>>().concat()),
+            scales: Cow::Owned(parts.iter().map(|part| part.scales.as_ref()).collect::<Vec<_>>().concat()),
+            aux: Cow::Owned(parts.iter().map(|part| part.aux.as_ref()).collect::<Vec<_>>().concat()),
+            tables,
+        })
+    }
+
+    fn upload(self, client: &Client) -> DeviceMatrix {
+        let (codes, n_codes) = upload_words(client, &self.codes);
         let (scales, n_scales) = upload_words(client, bytemuck::cast_slice(&self.scales));
         let (aux, n_aux) = upload_words(client, &self.aux);
         let (tables, n_tables) = upload_words(client, bytemuck::cast_slice(&self.tables));
         DeviceMatrix {
-            kind,
-            format,
-            n_rows,
-            n_cols,
+            kind: self.kind,
+            format: self.format,
+            n_rows: self.n_rows,
+            n_cols: self.n_cols,
             codes,
             scales,
             aux,
             tables,
-            segments: [u32::MAX; 2],
+            segments: self.segments,
             lens: [n_codes, n_scales, n_aux, n_tables],
         }
     }

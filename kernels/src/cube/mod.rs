@@ -3,7 +3,7 @@
 //! A stored matrix lives on the device as a [`DeviceMatrix`]: the host's packed bytes as u32 words, and its statistics. Kernels decode
 //! through the [`Decode`](decode::Decode) trait, one implementation a scheme. This room allocates and launches; it knows no model.
 
-pub mod attention;
+mod attention;
 #[cfg(feature = "cuda")]
 pub mod cublas;
 pub mod decode;
@@ -12,10 +12,15 @@ pub mod gemv;
 mod launch;
 mod linear;
 mod matrix;
+#[cfg(feature = "cuda")]
+pub mod nvidia;
 pub mod ops;
 mod reduce;
 mod tensor_core;
 
-pub use launch::{Element, dequantize, linear};
+pub use launch::{
+    Element, LayerCache, Place, Residual, add_bias, add_norm, attention, choose, dequantize, embed, gate, linear,
+    rope_append, score, soft_cap,
+};
 pub use matrix::{DeviceMatrix, Kind};
 pub use tensor_core::{Gemv, Norm, Tuning, gemv, gemv_fits};

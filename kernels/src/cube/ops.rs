@@ -45,8 +45,6 @@ pub struct AddNorm {
     pub norm_delta: bool,
     /// The normed row is written.
     pub norm: bool,
-    /// Norms multiply with 1 + w.
-    pub plus_one: bool,
 }
 
 /// `x += delta; out = RMSNorm(x) · w`, a cube a row.
@@ -66,7 +64,6 @@ pub fn add_norm_kernel<A: Float>(
 ) {
     let mut scratch = Shared::<[f32]>::new_slice(comptime!(ROW_UNITS as usize));
     let base = CUBE_POS_X * n_cols;
-    let plus = comptime!(if spec.plus_one { 1.0f32 } else { 0.0f32 });
     let mut delta_scale = 1.0f32;
     if comptime!(spec.norm_delta) {
         let mut squares = 0.0f32;
@@ -87,7 +84,7 @@ pub fn add_norm_kernel<A: Float>(
         if comptime!(spec.add) {
             let mut change = f32::cast_from(delta[at]);
             if comptime!(spec.norm_delta) {
-                change = change * delta_scale * (delta_weight[col as usize] + plus);
+                change = change * delta_scale * delta_weight[col as usize];
             }
             value += change;
             x[at] = value;
@@ -101,7 +98,7 @@ pub fn add_norm_kernel<A: Float>(
         let mut col = UNIT_POS_X;
         while col < n_cols {
             let at = (base + col) as usize;
-            out[at] = A::cast_from(x[at] * scale * (weight[col as usize] + plus));
+            out[at] = A::cast_from(x[at] * scale * weight[col as usize]);
             col += CUBE_DIM_X;
         }
     }
@@ -161,15 +158,16 @@ pub struct Heads {
     pub head_dim: u32,
     /// Query and key heads go through an RMSNorm of their own first (Qwen3, Gemma 3).
     pub qk_norm: bool,
-    pub qk_plus_one: bool,
+    /// Leading values of a head that are rotated; the rest pass as they are.
+    pub rotary_dim: u32,
 }
 
 /// Rotates queries and keys (rotate-half), norms them before where the model does, and appends keys and values to the cache. A cube
 /// a token and head: queries, then keys, then values.
 ///
 /// # Shapes
-/// `qkv` `[n, (n_heads + 2·n_kv_heads)·head_dim]`, `table` `[positions, head_dim / 2, 2]` cos and sin, `q` `[n, n_heads·head_dim]`,
-/// `keys`, `values` `[n_kv_heads, capacity, head_dim]`, `q_norm`, `k_norm` `[head_dim]`.
+/// `qkv` `[n, (n_heads + 2·n_kv_heads)·head_dim]`, `table` `[positions, rotary_dim / 2, 2]` cos and sin, `q` `[n, n_heads·head_dim]`,
+/// `keys`, `values` `[n_kv_heads, capacity, head_dim]`, `q_norm`, `k_norm` `[head_dim]`; `state` holds the position of the first token.
 #[cube(launch_unchecked)]
 pub fn rope_append_kernel<A: Float, C: Float>(
     qkv: &[A],
@@ -179,17 +177,17 @@ pub fn rope_append_kernel<A: Float, C: Float>(
     q: &mut [A],
     keys: &mut [C],
     values: &mut [C],
-    n_past: u32,
+    state: &[u32],
     capacity: u32,
     eps: f32,
     #[comptime] heads: Heads,
 ) {
-    let half = comptime!(heads.head_dim / 2);
+    let half = comptime!(heads.rotary_dim / 2);
     let head_dim = comptime!(heads.head_dim);
     let n_all = comptime!(heads.n_heads + 2 * heads.n_kv_heads);
     let token = CUBE_POS_X;
     let head = CUBE_POS_Y;
-    let position = n_past + token;
+    let position = state[STATE_POSITION as usize] + token;
     let from = (token * n_all + head) * head_dim;
     if head >= comptime!(heads.n_heads + heads.n_kv_heads) {
         let to = ((head - comptime!(heads.n_heads + heads.n_kv_heads)) * capacity + position) * head_dim;
@@ -218,11 +216,10 @@ pub fn rope_append_kernel<A: Float, C: Float>(
             let mut low = f32::cast_from(qkv[(from + i) as usize]);
             let mut high = f32::cast_from(qkv[(from + half + i) as usize]);
             if comptime!(heads.qk_norm) {
-                let plus = comptime!(if heads.qk_plus_one { 1.0f32 } else { 0.0f32 });
                 let low_weight = select(is_query, q_norm[i as usize], k_norm[i as usize]);
                 let high_weight = select(is_query, q_norm[(half + i) as usize], k_norm[(half + i) as usize]);
-                low *= scale * (low_weight + plus);
-                high *= scale * (high_weight + plus);
+                low *= scale * low_weight;
+                high *= scale * high_weight;
             }
             let angle = (position * half + i) * 2u32;
             let (cos, sin) = (table[angle as usize], table[(angle + 1u32) as usize]);
@@ -238,6 +235,22 @@ pub fn rope_append_kernel<A: Float, C: Float>(
                 keys[(to + half + i) as usize] = C::cast_from(second);
             }
             i += CUBE_DIM_X;
+        }
+        if comptime!(heads.rotary_dim < heads.head_dim) {
+            let mut i = UNIT_POS_X + comptime!(heads.rotary_dim);
+            while i < head_dim {
+                let mut value = f32::cast_from(qkv[(from + i) as usize]);
+                if comptime!(heads.qk_norm) {
+                    value *= scale * select(is_query, q_norm[i as usize], k_norm[i as usize]);
+                }
+                if is_query {
+                    q[((token * comptime!(heads.n_heads) + head) * head_dim + i) as usize] = A::cast_from(value);
+                } else {
+                    let to = ((head - comptime!(heads.n_heads)) * capacity + position) * head_dim;
+                    keys[(to + i) as usize] = C::cast_from(value);
+                }
+                i += CUBE_DIM_X;
+            }
         }
     }
 }
@@ -285,7 +298,7 @@ fn best_of_row(logits: &[f32], base: u32, n: u32) -> (f32, u32) {
 #[cube]
 fn fold_best(best: &mut Shared<[f32]>, place: &mut Shared<[u32]>, #[comptime] units: u32) {
     let unit = UNIT_POS_X;
-    let mut width = RuntimeCell::<u32>::new(comptime!(units / 2));
+    let width = RuntimeCell::<u32>::new(comptime!(units / 2));
     sync_cube();
     while width.read() > 0u32 {
         let reach = width.read();
@@ -337,5 +350,26 @@ pub fn nll_kernel(
         let row = (first + CUBE_POS_X) as usize;
         nll[row] = largest + total.ln() - logits[(base + targets[row]) as usize];
         choice[row] = place[0];
+    }
+}
+
+/// `l = cap · tanh(l / cap)` in place.
+#[cube(launch_unchecked)]
+pub fn soft_cap_kernel(logits: &mut [f32], n: u32, cap: f32) {
+    let at = ABSOLUTE_POS;
+    if at < n as usize {
+        logits[at] = cap * (logits[at] / cap).tanh();
+    }
+}
+
+/// Adds a row to every row.
+///
+/// # Shapes
+/// `y` `[n, n_cols]`, `bias` `[n_cols]`.
+#[cube(launch_unchecked)]
+pub fn add_bias_kernel<A: Float>(y: &mut [A], bias: &[f32], n_values: u32, n_cols: u32) {
+    let at = ABSOLUTE_POS as u32;
+    if at < n_values {
+        y[at as usize] = A::cast_from(f32::cast_from(y[at as usize]) + bias[(at % n_cols) as usize]);
     }
 }

@@ -14,8 +14,6 @@ pub struct Norm<'a> {
     /// `[n_cols]` in f32.
     pub weight: &'a Handle,
     pub eps: f32,
-    /// Multiplies with 1 + w.
-    pub plus_one: bool,
 }
 
 /// One `y = W · x` with what is fused to it.
@@ -88,7 +86,6 @@ pub fn gemv(client: &Client, matrix: &DeviceMatrix, call: &Gemv<'_>, tuning: Tun
         block_size: matrix.format.block_size.min(matrix.n_cols as u32),
         nested: matrix.format.nested,
         norm: call.norm.is_some(),
-        norm_plus_one: call.norm.as_ref().is_some_and(|norm| norm.plus_one),
         has_bias: call.bias.is_some(),
         epilogue: call.epilogue,
         planes: tuning.planes,

@@ -9,6 +9,7 @@ pub use convert::{dense_type, first_not_finite, to_dtype, to_f32};
 pub use random::random_values;
 pub use safetensors_file::SafetensorsFolder;
 
+use crate::event::Progress;
 use crate::inference::{InferenceError, ModelSource, StoredQuantization};
 use crate::units::DType;
 use labpipe_kernels::Packed;
@@ -105,6 +106,17 @@ impl Checkpoint {
         match self {
             Checkpoint::Folder(folder) => bitsandbytes::stored(folder, linears),
             _ => Ok(None),
+        }
+    }
+
+    /// Checks that all weights and biases hold finite values; random ones do.
+    ///
+    /// # Errors
+    /// `NotFinite`; `Cancelled`.
+    pub fn check_values(&self, progress: &dyn Progress) -> Result<(), InferenceError> {
+        match self {
+            Checkpoint::Folder(folder) => folder.check_values(progress),
+            Checkpoint::Random { .. } => Ok(()),
         }
     }
 

@@ -1,6 +1,8 @@
 //! A folder of safetensors files: `model.safetensors`, or shards with `model.safetensors.index.json`.
 
-use super::StoredTensor;
+use super::bitsandbytes::is_packed;
+use super::{StoredTensor, first_not_finite};
+use crate::event::Progress;
 use crate::inference::InferenceError;
 use crate::units::DType;
 use labpipe_kernels::weight::SharedBytes;
@@ -134,6 +136,27 @@ impl SafetensorsFolder {
                 Err(error(&self.dir, found))
             }
         }
+    }
+
+    /// Checks that all weights and biases hold finite values. Other tensors (buffers that some exporters save) are never used.
+    ///
+    /// # Errors
+    /// `NotFinite`; `Cancelled`.
+    pub fn check_values(&self, progress: &dyn Progress) -> Result<(), InferenceError> {
+        progress.begin(Some(self.tensors.len() as u64), "tensors");
+        for (name, tensor) in &self.tensors {
+            if progress.is_cancelled() {
+                return Err(InferenceError::Cancelled);
+            }
+            // Packed codes may lie in a container of floats.
+            let is_used = name.ends_with(".bias") || name.ends_with(".weight") && !is_packed(self, name);
+            if is_used && let Some((index, value)) = first_not_finite(tensor.dtype, tensor.bytes.as_slice()) {
+                let path = tensor.path.clone();
+                return Err(InferenceError::NotFinite { path, tensor: name.clone(), index, value });
+            }
+            progress.advance(1);
+        }
+        Ok(())
     }
 
     fn add_file(&mut self, path: &Path) -> Result<(), InferenceError> {

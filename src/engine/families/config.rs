@@ -154,6 +154,9 @@ impl ConfigFile {
         if n_layers > MAX_LAYERS {
             return Err(self.error(format!("num_hidden_layers {n_layers} is more than {MAX_LAYERS}")));
         }
+        if n_heads.saturating_mul(head_dim) > MAX_DIM {
+            return Err(self.error(format!("{n_heads} heads of {head_dim} are wider than {MAX_DIM}")));
+        }
         let rope = self.rope(head_dim)?;
         Ok(ModelSpec {
             family,
@@ -282,5 +285,9 @@ mod tests {
     fn absurd_sizes_are_refused_before_anything_is_allocated() {
         let (_dir, path) = config(r#"{"model_type": "llama", "hidden_size": 99999999999, "num_attention_heads": 8}"#);
         assert!(read_spec(&path).expect_err("an error").to_string().contains("hidden_size"));
+        let (_dir, path) = config(
+            r#"{"model_type": "llama", "hidden_size": 64, "num_attention_heads": 8, "num_hidden_layers": 9000000}"#,
+        );
+        assert!(read_spec(&path).expect_err("an error").to_string().contains("num_hidden_layers"));
     }
 }

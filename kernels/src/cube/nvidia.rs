@@ -1,0 +1,71 @@
+//! What of CUDA a machine has, asked without failing where something is missing.
+
+/// The parts that kernels on an NVIDIA GPU need.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct CudaParts {
+    /// CUDA version that the driver supports, as 12.8; nothing where there is no driver.
+    pub driver: Option<String>,
+    /// The runtime compiler that kernels go through.
+    pub has_nvrtc: bool,
+    /// Multiplies large matrices; slower kernels of cubecl do without it.
+    pub has_cublas: bool,
+    pub n_devices: usize,
+}
+
+impl CudaParts {
+    /// Looks.
+    pub fn find() -> CudaParts {
+        // SAFETY: these only try to open libraries by name.
+        let (has_driver, has_nvrtc, has_cublas) = unsafe {
+            (
+                cudarc::driver::sys::is_culib_present(),
+                cudarc::nvrtc::sys::is_culib_present(),
+                cudarc::cublas::sys::is_culib_present(),
+            )
+        };
+        let mut parts = CudaParts { driver: None, has_nvrtc, has_cublas, n_devices: 0 };
+        if has_driver {
+            let mut version = 0;
+            // SAFETY: writes one integer, which outlives the call.
+            if unsafe { cudarc::driver::sys::cuDriverGetVersion(&mut version) }.result().is_ok() {
+                parts.driver = Some(format!("{}.{}", version / 1000, version % 1000 / 10));
+            }
+            let count = cudarc::driver::CudaContext::device_count().unwrap_or(0);
+            parts.n_devices = usize::try_from(count).unwrap_or(0);
+        }
+        parts
+    }
+
+    /// Returns why device `index` can't be used, or nothing.
+    pub fn missing(&self, index: usize) -> Option<String> {
+        match self {
+            CudaParts { driver: None, .. } => Some("no NVIDIA driver (libcuda) was found".to_owned()),
+            CudaParts { n_devices, .. } if *n_devices <= index => Some(match n_devices {
+                0 => "the NVIDIA driver reports no GPU".to_owned(),
+                n => format!("there are {n} CUDA devices, counted from 0"),
+            }),
+            CudaParts { has_nvrtc: false, .. } => Some(
+                "NVRTC (libnvrtc), which compiles kernels, was not found: install the CUDA toolkit or put its lib64 on \
+                 LD_LIBRARY_PATH"
+                    .to_owned(),
+            ),
+            _ => None,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_missing_is_named_in_the_order_in_which_to_mend_it() {
+        let all = CudaParts { driver: Some("13.0".to_owned()), has_nvrtc: true, has_cublas: true, n_devices: 1 };
+        assert_eq!(all.missing(0), None);
+        assert!(all.missing(1).is_some_and(|reason| reason.contains("there are 1 CUDA devices")));
+        let without_nvrtc = CudaParts { has_nvrtc: false, ..all.clone() };
+        assert!(without_nvrtc.missing(0).is_some_and(|reason| reason.contains("NVRTC")));
+        let nothing = CudaParts { driver: None, has_nvrtc: false, has_cublas: false, n_devices: 0 };
+        assert!(nothing.missing(0).is_some_and(|reason| reason.contains("driver")));
+    }
+}

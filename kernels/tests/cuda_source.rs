@@ -1,0 +1,92 @@
+//! Kernels that only CUDA runs are lowered to CUDA C++ here, without a GPU: what can't be lowered fails before anyone rents one.
+#![cfg(all(feature = "wgpu", feature = "cuda"))]
+
+use cubecl::cuda::CudaRuntime;
+use cubecl::prelude::*;
+use cubecl::{Compiler, CubeKernel};
+use cubecl_cpp::shared::{CompilationOptions, CppCompiler, CppSupportedFeatures};
+use cubecl_cpp::target::Cuda;
+use cubecl_server::runtime::Runtime;
+use labpipe_kernels::cube::gemv::{
+    Affine4Pairs, Bf16Pairs, Codebook4Pairs, Epilogue, F16Pairs, Fragments, GemvSpec, Int8Pairs, gemv_kernel,
+};
+use std::sync::Arc;
+
+fn source(kernel: &dyn CubeKernel) -> String {
+    let options = CompilationOptions {
+        warp_size: 32,
+        supports_features: CppSupportedFeatures { grid_constants: true, ..CppSupportedFeatures::default() },
+        amd_wmma: None,
+    };
+    let started = std::time::Instant::now();
+    let definition = kernel.define();
+    let defined = started.elapsed();
+    let text = CppCompiler::<Cuda>::default().compile(definition, &options).expect("a kernel that lowers").to_string();
+    eprintln!("defined in {defined:?}, lowered in {:?}", started.elapsed() - defined);
+    text
+}
+
+fn gemv_source<S: Fragments>(width: usize, spec: GemvSpec) -> String {
+    // Only properties and handles are taken from it.
+    let client = cubecl::Device::default().client();
+    let handle = client.empty(1 << 20);
+    let buffer = || unsafe { BufferArg::from_raw_parts(handle.clone(), 1024) };
+    let kernel = gemv_kernel::create_dummy_kernel::<S>(
+        client.properties_shared(),
+        Arc::new(CudaRuntime::target_properties()),
+        CubeCount::Static(1, 1, 1),
+        CubeDim::new_1d(spec.planes * 32),
+        width,
+        buffer(),
+        buffer(),
+        buffer(),
+        buffer(),
+        buffer(),
+        buffer(),
+        buffer(),
+        buffer(),
+        1,
+        1e-5,
+        0,
+        0,
+        spec,
+    );
+    source(&kernel)
+}
+
+/// Keeps a source where a folder for it is named, for a look or for NVRTC.
+fn keep(name: &str, text: &str) {
+    if let Some(dir) = std::env::var_os("LABPIPE_CUDA_SOURCES") {
+        std::fs::write(std::path::Path::new(&dir).join(format!("{name}.cu")), text).expect("a writable folder");
+    }
+}
+
+#[test]
+fn matrix_vector_kernels_use_tensor_cores() {
+    let spec = GemvSpec {
+        n_rows: 3072,
+        n_cols: 3072,
+        m: 1,
+        block_size: 64,
+        nested: true,
+        norm: true,
+        has_bias: false,
+        epilogue: Epilogue::Store,
+        planes: 8,
+        unroll: 3,
+        copies: 32,
+    };
+    let plain = GemvSpec { nested: false, copies: 1, ..spec };
+    let sources = [
+        ("gemv-nf4", gemv_source::<Codebook4Pairs>(2, spec)),
+        ("gemv-nf4-m8", gemv_source::<Codebook4Pairs>(2, GemvSpec { m: 8, epilogue: Epilogue::SiluMul, ..spec })),
+        ("gemv-int8", gemv_source::<Int8Pairs>(4, plain)),
+        ("gemv-f16", gemv_source::<F16Pairs>(4, plain)),
+        ("gemv-bf16", gemv_source::<Bf16Pairs>(4, plain)),
+        ("gemv-int4", gemv_source::<Affine4Pairs>(2, GemvSpec { block_size: 128, ..plain })),
+    ];
+    for (name, text) in &sources {
+        keep(name, text);
+        assert!(text.contains("mma.sync.aligned.m16n8k16"), "{name}");
+    }
+}

@@ -1,0 +1,284 @@
+//! Decoding one token after another: a step recorded once as a graph and replayed, its position and token kept on the device.
+//!
+//! Activations of a single token are fp32 throughout. Where a matrix fits the tensor-core kernels, a block is five launches: norm and
+//! query-key-value projection, rotation and cache, attention, output projection and residual sum, and likewise two for the MLP.
+//! Elsewhere the same steps run unfused.
+
+use super::pass::{GpuCache, Passes, gate};
+use super::rows::device_error;
+use super::weights::{GpuBlock, Projection};
+use crate::engine::spec::Activation;
+use crate::inference::{Decoded, InferenceError};
+use crate::units::DType;
+use cubecl::client::{Client, Graph};
+use cubecl::server::Handle;
+use labpipe_kernels::cube::gemv::Epilogue;
+use labpipe_kernels::cube::ops::{STATE_HISTORY, STATE_POSITION, STATE_TOKEN};
+use labpipe_kernels::cube::{self, Element, Gemv, Norm, Place, Residual, Tuning};
+use std::time::Instant;
+
+/// The buffers of a step and its recording.
+pub struct Decoder {
+    x: Handle,
+    normed: Handle,
+    qkv: Handle,
+    q: Handle,
+    attn: Handle,
+    delta: Handle,
+    gate_up: Handle,
+    product: Handle,
+    pub logits: Handle,
+    state: Handle,
+    /// Words of the state: position, token, and as many chosen tokens as the cache has room for.
+    n_state: usize,
+    graph: Option<Graph>,
+    /// Recording was tried.
+    is_settled: bool,
+}
+
+impl Decoder {
+    pub fn new(passes: &Passes, cache: &GpuCache) -> Decoder {
+        let (client, spec) = (passes.client(), &passes.spec);
+        let floats = |n: usize| client.empty(4 * n);
+        let n_state = STATE_HISTORY as usize + 1 + cache.capacity + 1;
+        Decoder {
+            x: floats(spec.hidden_size),
+            normed: floats(spec.hidden_size),
+            qkv: floats(spec.q_width() + 2 * spec.kv_width()),
+            q: floats(spec.q_width()),
+            attn: floats(spec.q_width()),
+            delta: floats(spec.hidden_size),
+            gate_up: floats(2 * spec.ffn_size),
+            product: floats(spec.ffn_size),
+            logits: floats(spec.vocab_size),
+            state: client.create_from_slice(&vec![0u8; 4 * n_state]),
+            n_state,
+            graph: None,
+            is_settled: false,
+        }
+    }
+
+    /// Says how steps run: for records.
+    pub fn is_recorded(&self) -> bool {
+        self.graph.is_some()
+    }
+
+    /// Generates `n_gen` tokens greedily after those in the cache, the first of them following `token`.
+    ///
+    /// # Errors
+    /// The device's failures; `NotFiniteResult` where a step's logits are not numbers.
+    pub fn decode(
+        &mut self,
+        passes: &Passes,
+        cache: &mut GpuCache,
+        token: u32,
+        n_gen: usize,
+    ) -> Result<Vec<Decoded>, InferenceError> {
+        let client = passes.client().clone();
+        if n_gen == 0 {
+            return Ok(Vec::new());
+        }
+        let follows_length = cache.ropes.iter().any(super::rope::RopeTable::depends_on_length);
+        if !self.is_settled && !follows_length {
+            self.set_state(&client, cache.n_tokens, token);
+            self.record(passes, cache)?;
+        }
+        self.set_state(&client, cache.n_tokens, token);
+        synchronize(&client)?;
+        let mut durations = Vec::with_capacity(n_gen);
+        for _ in 0..n_gen {
+            if follows_length {
+                for rope in &mut cache.ropes {
+                    rope.prepare(&client, cache.n_tokens + 1);
+                }
+                synchronize(&client)?;
+            }
+            let start = Instant::now();
+            match &self.graph {
+                // SAFETY: the buffers of all recorded launches live as long as `self`, the cache and the weights; whoever replaces
+                // one of them makes a new decoder.
+                Some(graph) => unsafe { graph.replay() }.map_err(device_error)?,
+                None => self.step(passes, cache),
+            }
+            synchronize(&client)?;
+            durations.push(start.elapsed().as_secs_f64());
+            cache.n_tokens += 1;
+        }
+        self.check_logits(&client, passes.spec.vocab_size)?;
+        let state = client.read_one(self.state.clone()).map_err(device_error)?;
+        let words: Vec<u32> = state.chunks_exact(4).map(|b| u32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect();
+        let chosen = &words[STATE_HISTORY as usize + 1..][..n_gen];
+        Ok(chosen.iter().zip(durations).map(|(&token, duration_s)| Decoded { token, duration_s }).collect())
+    }
+
+    fn check_logits(&self, client: &Client, vocab_size: usize) -> Result<(), InferenceError> {
+        let logits = super::rows::read(client, &self.logits, Element::F32, vocab_size)?;
+        match logits.iter().find(|logit| !logit.is_finite()) {
+            None => Ok(()),
+            Some(_) => Err(InferenceError::NotFiniteResult { what: "logits of a decoded token".to_owned() }),
+        }
+    }
+
+    fn set_state(&self, client: &Client, position: usize, token: u32) {
+        let mut words = vec![0u32; self.n_state];
+        words[STATE_POSITION as usize] = position as u32;
+        words[STATE_TOKEN as usize] = token;
+        let bytes: Vec<u8> = words.iter().flat_map(|word| word.to_le_bytes()).collect();
+        client.write(&self.state, cubecl::bytes::Bytes::from_bytes_vec(bytes));
+    }
+
+    /// Records a step; where the device can't, steps are launched one by one.
+    fn record(&mut self, passes: &Passes, cache: &GpuCache) -> Result<(), InferenceError> {
+        self.is_settled = true;
+        let client = passes.client();
+        if client.graph_prepare().is_err() {
+            return Ok(());
+        }
+        // Compiles every kernel and writes only what the first step writes again.
+        self.step(passes, cache);
+        synchronize(client)?;
+        if client.start_capture().is_err() {
+            return Ok(());
+        }
+        self.step(passes, cache);
+        self.graph = client.stop_capture().ok();
+        Ok(())
+    }
+
+    /// Launches everything between a token and the next.
+    fn step(&self, passes: &Passes, cache: &GpuCache) {
+        let (client, spec, weights) = (passes.client(), &passes.spec, &passes.weights);
+        let scale = spec.embedding_scale as f32;
+        let token_at = [STATE_TOKEN as usize, 1];
+        cube::embed(client, &weights.embedding, &self.state, self.n_state, token_at, scale, &self.x);
+        for (layer_idx, block) in weights.blocks.iter().enumerate() {
+            self.attention(passes, cache, layer_idx, block);
+            self.mlp(passes, block);
+        }
+        let eps = spec.block.norm_eps as f32;
+        let head = &weights.lm_head;
+        if passes.compute != DType::F32 && cube::gemv_fits(client, head, 1, false) {
+            let norm = Some(Norm { weight: &weights.final_norm, eps });
+            let call = Gemv { x: &self.x, y: &self.logits, m: 1, norm, bias: None, epilogue: Epilogue::Store };
+            cube::gemv(client, head, &call, Tuning::of(head));
+        } else {
+            self.norm(passes, &weights.final_norm);
+            cube::linear(client, head, [Element::F32; 2], &self.normed, None, &self.logits, Place::whole(head), 1);
+        }
+        if let Some(cap) = spec.logit_softcap {
+            cube::soft_cap(client, &self.logits, spec.vocab_size, cap as f32);
+        }
+        cube::choose(client, &self.logits, spec.vocab_size, &self.state, self.n_state);
+    }
+
+    fn attention(&self, passes: &Passes, cache: &GpuCache, layer_idx: usize, block: &GpuBlock) {
+        let client = passes.client();
+        let view = cache.layer(&passes.spec, block, layer_idx);
+        self.project(passes, &self.x, Some(&block.attn_norm), &block.qkv, &self.qkv, Epilogue::Store);
+        cube::rope_append(client, Element::F32, &view, &self.qkv, &self.q, &self.state, 1);
+        cube::attention(client, Element::F32, &view, &self.q, &self.attn, &self.state, 1);
+        self.add(passes, &self.attn, &block.o, block.attn_out_norm.as_ref());
+    }
+
+    fn mlp(&self, passes: &Passes, block: &GpuBlock) {
+        let epilogue = match passes.spec.block.activation {
+            Activation::Silu => Epilogue::SiluMul,
+            Activation::GeluTanh => Epilogue::GeluMul,
+            // Exact GELU has no fused form.
+            Activation::Gelu => Epilogue::Store,
+        };
+        let out = if epilogue == Epilogue::Store { &self.gate_up } else { &self.product };
+        self.project(passes, &self.x, Some(&block.mlp_norm), &block.gate_up, out, epilogue);
+        if epilogue == Epilogue::Store {
+            self.gate(passes);
+        }
+        self.add(passes, &self.product, &block.down, block.mlp_out_norm.as_ref());
+    }
+
+    fn gate(&self, passes: &Passes) {
+        let act = gate(passes.spec.block.activation);
+        let shape = [1, passes.spec.ffn_size];
+        cube::gate(passes.client(), Element::F32, act, true, &self.gate_up, &self.product, shape);
+    }
+
+    fn norm(&self, passes: &Passes, weight: &Handle) {
+        let norm = Some((weight, &self.normed));
+        let eps = passes.spec.block.norm_eps as f32;
+        let step = Residual { x: &self.x, delta: None, delta_norm: None, norm, eps };
+        cube::add_norm(passes.client(), Element::F32, &step, 1, passes.spec.hidden_size);
+    }
+
+    /// Adds a projection to the residual stream, through a norm of its own where the model has one.
+    fn add(&self, passes: &Passes, input: &Handle, projection: &Projection, out_norm: Option<&Handle>) {
+        if out_norm.is_none() && self.fits(passes, projection, false).is_some() {
+            return self.project(passes, input, None, projection, &self.x, Epilogue::Add);
+        }
+        self.project(passes, input, None, projection, &self.delta, Epilogue::Store);
+        let eps = passes.spec.block.norm_eps as f32;
+        let step = Residual { x: &self.x, delta: Some(&self.delta), delta_norm: out_norm, norm: None, eps };
+        cube::add_norm(passes.client(), Element::F32, &step, 1, passes.spec.hidden_size);
+    }
+
+    /// Returns the one matrix that the tensor-core kernel would take for a projection.
+    fn fits<'a>(
+        &self,
+        passes: &Passes,
+        projection: &'a Projection,
+        paired: bool,
+    ) -> Option<&'a labpipe_kernels::cube::DeviceMatrix> {
+        match projection.parts.as_slice() {
+            [matrix] if passes.compute != DType::F32 && cube::gemv_fits(passes.client(), matrix, 1, paired) => {
+                Some(matrix)
+            }
+            _ => None,
+        }
+    }
+
+    /// Writes `epilogue(W · norm(input) + b)`.
+    fn project(
+        &self,
+        passes: &Passes,
+        input: &Handle,
+        norm: Option<&Handle>,
+        projection: &Projection,
+        out: &Handle,
+        epilogue: Epilogue,
+    ) {
+        let client = passes.client();
+        let eps = passes.spec.block.norm_eps as f32;
+        let paired = matches!(epilogue, Epilogue::SiluMul | Epilogue::GeluMul);
+        if let Some(matrix) = self.fits(passes, projection, paired) {
+            let norm = norm.map(|weight| Norm { weight, eps });
+            let call = Gemv { x: input, y: out, m: 1, norm, bias: projection.bias.as_ref(), epilogue };
+            return cube::gemv(client, matrix, &call, Tuning::of(matrix));
+        }
+        let x = match norm {
+            None => input,
+            Some(weight) => {
+                self.norm(passes, weight);
+                &self.normed
+            }
+        };
+        let target = if paired { &self.gate_up } else { out };
+        let mut y_first = 0;
+        for part in &projection.parts {
+            let place = Place { x_row: 0, y_first, y_stride: projection.n_out };
+            cube::linear(client, part, [Element::F32; 2], x, None, target, place, 1);
+            y_first += part.n_rows;
+        }
+        if let Some(bias) = &projection.bias {
+            cube::add_bias(client, Element::F32, target, bias, 1, projection.n_out);
+        }
+        if paired {
+            self.gate(passes);
+        }
+    }
+}
+
+/// Waits until the device is idle.
+///
+/// # Errors
+/// `Device` where it has failed.
+pub fn synchronize(client: &Client) -> Result<(), InferenceError> {
+    cubecl::future::block_on(client.sync()).map_err(device_error)
+}

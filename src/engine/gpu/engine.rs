@@ -1,0 +1,105 @@
+//! The [`Engine`] on a GPU.
+
+use super::model::GpuModel;
+use super::pass::Passes;
+use super::products::{Products, element};
+use super::weights::GpuWeights;
+use crate::artifact::QuantizedModule;
+use crate::engine::burn_engine::BurnEngine;
+use crate::engine::weights::{WeightReader, has_compute_dtype};
+use crate::event::Progress;
+use crate::inference::{Engine, EngineInfo, InferenceError, MemoryProbe, Model, ModelInfo, ModelRecipe, SavedModel};
+use crate::units::DType;
+use burn::tensor::Device;
+use cubecl::client::Client;
+use std::path::Path;
+
+/// Grows when the numbers that this engine computes change.
+const NUMERICS_VERSION: u32 = 1;
+
+/// cubecl on one device.
+pub struct GpuEngine {
+    client: Client,
+    /// Reads files and surveys quantization on the host.
+    host: BurnEngine,
+    info: EngineInfo,
+    memory: Box<dyn Fn() -> Box<dyn MemoryProbe> + Send + Sync>,
+}
+
+impl GpuEngine {
+    /// Takes a device that was found; `device` identifies it in records.
+    pub fn new(
+        client: Client,
+        device: String,
+        memory: Box<dyn Fn() -> Box<dyn MemoryProbe> + Send + Sync>,
+    ) -> GpuEngine {
+        let info = EngineInfo {
+            backend: format!("burn-{} 0.22 (cubecl 0.11)", client.name()),
+            device,
+            numerics_version: NUMERICS_VERSION,
+            clock: "host monotonic clock around a synchronized device".to_owned(),
+            is_host: false,
+        };
+        GpuEngine { client, host: BurnEngine::cpu(), info, memory }
+    }
+
+    /// Fills in what a GPU computes in where the recipe leaves it open: what weights are stored in, so far as the device can.
+    fn settled(&self, recipe: &ModelRecipe) -> Result<ModelRecipe, InferenceError> {
+        if has_compute_dtype(recipe) {
+            return Ok(recipe.clone());
+        }
+        let has_halves = self.client.name() == "cuda";
+        let stored = match recipe.dtype {
+            Some(dtype) => dtype,
+            None => self.host.inspect(recipe)?.dtype,
+        };
+        let compute_dtype = Some(if has_halves { stored } else { DType::F32 });
+        Ok(ModelRecipe { compute_dtype, ..recipe.clone() })
+    }
+}
+
+impl Engine for GpuEngine {
+    fn info(&self) -> EngineInfo {
+        self.info.clone()
+    }
+
+    fn inspect(&self, recipe: &ModelRecipe) -> Result<ModelInfo, InferenceError> {
+        self.host.inspect(&self.settled(recipe)?)
+    }
+
+    fn open(&self, recipe: &ModelRecipe, progress: &dyn Progress) -> Result<Box<dyn Model>, InferenceError> {
+        let recipe = self.settled(recipe)?;
+        let info = self.host.inspect(&recipe)?;
+        let compute = info.compute_dtype;
+        if compute != DType::F32 && self.client.name() != "cuda" {
+            return Err(InferenceError::Unsupported(format!(
+                "compute in {compute} on {}: its kernels know f32 alone; set compute_dtype: f32",
+                self.info.device
+            )));
+        }
+        let (spec, checkpoint) = self.host.prepare(&recipe)?;
+        let host = Device::flex();
+        let reader = WeightReader { checkpoint: &checkpoint, spec: &spec, recipe: &recipe, device: &host };
+        let weights = GpuWeights::load(&self.client, &reader, progress)?;
+        super::decode::synchronize(&self.client)?;
+        let products = Products::new(self.client.clone(), element(compute));
+        Ok(Box::new(GpuModel::new(info, Passes { spec, weights, products, compute })))
+    }
+
+    fn survey(
+        &self,
+        recipe: &ModelRecipe,
+        progress: &dyn Progress,
+        each: &mut dyn FnMut(QuantizedModule),
+    ) -> Result<(), InferenceError> {
+        self.host.survey(recipe, progress, each)
+    }
+
+    fn save(&self, recipe: &ModelRecipe, dir: &Path, progress: &dyn Progress) -> Result<SavedModel, InferenceError> {
+        self.host.save(recipe, dir, progress)
+    }
+
+    fn memory_probe(&self) -> Box<dyn MemoryProbe> {
+        (self.memory)()
+    }
+}

@@ -1,0 +1,16 @@
+//! The engine on a GPU: burn's device, cubecl's kernels.
+//!
+//! Whole sequences run in `pass`, tokens one by one in `decode`, recorded once as a graph and replayed. Both interpret the same spec as
+//! the executor for CPUs, over weights in stored form. On CUDA large products go through cuBLAS and small ones through tensor-core
+//! kernels; elsewhere both go through a kernel that any runtime has.
+
+mod decode;
+mod engine;
+mod model;
+mod pass;
+mod products;
+mod rope;
+mod rows;
+mod weights;
+
+pub use engine::GpuEngine;
