@@ -17,6 +17,7 @@ mod model;
 #[cfg(feature = "cuda")]
 mod nvidia;
 mod rope;
+mod save;
 mod score;
 mod source;
 mod spec;

@@ -49,9 +49,7 @@ pub fn tokenizer_json(file: &GgufFile) -> Result<String, GgufError> {
 pub fn tokenizer_config(file: &GgufFile) -> Result<Value, GgufError> {
     let vocabulary = Vocabulary::read(file)?;
     let mut config = Map::new();
-    for (name, key) in
-        [("bos_token", "tokenizer.ggml.bos_token_id"), ("eos_token", "tokenizer.ggml.eos_token_id")]
-    {
+    for (name, key) in [("bos_token", "tokenizer.ggml.bos_token_id"), ("eos_token", "tokenizer.ggml.eos_token_id")] {
         // Some files hold ids outside their vocabulary for tokens that they don't have, and say that those aren't added.
         if let Ok(Some((token, _))) = vocabulary.special(key) {
             config.insert(name.to_owned(), Value::from(token));

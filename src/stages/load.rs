@@ -74,13 +74,24 @@ impl Stage for Load {
         let rooted = recipe.rooted(context.root);
         let info = context.engine.inspect(&rooted)?;
         context.engine.check_values(&rooted, context.progress)?;
-        let weights_bytes = info.n_params * info.dtype.size_bytes() as u64;
+        let weights_bytes = info.weights_bytes();
+        let stored = info.stored_quantization.as_ref().map(|stored| {
+            let schemes: Vec<&str> = stored.schemes.iter().map(|spec| spec.scheme.as_str()).collect();
+            format!(
+                ", {} of {} linears {} as {} stored them",
+                stored.n_linears,
+                info.linears.len(),
+                schemes.join(", "),
+                stored.format
+            )
+        });
         let summary = format!(
-            "{}, {} parameters, {} as {}",
+            "{}, {} parameters, {} as {}{}",
             info.family,
             count(info.n_params),
             format_bytes(weights_bytes),
-            info.dtype
+            info.dtype,
+            stored.unwrap_or_default()
         );
         let mut body = Map::new();
         body.insert("recipe".to_owned(), json!(recipe));

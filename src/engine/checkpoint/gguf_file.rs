@@ -219,6 +219,11 @@ impl GgufCheckpoint {
         InferenceError::Tensor { path: self.file.path().to_owned(), tensor: name.to_owned(), expected, found }
     }
 
+    /// Returns true where no tensor is block-quantized, so that none has to be decoded.
+    pub fn is_mapped(&self) -> bool {
+        self.file.tensors().all(|(_, tensor)| tensor.ty.dtype.is_some())
+    }
+
     /// Returns the element type that a tensor is handed out in.
     pub fn dtype_of(&self, name: &str) -> Option<DType> {
         let tensor = self.file.tensor(&gguf_name(name)?)?;

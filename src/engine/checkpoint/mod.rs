@@ -1,6 +1,7 @@
 //! Where tensors come from: safetensors files or a GGUF file, memory-mapped, or a seed. It knows names, shapes and element types,
 //! no model.
 
+mod bitsandbytes;
 mod convert;
 mod gguf_file;
 mod random;
@@ -12,8 +13,9 @@ pub use random::random_values;
 pub use safetensors_file::SafetensorsFolder;
 
 use crate::event::Progress;
-use crate::inference::InferenceError;
+use crate::inference::{InferenceError, StoredQuantization};
 use crate::units::DType;
+use labpipe_kernels::Packed;
 use labpipe_kernels::weight::SharedBytes;
 use std::path::{Path, PathBuf};
 
@@ -57,6 +59,15 @@ impl Checkpoint {
         Ok(Checkpoint::Gguf(GgufCheckpoint::open(path)?))
     }
 
+    /// Returns true where tensors in their stored type are read in place: no memory is taken for them.
+    pub fn is_mapped(&self) -> bool {
+        match self {
+            Checkpoint::Folder(_) => true,
+            Checkpoint::Gguf(file) => file.is_mapped(),
+            Checkpoint::Random { .. } => false,
+        }
+    }
+
     /// Returns true if there is a tensor of that name.
     pub fn contains(&self, name: &str) -> bool {
         match self {
@@ -81,9 +92,39 @@ impl Checkpoint {
     /// `Tensor` that names what was expected and what was found.
     pub fn check(&self, name: &str, shape: &[usize]) -> Result<(), InferenceError> {
         match self {
+            Checkpoint::Folder(folder) if bitsandbytes::is_packed(folder, name) => {
+                bitsandbytes::check(folder, name, shape)
+            }
             Checkpoint::Folder(folder) => folder.checked(name, shape).map(|_| ()),
             Checkpoint::Gguf(file) => file.checked(name, shape).map(|_| ()),
             Checkpoint::Random { .. } => Ok(()),
+        }
+    }
+
+    /// Returns a linear's weight that is stored packed; nothing where it is stored as plain floats.
+    ///
+    /// # Errors
+    /// `Tensor` where a part of it is missing or does not fit, `NotFinite` where a statistic is NaN or infinite.
+    pub fn packed(&self, name: &str, shape: &[usize; 2]) -> Result<Option<Packed>, InferenceError> {
+        match self {
+            Checkpoint::Folder(folder) if bitsandbytes::is_packed(folder, name) => {
+                bitsandbytes::read(folder, name, shape).map(Some)
+            }
+            _ => Ok(None),
+        }
+    }
+
+    /// Returns what of these linears is stored packed; nothing where all are plain floats.
+    ///
+    /// # Errors
+    /// `Tensor` as [`Checkpoint::packed`], `Unsupported` where they were packed in a way that labpipe does not know.
+    pub fn stored_quantization(
+        &self,
+        linears: &[(String, [usize; 2])],
+    ) -> Result<Option<StoredQuantization>, InferenceError> {
+        match self {
+            Checkpoint::Folder(folder) => bitsandbytes::stored(folder, linears),
+            _ => Ok(None),
         }
     }
 
