@@ -136,6 +136,99 @@ pub struct PplResult {
     pub perplexity: f64,
     /// perplexity · √((mean(nll²) − mean(nll)²)/(n − 1)).
     pub stderr: f64,
+    /// The rest for `lm-eval` only, null elsewhere. Documents that the text consists of.
+    #[serde(default)]
+    pub n_documents: Option<usize>,
+    /// Words and bytes of the original text, counted as lm-evaluation-harness does.
+    #[serde(default)]
+    pub n_words: Option<usize>,
+    #[serde(default)]
+    pub n_bytes: Option<usize>,
+    #[serde(default)]
+    pub word_perplexity: Option<f64>,
+    #[serde(default)]
+    pub word_perplexity_stderr: Option<f64>,
+    #[serde(default)]
+    pub byte_perplexity: Option<f64>,
+    #[serde(default)]
+    pub byte_perplexity_stderr: Option<f64>,
+    #[serde(default)]
+    pub bits_per_byte: Option<f64>,
+    #[serde(default)]
+    pub bits_per_byte_stderr: Option<f64>,
+}
+
+/// One row of a `ppl` record's `divergence`: the model against its base over the tokens that one way of cutting windows
+/// scores. KL and log-likelihoods in nats; every `_stderr` is one standard error, null where it can't be told from so few
+/// tokens.
+#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
+pub struct DivergenceResult {
+    /// The first of the conventions that cut these windows.
+    pub convention: String,
+    pub max_length: usize,
+    pub stride: usize,
+    /// What was kept of the base's distribution: `f32`, `f16`, `top-64`.
+    pub base_log_probs: String,
+    pub n_scored: usize,
+    /// KL(base ‖ model) per token.
+    pub kl_mean: f64,
+    pub kl_mean_stderr: Option<f64>,
+    pub kl_median: f64,
+    pub kl_median_stderr: Option<f64>,
+    pub kl_p90: f64,
+    pub kl_p90_stderr: Option<f64>,
+    /// Null below 20 tokens.
+    pub kl_p95: Option<f64>,
+    pub kl_p95_stderr: Option<f64>,
+    /// Null below 100 tokens.
+    pub kl_p99: Option<f64>,
+    pub kl_p99_stderr: Option<f64>,
+    /// Null below 1,000 tokens.
+    pub kl_p99_9: Option<f64>,
+    pub kl_p99_9_stderr: Option<f64>,
+    pub kl_max: f64,
+    pub kl_min: f64,
+    /// p(true token) by the model minus that by the base.
+    pub delta_p_mean: f64,
+    pub delta_p_mean_stderr: Option<f64>,
+    /// √ of the mean square.
+    pub delta_p_rms: f64,
+    pub delta_p_rms_stderr: Option<f64>,
+    pub delta_p_min: f64,
+    pub delta_p_p01: Option<f64>,
+    pub delta_p_p05: Option<f64>,
+    pub delta_p_p25: f64,
+    pub delta_p_median: f64,
+    pub delta_p_p75: f64,
+    pub delta_p_p95: Option<f64>,
+    pub delta_p_p99: Option<f64>,
+    pub delta_p_max: f64,
+    /// Share of tokens at which both models have the same first choice.
+    pub top1_agreement: f64,
+    pub top1_agreement_stderr: Option<f64>,
+    /// exp of the mean NLL over the scored tokens, of the base and of the model.
+    pub base_perplexity: f64,
+    pub perplexity: f64,
+    /// ln(perplexity/base_perplexity), its error from the tokens' own differences.
+    pub ln_ppl_ratio: f64,
+    pub ln_ppl_ratio_stderr: Option<f64>,
+    pub ppl_ratio: f64,
+    pub ppl_ratio_stderr: Option<f64>,
+    /// Pearson's, of the two models' log-likelihoods of the true tokens; null where one does not vary.
+    pub nll_correlation: Option<f64>,
+    pub nll_correlation_stderr: Option<f64>,
+}
+
+/// What a `ppl` stage kept of its model's distributions, a row of its record's `log_probs`.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct KeptLogProbs {
+    /// `f32`, `f16`, `top-64`.
+    pub format: String,
+    /// Parquet file, relative to the artifact's folder.
+    pub file: String,
+    pub n_tokens: usize,
+    pub bytes: u64,
+    pub bytes_per_token: f64,
 }
 
 /// One row of a `prefill-bench` record's `results`; times in seconds.

@@ -3,12 +3,17 @@
 //! Whole sequences go in, small results come out; logits stay on the device unless asked for. The engine owns the
 //! clock that it times with and names it. Module names are Hugging Face's (`model.layers.4.mlp.down_proj`).
 
+mod log_probs;
+
+pub use log_probs::{LogProbFormat, LogProbRows, LogProbSink, LogProbSource, argmax, diverge_logits, score_logits};
+
 use crate::artifact::{MemoryFigures, QuantizedModule};
 use crate::event::Progress;
 use crate::quantization::QuantizationConfig;
 use crate::units::DType;
 use labpipe_kernels::SchemeSpec;
 use serde::{Deserialize, Serialize};
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 
 /// Where weights come from.
@@ -143,6 +148,20 @@ pub struct TokenScore {
     pub argmax: u32,
 }
 
+/// What scoring against a base model tells of one target token.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct DivergenceScore {
+    /// Negative log-likelihood in nats.
+    pub nll: f64,
+    /// The model's own first choice at that position.
+    pub argmax: u32,
+    /// KL(base ‖ model) of the position's whole distribution, in nats.
+    pub kl: f64,
+}
+
+/// Takes logits, `[n_rows, vocab_size]`, row-major: some consecutive positions at a time.
+pub type TakeLogits<'a> = dyn FnMut(&[f32]) -> Result<(), InferenceError> + 'a;
+
 /// One value stream of a module: where a captured tensor was taken.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
 pub struct CaptureSite {
@@ -208,8 +227,69 @@ pub trait Model: Send {
     /// Returns the logits of the last position of `tokens`, `[vocab_size]`. The cache is emptied first.
     fn last_logits(&mut self, tokens: &[u32]) -> Result<Vec<f32>, InferenceError>;
 
-    /// Scores `tokens[first_target..]`, each from all tokens of the slice before it; `first_target` ≥ 1.
+    /// Scores `tokens[first_target..]`, each from all tokens of the slice before it; `first_target` ≥ 1. The slice may be one
+    /// token longer than the context: what predicts nothing is then not run ([`run_for_scores`]).
     fn score(&mut self, tokens: &[u32], first_target: usize) -> Result<Vec<TokenScore>, InferenceError>;
+
+    /// Runs `tokens` and hands over the logits of the positions `rows`, in order. The way to the host for whoever has no
+    /// shorter one: one pass for each position here, so an engine does better.
+    ///
+    /// # Errors
+    /// Those of `last_logits`, and what `take` returns.
+    fn logits(&mut self, tokens: &[u32], rows: Range<usize>, take: &mut TakeLogits<'_>) -> Result<(), InferenceError> {
+        for row in rows {
+            take(&self.last_logits(&tokens[..=row])?)?;
+        }
+        Ok(())
+    }
+
+    /// Scores as `score` does, and hands the log-probabilities of every scored position to `sink`, packed. An engine with
+    /// logits on a device packs them there, so that only packed rows cross to the host.
+    ///
+    /// # Errors
+    /// Those of `score`; `Sink` where `sink` refuses.
+    fn score_keeping(
+        &mut self,
+        tokens: &[u32],
+        first_target: usize,
+        format: LogProbFormat,
+        sink: &mut dyn LogProbSink,
+    ) -> Result<Vec<TokenScore>, InferenceError> {
+        check_targets(tokens, first_target)?;
+        let (vocab_size, run) = (self.info().vocab_size, run_for_scores(tokens, self.info().n_ctx_max));
+        let mut scores: Vec<TokenScore> = Vec::with_capacity(tokens.len() - first_target);
+        self.logits(run, first_target - 1..tokens.len() - 1, &mut |logits| {
+            let first = first_target + scores.len();
+            let targets = &tokens[first..first + logits.len() / vocab_size];
+            scores.extend(score_logits(logits, vocab_size, targets)?);
+            sink.take(LogProbRows::pack(format, logits, vocab_size)?).map_err(InferenceError::Sink)
+        })?;
+        Ok(scores)
+    }
+
+    /// Scores as `score` does, and tells how far every scored position's distribution is from the base model's, whose rows
+    /// `base` gives in the order of the positions. An engine with logits on a device moves the packed rows there.
+    ///
+    /// # Errors
+    /// Those of `score`; `Sink` where `base` has no such rows.
+    fn score_against(
+        &mut self,
+        tokens: &[u32],
+        first_target: usize,
+        base: &mut dyn LogProbSource,
+    ) -> Result<Vec<DivergenceScore>, InferenceError> {
+        check_targets(tokens, first_target)?;
+        let (vocab_size, run) = (self.info().vocab_size, run_for_scores(tokens, self.info().n_ctx_max));
+        let mut scores: Vec<DivergenceScore> = Vec::with_capacity(tokens.len() - first_target);
+        self.logits(run, first_target - 1..tokens.len() - 1, &mut |logits| {
+            let first = first_target + scores.len();
+            let targets = &tokens[first..first + logits.len() / vocab_size];
+            let rows = base.next_rows(targets.len()).map_err(InferenceError::Sink)?;
+            scores.extend(diverge_logits(logits, vocab_size, targets, &rows)?);
+            Ok(())
+        })?;
+        Ok(scores)
+    }
 
     /// Runs `tokens` through the model once and hands every matching site's values to `sink`.
     fn capture(
@@ -219,6 +299,26 @@ pub trait Model: Send {
         sink: &mut dyn CaptureSink,
         progress: &dyn Progress,
     ) -> Result<(), InferenceError>;
+}
+
+/// Checks what `score` is asked for.
+///
+/// # Errors
+/// `Unsupported` where the first target has nothing before it or there is none.
+pub fn check_targets(tokens: &[u32], first_target: usize) -> Result<(), InferenceError> {
+    if first_target == 0 || first_target >= tokens.len() {
+        let n = tokens.len();
+        return Err(InferenceError::Unsupported(format!(
+            "score from token {first_target} of {n}: a target needs a token before it"
+        )));
+    }
+    Ok(())
+}
+
+/// Returns the part of `tokens` that is run to score it: all, as references run whole windows (which matters where rotary
+/// frequencies depend on the length); without the last, which predicts nothing, where all are more than the context.
+pub fn run_for_scores(tokens: &[u32], n_ctx_max: usize) -> &[u32] {
+    if tokens.len() > n_ctx_max { &tokens[..tokens.len() - 1] } else { tokens }
 }
 
 /// Makes models.
@@ -287,7 +387,7 @@ pub enum InferenceError {
     Device { device: String, reason: String },
     #[error("{0}")]
     Unsupported(String),
-    #[error("store captured values: {0}")]
+    #[error("pass values on: {0}")]
     Sink(String),
     #[error("cancelled")]
     Cancelled,

@@ -6,6 +6,7 @@
 
 // Words.
 pub mod artifact;
+pub mod dataset;
 pub mod event;
 pub mod units;
 

@@ -43,8 +43,9 @@ pub enum ParamType {
     Model,
     /// `{config: FILE, seed: N}`; the file's content is in the key.
     RandomModel,
-    /// A path, or `{source: PATH, n_chars | n_tokens: N}`; the file's content is in the key.
-    /// Canonical form: `{"source": .., "n_chars": ..?, "n_tokens": ..?}`.
+    /// A path or `hf://datasets/…`, a list of them, or `{source, n_chars | n_tokens: N, separator, column, join}`; the
+    /// files' content is in the key. Canonical form: that mapping with every key, null where absent; `source` is a list
+    /// only where there are several.
     TextSource,
     /// A path to a quantization config, or the config itself as a mapping; its content is in the key.
     QuantizationConfig,
@@ -196,6 +197,9 @@ pub trait Stage: Send + Sync {
     fn check(&self, _params: &Params) -> Vec<(&'static str, String, Option<String>)> {
         Vec::new()
     }
+
+    /// Fills in parameters whose default depends on others, so that spelling a default out changes no key.
+    fn complete(&self, _params: &mut Params) {}
 
     /// Does the work, writing files into `context.out_dir`.
     ///

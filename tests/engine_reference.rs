@@ -4,7 +4,8 @@
 use labpipe::engine;
 use labpipe::event::NullProgress;
 use labpipe::inference::{
-    CaptureFilter, CaptureSink, CaptureSite, Engine, InferenceError, Model, ModelRecipe, ModelSource,
+    CaptureFilter, CaptureSink, CaptureSite, Engine, InferenceError, LogProbFormat, LogProbRows, LogProbSink,
+    LogProbSource, Model, ModelRecipe, ModelSource, TokenScore,
 };
 use labpipe::metrics::ActivationDiff;
 use labpipe::units::DType;
@@ -255,4 +256,106 @@ fn bad_tokens_and_contexts_are_errors() {
     assert!(matches!(model.prefill(&[1; 513]), Err(InferenceError::ContextTooLong { asked: 513, n_ctx_max: 512 })));
     model.prefill(&[1]).expect("a prefill");
     assert!(matches!(model.decode(4), Err(InferenceError::ContextTooLong { .. })));
+}
+
+/// A model that has nothing but what the port asks of every model: scores come from its defaults.
+struct Plain(Box<dyn Model>);
+
+impl Model for Plain {
+    fn info(&self) -> &labpipe::inference::ModelInfo {
+        self.0.info()
+    }
+
+    fn weights_bytes(&self) -> u64 {
+        self.0.weights_bytes()
+    }
+
+    fn kv_cache_bytes(&self) -> u64 {
+        self.0.kv_cache_bytes()
+    }
+
+    fn prefill(&mut self, tokens: &[u32]) -> Result<labpipe::inference::Prefilled, InferenceError> {
+        self.0.prefill(tokens)
+    }
+
+    fn reserve(&mut self, n_ctx: usize) -> Result<(), InferenceError> {
+        self.0.reserve(n_ctx)
+    }
+
+    fn decode(&mut self, n_gen: usize) -> Result<Vec<labpipe::inference::Decoded>, InferenceError> {
+        self.0.decode(n_gen)
+    }
+
+    fn last_logits(&mut self, tokens: &[u32]) -> Result<Vec<f32>, InferenceError> {
+        self.0.last_logits(tokens)
+    }
+
+    fn score(&mut self, tokens: &[u32], first_target: usize) -> Result<Vec<TokenScore>, InferenceError> {
+        self.0.score(tokens, first_target)
+    }
+
+    fn capture(
+        &mut self,
+        tokens: &[u32],
+        filter: &CaptureFilter,
+        sink: &mut dyn CaptureSink,
+        progress: &dyn labpipe::event::Progress,
+    ) -> Result<(), InferenceError> {
+        self.0.capture(tokens, filter, sink, progress)
+    }
+}
+
+/// Rows in memory, given back in the pieces that are asked for.
+#[derive(Default)]
+struct Rows(Vec<f32>, usize);
+
+impl LogProbSink for Rows {
+    fn take(&mut self, rows: LogProbRows) -> Result<(), String> {
+        let LogProbRows::F32(values) = rows else { return Err("f32 was asked for".to_owned()) };
+        self.0.extend(values);
+        Ok(())
+    }
+}
+
+impl LogProbSource for Rows {
+    fn next_rows(&mut self, n_rows: usize) -> Result<LogProbRows, String> {
+        let first = self.1 * 512;
+        self.1 += n_rows;
+        Ok(LogProbRows::F32(self.0[first..self.1 * 512].to_vec()))
+    }
+}
+
+#[test]
+fn the_port_s_defaults_and_the_engine_s_own_way_score_alike() {
+    let tokens = &tokens(Path::new("experiments/data/tinystories.txt"), 3_000)[..140];
+    let (mut plain, mut engine) = (Plain(open(&recipe())), open(&recipe()));
+    let mut kept = [Rows::default(), Rows::default()];
+    let own = engine.score_keeping(tokens, 70, LogProbFormat::F32, &mut kept[0]).expect("scores");
+    let default = plain.score_keeping(tokens, 70, LogProbFormat::F32, &mut kept[1]).expect("scores");
+    let scored = engine.score(tokens, 70).expect("scores");
+    assert_eq!((own.len(), default.len()), (70, 70));
+    for ((own, default), scored) in own.iter().zip(&default).zip(&scored) {
+        assert_eq!(own, scored);
+        assert_eq!(own.argmax, default.argmax);
+        assert!((own.nll - default.nll).abs() < 1e-4);
+    }
+    let mut nf4 = open(&nf4(false));
+    let own = nf4.score_against(tokens, 70, &mut kept[0]).expect("scores");
+    let default = Plain(nf4).score_against(tokens, 70, &mut kept[1]).expect("scores");
+    for (own, default) in own.iter().zip(&default) {
+        assert!(own.kl > 0.0 && (own.kl - default.kl).abs() < 1e-4, "{} {}", own.kl, default.kl);
+    }
+}
+
+#[test]
+fn a_slice_may_be_one_token_longer_than_the_context() {
+    let tokens = tokens(Path::new("experiments/data/tinystories.txt"), 3_000);
+    let mut model = open(&recipe());
+    let n_ctx = model.info().n_ctx_max;
+    let whole = model.score(&tokens[..n_ctx + 1], n_ctx).expect("the last token is only a target");
+    let logits = model.last_logits(&tokens[..n_ctx]).expect("logits");
+    let expected = labpipe::inference::score_logits(&logits, logits.len(), &tokens[n_ctx..=n_ctx]).expect("finite");
+    assert!((whole[0].nll - expected[0].nll).abs() < 1e-5);
+    assert!(matches!(model.score(&tokens[..n_ctx + 2], n_ctx), Err(InferenceError::ContextTooLong { .. })));
+    assert!(model.score(&tokens[..4], 4).is_err() && model.score(&tokens[..4], 0).is_err());
 }

@@ -327,6 +327,7 @@ fn rooms_import_downward_only() {
     let allowed: BTreeMap<&str, Vec<&str>> = BTreeMap::from([
         ("units", vec![]),
         ("event", vec![]),
+        ("dataset", vec![]),
         ("artifact", words.to_vec()),
         ("inference", contracts.to_vec()),
         ("quantization", words.to_vec()),
@@ -334,13 +335,13 @@ fn rooms_import_downward_only() {
         ("metrics", with(&[])),
         ("bench", with(&["metrics"])),
         ("pipeline", with(&[])),
-        ("plan", with(&["pipeline"])),
+        ("plan", with(&["dataset", "pipeline"])),
         ("store", with(&[])),
         ("report", with(&["metrics", "pipeline", "plan"])),
         ("engine", with(&["metrics"])),
-        ("stages", with(&["bench", "metrics", "report", "store"])),
+        ("stages", with(&["bench", "dataset", "metrics", "report", "store"])),
         ("ui", with(&["pipeline", "plan"])),
-        ("run", with(&everything)),
+        ("run", with(&[&everything[..], &["dataset"]].concat())),
     ]);
     let src = root().join("src");
     for path in sources(&src) {

@@ -5,7 +5,8 @@
 #![cfg(any(feature = "wgpu", feature = "cuda"))]
 
 use cubecl::client::Client;
-use labpipe_kernels::cube::{self, DeviceMatrix, Element};
+use labpipe_kernels::cube::ops::Heads;
+use labpipe_kernels::cube::{self, DecodeScratch, DeviceMatrix, Element, LayerCache};
 use labpipe_kernels::dense::DenseType;
 use labpipe_kernels::weight::{DenseWeight, HostWeight, SharedBytes};
 use labpipe_kernels::{SchemeSpec, scheme};
@@ -134,5 +135,58 @@ fn max_ulp(client: &Client, name: &str) -> i64 {
         ("cuda", _) => 0,
         (_, "int8") => 1,
         _ => 0,
+    }
+}
+
+/// One token behind a cache of random keys and values: the fused kernel against the generic ones.
+#[test]
+fn decode_attention_agrees_with_the_generic_kernels_at_every_split() {
+    let client = client();
+    for (n_heads, n_kv_heads, head_dim, capacity, position, window) in [
+        (4, 4, 64, 64, 0, u32::MAX),
+        (6, 2, 64, 200, 63, u32::MAX),
+        (6, 2, 64, 200, 64, u32::MAX),
+        (8, 1, 128, 300, 257, u32::MAX),
+        (3, 1, 128, 300, 299, 70),
+    ] {
+        let heads = Heads { n_heads, n_kv_heads, head_dim, qk_norm: false, rotary_dim: head_dim };
+        let n_cache = (n_kv_heads * head_dim) as usize * capacity;
+        let float = |n: usize, seed| client.create_from_slice(bytemuck::cast_slice(&values(n, seed)));
+        let qkv = float(((n_heads + 2 * n_kv_heads) * head_dim) as usize, 5);
+        let rope = float(capacity * head_dim as usize, 6);
+        let state = client.create_from_slice(bytemuck::cast_slice(&[position, 0, 0, 0]));
+        let n_out = (n_heads * head_dim) as usize;
+        let poisoned = || client.create_from_slice(bytemuck::cast_slice(&vec![f32::NAN; n_out]));
+        let (got, want, q) = (poisoned(), poisoned(), poisoned());
+        let caches: Vec<_> = (0..2).map(|_| (float(n_cache, 8), float(n_cache, 9))).collect();
+        let layer = |cache: usize| LayerCache {
+            element: Element::F32,
+            keys: &caches[cache].0,
+            values: &caches[cache].1,
+            capacity,
+            rope: &rope,
+            qk_norm: None,
+            eps: 1e-5,
+            heads,
+            window,
+            scale: 3.0,
+            soft_cap: None,
+        };
+        cube::rope_append(&client, Element::F32, &layer(0), &qkv, &q, &state, 1);
+        cube::attention(&client, Element::F32, &layer(0), &q, &want, &state, 1);
+        let Some(scratch) = DecodeScratch::new(&client, &layer(1)) else {
+            return eprintln!("left out: this device's planes are narrower than eight lanes");
+        };
+        cube::decode_attention(&client, &layer(1), &scratch, &qkv, &got, &state);
+        let want = read(&client, want, n_out);
+        let error = relative_error(&read(&client, got.clone(), n_out), &want);
+        assert!(error < 1e-5, "{n_heads}/{n_kv_heads} x {head_dim} at {position} of {capacity}: {error:.2e}");
+        // Again: the counters are as they were.
+        cube::decode_attention(&client, &layer(1), &scratch, &qkv, &got, &state);
+        assert!(relative_error(&read(&client, got, n_out), &want) < 1e-5);
+        for (ours, theirs) in [(&caches[1].0, &caches[0].0), (&caches[1].1, &caches[0].1)] {
+            let error = relative_error(&read(&client, ours.clone(), n_cache), &read(&client, theirs.clone(), n_cache));
+            assert!(error < 1e-6, "the cache's new row: {error:.2e}");
+        }
     }
 }

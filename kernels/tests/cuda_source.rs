@@ -7,9 +7,12 @@ use cubecl::{Compiler, CubeKernel};
 use cubecl_cpp::shared::{CompilationOptions, CppCompiler, CppSupportedFeatures};
 use cubecl_cpp::target::Cuda;
 use cubecl_server::runtime::Runtime;
+use labpipe_kernels::cube::decode_attention::{Split, decode_attention_kernel};
+use labpipe_kernels::cube::flash::flash_attention_kernel;
 use labpipe_kernels::cube::gemv::{
     Affine4Pairs, Bf16Pairs, Codebook4Pairs, Epilogue, F16Pairs, Fragments, GemvSpec, Int8Pairs, gemv_kernel,
 };
+use labpipe_kernels::cube::ops::Heads;
 use std::sync::Arc;
 
 fn source(kernel: &dyn CubeKernel) -> String {
@@ -88,5 +91,63 @@ fn matrix_vector_kernels_use_tensor_cores() {
     for (name, text) in &sources {
         keep(name, text);
         assert!(text.contains("mma.sync.aligned.m16n8k16"), "{name}");
+    }
+}
+
+fn heads(head_dim: u32) -> Heads {
+    Heads { n_heads: 24, n_kv_heads: 8, head_dim, qk_norm: false, rotary_dim: head_dim }
+}
+
+#[test]
+fn attention_kernels_are_lowered() {
+    let client = cubecl::Device::default().client();
+    let handle = client.empty(1 << 20);
+    let buffer = || unsafe { BufferArg::from_raw_parts(handle.clone(), 1024) };
+    let properties = client.properties_shared();
+    let target = Arc::new(CudaRuntime::target_properties());
+    for head_dim in [64, 128] {
+        let kernel = flash_attention_kernel::create_dummy_kernel::<half::f16>(
+            properties.clone(),
+            target.clone(),
+            CubeCount::Static(1, 1, 1),
+            CubeDim::new_1d(128),
+            buffer(),
+            buffer(),
+            buffer(),
+            buffer(),
+            buffer(),
+            1,
+            1,
+            1,
+            1.0,
+            heads(head_dim),
+            false,
+        );
+        let text = source(&kernel);
+        keep(&format!("flash-{head_dim}"), &text);
+        assert!(text.contains("ldmatrix") && text.contains("mma.sync"));
+        let split = Split { heads: heads(head_dim), group: 3, chunk: 64, n_splits: 10, combines: true };
+        let kernel = decode_attention_kernel::create_dummy_kernel::<half::f16>(
+            properties.clone(),
+            target.clone(),
+            CubeCount::Static(1, 1, 1),
+            CubeDim::new_1d(128),
+            8,
+            buffer(),
+            buffer(),
+            buffer(),
+            buffer(),
+            buffer(),
+            buffer(),
+            buffer(),
+            buffer(),
+            1,
+            1,
+            1.0,
+            split,
+        );
+        let text = source(&kernel);
+        keep(&format!("decode-attention-{head_dim}"), &text);
+        assert!(text.contains("__threadfence"));
     }
 }

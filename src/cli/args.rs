@@ -10,7 +10,7 @@ const EXAMPLES: &str = "Examples:
   labpipe show diff --json
 
 Exit codes: 0 ok; 2 usage or pipeline error, before any stage starts; 3 a stage failed; 4 device missing or out of
-memory; 5 a check failed; 1 a bug in labpipe; 130 stopped by Ctrl-C.";
+memory; 5 a check or comparison failed; 1 a bug in labpipe; 130 stopped by Ctrl-C.";
 
 /// Runs declarative experiment pipelines on quantized language models.
 #[derive(Debug, Parser)]
@@ -76,6 +76,8 @@ pub enum Command {
     Plan(PlanArgs),
     /// Show a stage's record of the latest run
     Show(ShowArgs),
+    /// Show two runs' numbers side by side: what differs, and whether by more than noise
+    Compare(CompareArgs),
     /// Print the graph of stages
     Graph(GraphArgs),
     /// Check a pipeline file and the files it names
@@ -213,6 +215,25 @@ pub struct ShowArgs {
     /// A run other than the latest
     #[arg(long, value_name = "RUN_ID")]
     pub run: Option<String>,
+}
+
+#[derive(Debug, Clone, ClapArgs)]
+pub struct CompareArgs {
+    /// The first run: its id, its folder, or latest
+    #[arg(value_name = "RUN_A")]
+    pub a: String,
+    /// The second run
+    #[arg(value_name = "RUN_B")]
+    pub b: String,
+    /// List equal numbers and every module's too
+    #[arg(long)]
+    pub all: bool,
+    /// As JSON
+    #[arg(long, conflicts_with = "all")]
+    pub json: bool,
+    /// Exit with code 5 if anything lies outside the noise or can't be compared
+    #[arg(long)]
+    pub fail_on_difference: bool,
 }
 
 #[derive(Debug, Clone, Subcommand)]

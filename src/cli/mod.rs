@@ -3,6 +3,7 @@
 mod args;
 mod cache;
 mod catalogue;
+mod compare;
 mod doctor;
 mod engine;
 mod error;
@@ -47,6 +48,7 @@ fn dispatch(args: Args) -> Result<u8, CliError> {
         Command::Validate(validate) => plan::validate(&args.global, &validate),
         Command::Matrix(matrix) => plan::matrix(&args.global, &matrix),
         Command::Show(show) => show::show(&args.global, &show),
+        Command::Compare(compare) => compare::compare(&args.global, &compare),
         Command::Stages { json } => catalogue::stages(json),
         Command::Schema => catalogue::schema(),
         Command::Cache { action } => cache::cache(&args.global, &action),

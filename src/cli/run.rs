@@ -7,11 +7,14 @@ use super::workspace::{Planned, Read, planned, read};
 use crate::artifact::StageStatus;
 use crate::event::{Event, EventSink, Level};
 use crate::pipeline::ParseOptions;
-use crate::plan::Selection;
-use crate::run::{RunFile, RunOutcome, RunRequest, environment, execute, metrics_rows, run_id, timestamp};
+use crate::plan::{Remeasure, Selection};
+use crate::run::{
+    RunFile, RunOutcome, RunRequest, environment, execute, external_files, metrics_rows, planned_stages, run_id,
+    timestamp,
+};
 use crate::store::{Results, append_metrics_csv};
 use crate::ui::{sink, summary_table};
-use serde_json::Value;
+use serde_json::{Value, json};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -70,6 +73,11 @@ fn start(global: &Global, file: &Path, read: Read, selection: &Selection, jobs: 
         pipeline: read.pipeline.name.clone(),
         pipeline_path: file.to_owned(),
         root: global.root.clone(),
+        command: std::env::args_os().map(|arg| arg.to_string_lossy().into_owned()).collect(),
+        selection: asked(selection),
+        jobs,
+        plan: planned_stages(&plan),
+        files: external_files(&plan, &global.root),
         pipeline_text: read.text.clone(),
         set: read.options.set.clone(),
         matrix: read.options.matrix.clone(),
@@ -79,6 +87,7 @@ fn start(global: &Global, file: &Path, read: Read, selection: &Selection, jobs: 
         environment: environment(&info),
         started_at: timestamp(),
         ended_at: None,
+        load_average_after: None,
         status: "running".to_owned(),
         stages: Vec::new(),
     };
@@ -108,6 +117,22 @@ fn start(global: &Global, file: &Path, read: Read, selection: &Selection, jobs: 
     }
     print(&closing(&outcome, &run_dir.path, &again(global, file, &read.options)))?;
     Ok(outcome.exit_code)
+}
+
+fn asked(selection: &Selection) -> Value {
+    let remeasure = match &selection.remeasure {
+        Remeasure::No => Value::Null,
+        Remeasure::All => "all".into(),
+        Remeasure::Stages(stages) => json!(stages),
+    };
+    json!({
+        "only": selection.only,
+        "until": selection.until,
+        "from": selection.from,
+        "force": selection.force,
+        "remeasure": remeasure,
+        "rebuild_upstream": selection.rebuild_upstream,
+    })
 }
 
 /// The first Ctrl-C asks the run to stop, and says so; the second ends the process at once.

@@ -2,15 +2,15 @@
 
 use super::forward::Executor;
 use super::kv_cache::KvCache;
-use super::score::{argmax, score_rows};
+use super::score::{LOGIT_ROWS, logits_in_chunks, values};
 use super::tap::Tap;
 use crate::event::Progress;
-use crate::inference::{CaptureFilter, CaptureSink, Decoded, InferenceError, Model, ModelInfo, Prefilled, TokenScore};
-use burn::tensor::{DType as BurnDType, Tensor};
+use crate::inference::{
+    CaptureFilter, CaptureSink, Decoded, InferenceError, Model, ModelInfo, Prefilled, TakeLogits, TokenScore, argmax,
+    check_targets, run_for_scores, score_logits,
+};
+use std::ops::Range;
 use std::time::Instant;
-
-/// Rows of logits that are on the host at once: bounds them to 64 · vocab_size values.
-const LOGIT_ROWS: usize = 64;
 
 /// A loaded model on a burn device.
 pub struct BurnModel {
@@ -54,13 +54,6 @@ impl BurnModel {
             reason: format!("{error:?}"),
         })
     }
-}
-
-fn values(tensor: Tensor<2>) -> Result<Vec<f32>, InferenceError> {
-    tensor
-        .into_data_dtype(BurnDType::F32)
-        .try_into_vec::<f32>()
-        .map_err(|error| InferenceError::NotFiniteResult { what: format!("logits ({error:?})") })
 }
 
 fn greedy(logits: &[f32]) -> Result<u32, InferenceError> {
@@ -132,22 +125,19 @@ impl Model for BurnModel {
     }
 
     fn score(&mut self, tokens: &[u32], first_target: usize) -> Result<Vec<TokenScore>, InferenceError> {
-        if first_target == 0 || first_target > tokens.len() {
-            return Err(InferenceError::Unsupported(format!(
-                "score from token {first_target} of {}: the first token of a window has nothing before it",
-                tokens.len()
-            )));
-        }
-        let hidden = self.executor.hidden_states(tokens, None, &mut Tap::closed())?;
-        let (width, vocab_size) = (self.info.hidden_size, self.info.vocab_size);
-        let mut scores = Vec::with_capacity(tokens.len() - first_target);
-        for (chunk_idx, targets) in tokens[first_target..].chunks(LOGIT_ROWS).enumerate() {
-            let first = first_target - 1 + chunk_idx * LOGIT_ROWS;
-            let rows = hidden.clone().slice([first..first + targets.len(), 0..width]);
-            let logits = values(self.executor.logits(rows))?;
-            scores.extend(score_rows(&logits, vocab_size, targets)?);
-        }
+        check_targets(tokens, first_target)?;
+        let (vocab_size, run) = (self.info.vocab_size, run_for_scores(tokens, self.info.n_ctx_max));
+        let mut scores: Vec<TokenScore> = Vec::with_capacity(tokens.len() - first_target);
+        self.logits(run, first_target - 1..tokens.len() - 1, &mut |logits| {
+            let first = first_target + scores.len();
+            scores.extend(score_logits(logits, vocab_size, &tokens[first..first + logits.len() / vocab_size])?);
+            Ok(())
+        })?;
         Ok(scores)
+    }
+
+    fn logits(&mut self, tokens: &[u32], rows: Range<usize>, take: &mut TakeLogits<'_>) -> Result<(), InferenceError> {
+        logits_in_chunks(&self.executor, tokens, rows, take)
     }
 
     fn capture(

@@ -1,12 +1,18 @@
 //! Formulae: statistics of samples, perplexity, activation differences. Pure; docs/definitions.md has them with sources.
 
 mod activation;
+mod difference;
+mod divergence;
 mod perplexity;
 mod statistics;
 
 pub use activation::ActivationDiff;
-pub use perplexity::{Convention, PerplexitySum, Window, short_text_note, windows};
-pub use statistics::{percentile, statistics};
+pub use difference::{Difference, Estimate, difference, paired_difference};
+pub use divergence::{TokenPair, divergence};
+pub use perplexity::{
+    Convention, Cut, PerplexitySum, TextUnits, Window, half_windows, rolling_windows, short_text_note, windows,
+};
+pub use statistics::{mean_and_stderr, percentile, quantile_stderr, statistics};
 
 /// Why a figure can't be computed.
 #[derive(Debug, Clone, PartialEq, thiserror::Error)]
@@ -14,6 +20,8 @@ pub use statistics::{percentile, statistics};
 pub enum MetricsError {
     #[error("score a text of {n_tokens} token(s): at least 2 are needed")]
     TooShort { n_tokens: usize },
+    #[error("score {n_tokens} tokens in chunks of {n_ctx}: llama.cpp's convention takes at least two")]
+    TooFew { n_tokens: usize, n_ctx: usize },
     #[error("use stride {stride}: expected 1 to max_length ({max_length})")]
     Stride { stride: usize, max_length: usize },
     #[error("compare rows of {width}: the reference has {reference} value(s), the candidate {candidate}")]

@@ -12,15 +12,52 @@ pub enum Convention {
     HfStridedLegacy,
     /// `HfStrided` with stride = max_length.
     Disjoint,
+    /// Disjoint chunks, the second half of each scored (llama.cpp's `llama-perplexity`).
+    LlamaCpp,
+    /// Rolling windows over each document (lm-evaluation-harness).
+    LmEval,
+}
+
+/// Which windows a convention cuts. Conventions with the same cut are scored once.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Cut {
+    Strided {
+        max_length: usize,
+        stride: usize,
+    },
+    /// Chunks of `n_ctx` tokens of which the second half is scored.
+    Halves {
+        n_ctx: usize,
+    },
+    /// Windows of up to `max_length` tokens that go on where the last one ended, over each document by itself.
+    Rolling {
+        max_length: usize,
+    },
+}
+
+impl Cut {
+    /// Returns a name for files: `strided-512-256`.
+    pub fn name(self) -> String {
+        match self {
+            Cut::Strided { max_length, stride } => format!("strided-{max_length}-{stride}"),
+            Cut::Halves { n_ctx } => format!("halves-{n_ctx}"),
+            Cut::Rolling { max_length } => format!("rolling-{max_length}"),
+        }
+    }
 }
 
 impl Convention {
-    pub const NAMES: [&'static str; 3] = ["hf-strided", "hf-strided-legacy", "disjoint"];
+    const ALL: [Convention; 5] = [
+        Convention::HfStrided,
+        Convention::HfStridedLegacy,
+        Convention::Disjoint,
+        Convention::LlamaCpp,
+        Convention::LmEval,
+    ];
+    pub const NAMES: [&'static str; 5] = ["hf-strided", "hf-strided-legacy", "disjoint", "llama-cpp", "lm-eval"];
 
     pub fn parse(name: &str) -> Option<Convention> {
-        [Convention::HfStrided, Convention::HfStridedLegacy, Convention::Disjoint]
-            .into_iter()
-            .find(|c| c.name() == name)
+        Convention::ALL.into_iter().find(|convention| convention.name() == name)
     }
 
     pub fn name(self) -> &'static str {
@@ -28,12 +65,19 @@ impl Convention {
             Convention::HfStrided => "hf-strided",
             Convention::HfStridedLegacy => "hf-strided-legacy",
             Convention::Disjoint => "disjoint",
+            Convention::LlamaCpp => "llama-cpp",
+            Convention::LmEval => "lm-eval",
         }
     }
 
-    /// Returns the stride that is used: `disjoint` has its own.
-    pub fn stride(self, stride: usize, max_length: usize) -> usize {
-        if self == Convention::Disjoint { max_length } else { stride }
+    /// Returns the windows it cuts; only `hf-strided` and its legacy have a stride of their own.
+    pub fn cut(self, max_length: usize, stride: usize) -> Cut {
+        match self {
+            Convention::HfStrided | Convention::HfStridedLegacy => Cut::Strided { max_length, stride },
+            Convention::Disjoint => Cut::Strided { max_length, stride: max_length },
+            Convention::LlamaCpp => Cut::Halves { n_ctx: max_length },
+            Convention::LmEval => Cut::Rolling { max_length },
+        }
     }
 }
 
@@ -75,6 +119,66 @@ pub fn windows(n_tokens: usize, max_length: usize, stride: usize) -> Result<Vec<
     Ok(windows)
 }
 
+/// Returns llama.cpp's windows: disjoint chunks of `n_ctx` tokens, a rest left out; logits n_ctx/2 … n_ctx − 2 are scored.
+///
+/// # Errors
+/// `TooFew` where there are fewer than two chunks, as llama.cpp refuses them; `TooShort` where a chunk has no second half.
+pub fn half_windows(n_tokens: usize, n_ctx: usize) -> Result<Vec<Window>, MetricsError> {
+    if n_ctx < 4 {
+        return Err(MetricsError::TooShort { n_tokens: n_ctx });
+    }
+    if n_tokens < 2 * n_ctx {
+        return Err(MetricsError::TooFew { n_tokens, n_ctx });
+    }
+    let chunk = |i: usize| Window { begin: i * n_ctx, end: (i + 1) * n_ctx, first_target: n_ctx / 2 + 1, n_new: n_ctx };
+    Ok((0..n_tokens / n_ctx).map(chunk).collect())
+}
+
+/// Returns lm-evaluation-harness's windows over one document (`get_rolling_token_windows` with a context of 1, then
+/// `make_disjoint_window`). The document begins with the prefix token at `begin` and has `n_tokens` tokens after it; each of
+/// those is scored once, from at most `max_length` tokens. A window's slice is one longer: its last token is a target only.
+pub fn rolling_windows(begin: usize, n_tokens: usize, max_length: usize) -> Vec<Window> {
+    let max_length = max_length.max(1);
+    let mut windows = Vec::new();
+    for n_done in (0..n_tokens).step_by(max_length) {
+        let n_new = max_length.min(n_tokens - n_done);
+        // The first window is as long as its targets; later ones reach back so that their input is a whole context.
+        let n_input = if n_done == 0 { n_new } else { max_length };
+        let end = begin + n_done + n_new + 1;
+        windows.push(Window { begin: end - n_input - 1, end, first_target: n_input + 1 - n_new, n_new });
+    }
+    windows
+}
+
+/// Words and bytes that lm-evaluation-harness divides by.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct TextUnits {
+    /// Parts between runs of white space, counted as Python's `re.split(r"\s+", text)` does: an empty part at either end
+    /// counts.
+    pub n_words: usize,
+    pub n_bytes: usize,
+}
+
+impl TextUnits {
+    /// Counts a document.
+    pub fn of(text: &str) -> TextUnits {
+        // Python's \s also takes the four separators U+001C to U+001F.
+        let is_space = |c: char| c.is_whitespace() || ('\u{1c}'..='\u{1f}').contains(&c);
+        let (mut n_runs, mut was_space) = (0, false);
+        for c in text.chars() {
+            let space = is_space(c);
+            n_runs += usize::from(space && !was_space);
+            was_space = space;
+        }
+        TextUnits { n_words: n_runs + 1, n_bytes: text.len() }
+    }
+
+    /// Returns the sum over documents.
+    pub fn plus(self, other: TextUnits) -> TextUnits {
+        TextUnits { n_words: self.n_words + other.n_words, n_bytes: self.n_bytes + other.n_bytes }
+    }
+}
+
 /// Returns what to tell the user where a text does not fill one window: its perplexity is that of a shorter context.
 pub fn short_text_note(n_tokens: usize, max_length: usize) -> Option<String> {
     (n_tokens < max_length).then(|| {
@@ -114,7 +218,9 @@ impl PerplexitySum {
     /// Mean NLL in nats per token, as the convention weights it.
     pub fn nll_mean(&self, convention: Convention) -> f64 {
         match convention {
-            Convention::HfStrided | Convention::Disjoint => self.nll / self.n_scored as f64,
+            Convention::HfStrided | Convention::Disjoint | Convention::LlamaCpp | Convention::LmEval => {
+                self.nll / self.n_scored as f64
+            }
             Convention::HfStridedLegacy => self.legacy / self.n_new as f64,
         }
     }
@@ -122,9 +228,28 @@ impl PerplexitySum {
     /// Perplexity and its standard error, ppl·√((mean(nll²) − mean(nll)²)/(n − 1)).
     pub fn perplexity(&self, convention: Convention) -> (f64, f64) {
         let perplexity = self.nll_mean(convention).exp();
+        (perplexity, perplexity * self.nll_stderr())
+    }
+
+    /// Standard error of the mean NLL, in nats per token.
+    pub fn nll_stderr(&self) -> f64 {
         let n = self.n_scored as f64;
         let variance = (self.nll_squared / n - (self.nll / n).powi(2)).max(0.0);
-        (perplexity, perplexity * (variance / (n - 1.0).max(1.0)).sqrt())
+        (variance / (n - 1.0).max(1.0)).sqrt()
+    }
+
+    /// Perplexity of another unit than the token, and its standard error: exp(ΣNLL/n_units), a unit's error being that of
+    /// the tokens it is made of.
+    pub fn perplexity_per(&self, n_units: usize) -> (f64, f64) {
+        let per_unit = self.n_scored as f64 / n_units as f64;
+        let perplexity = (self.nll / n_units as f64).exp();
+        (perplexity, perplexity * per_unit * self.nll_stderr())
+    }
+
+    /// Bits per byte and their standard error: ΣNLL/(n_bytes·ln 2).
+    pub fn bits_per_byte(&self, n_bytes: usize) -> (f64, f64) {
+        let bits = n_bytes as f64 * std::f64::consts::LN_2;
+        (self.nll / bits, self.n_scored as f64 * self.nll_stderr() / bits)
     }
 }
 
@@ -193,5 +318,68 @@ mod tests {
         sum.push(&Window { begin: 1, end: 4, first_target: 2, n_new: 1 }, &[5.0]);
         assert_eq!(sum.nll_mean(Convention::HfStrided), 3.0);
         assert_eq!(sum.nll_mean(Convention::HfStridedLegacy), (2.0 * 3.0 + 5.0) / 4.0);
+    }
+
+    #[test]
+    fn half_windows_equal_the_reference_counts() {
+        let text = include_str!("../../tests/fixtures/stories260k.json");
+        let reference: serde_json::Value = serde_json::from_str(text).expect("JSON");
+        for (name, n_tokens) in [("tinystories_first_20000_chars", 9613), ("wiki_first_20000_chars", 12429)] {
+            let row = &reference["stories260K"][name]["halves"][0];
+            let windows = half_windows(n_tokens, 512).expect("windows");
+            let n_scored: usize = windows.iter().map(|w| w.end - w.begin - w.first_target).sum();
+            assert_eq!(Some(windows.len() as u64), row["chunks"].as_u64());
+            assert_eq!(Some(n_scored as u64), row["n_scored"].as_u64());
+        }
+        assert!(half_windows(1023, 512).is_err() && half_windows(100, 3).is_err());
+    }
+
+    #[test]
+    fn rolling_windows_equal_lm_evals() {
+        let text = include_str!("../../tests/fixtures/lm_eval.json");
+        let reference: serde_json::Value = serde_json::from_str(text).expect("JSON");
+        for case in reference["windows"].as_array().expect("cases") {
+            let size = |field: &str| case[field].as_u64().expect("a number") as usize;
+            // The document as we hold it: the prefix -1, then the tokens 0, 1, 2, ….
+            let tokens: Vec<i64> = (-1..size("n_tokens") as i64).collect();
+            let found: Vec<(Vec<i64>, Vec<i64>)> = rolling_windows(0, size("n_tokens"), size("max_length"))
+                .iter()
+                .map(|w| {
+                    let slice = &tokens[w.begin..w.end];
+                    (slice[..w.first_target].to_vec(), slice[w.first_target..].to_vec())
+                })
+                .collect();
+            let expected: Vec<(Vec<i64>, Vec<i64>)> =
+                serde_json::from_value(case["pairs"].clone()).expect("pairs of lists");
+            assert_eq!(found, expected, "{case}");
+        }
+    }
+
+    #[test]
+    fn words_are_counted_as_python_splits_them() {
+        let text = include_str!("../../tests/fixtures/lm_eval.json");
+        let reference: serde_json::Value = serde_json::from_str(text).expect("JSON");
+        let cases = reference["words"].as_array().expect("cases");
+        assert!(cases.len() > 5);
+        for case in cases {
+            let units = TextUnits::of(case["text"].as_str().expect("a text"));
+            assert_eq!(Some(units.n_words as u64), case["n_words"].as_u64(), "{case}");
+            assert_eq!(Some(units.n_bytes as u64), case["n_bytes"].as_u64(), "{case}");
+        }
+    }
+
+    #[test]
+    fn other_units_follow_their_formulae() {
+        let mut sum = PerplexitySum::default();
+        sum.push(&Window { begin: 0, end: 5, first_target: 1, n_new: 5 }, &[1.0, 2.0, 3.0, 6.0]);
+        let (words, words_stderr) = sum.perplexity_per(2);
+        assert!((words - 6f64.exp()).abs() < 1e-9);
+        // The standard deviation of the four with n - 1, through the mean's error, times tokens a word.
+        let stderr = (14.0f64 / 3.0).sqrt() / 2.0;
+        assert!((sum.nll_stderr() - stderr).abs() < 1e-12);
+        assert!((words_stderr / words - 2.0 * stderr).abs() < 1e-12);
+        let (bits, bits_stderr) = sum.bits_per_byte(10);
+        assert!((bits - 1.2 / std::f64::consts::LN_2).abs() < 1e-12);
+        assert!((bits_stderr / bits - stderr / 3.0).abs() < 1e-12);
     }
 }

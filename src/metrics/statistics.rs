@@ -34,6 +34,29 @@ pub fn statistics(samples: &[f64]) -> Option<Statistics> {
     })
 }
 
+/// Returns the mean and its standard error, stdev/√n with n − 1; no error for a single value.
+pub fn mean_and_stderr(values: &[f64]) -> (f64, Option<f64>) {
+    let n = values.len() as f64;
+    let mean = values.iter().sum::<f64>() / n;
+    let squares: f64 = values.iter().map(|value| (value - mean).powi(2)).sum();
+    (mean, (values.len() > 1).then(|| (squares / (n - 1.0) / n).sqrt()))
+}
+
+/// Returns the standard error of the p-th percentile (0 to 100) of sorted values: half the distance between the order
+/// statistics one binomial standard deviation √(n·p·(1 − p)) to either side, which asks nothing of the values' distribution
+/// (Conover, Practical Nonparametric Statistics, section 3.2). Nothing where either would lie outside the sample.
+pub fn quantile_stderr(sorted: &[f64], p: f64) -> Option<f64> {
+    let share = p / 100.0;
+    let n = sorted.len() as f64;
+    let step = (n * share * (1.0 - share)).sqrt();
+    let (low, high) = (n * share - step, n * share + step);
+    if low < 1.0 || high > n || sorted.len() < 2 {
+        return None;
+    }
+    let at = |rank: f64| percentile(sorted, (rank - 1.0) / (n - 1.0) * 100.0);
+    Some((at(high) - at(low)) / 2.0)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -65,5 +88,18 @@ mod tests {
         assert!(statistics(&many).expect("statistics").p99.is_some());
         assert_eq!(statistics(&[1.0]).expect("statistics").stdev, None);
         assert_eq!(statistics(&[]), None);
+    }
+
+    #[test]
+    fn the_error_of_a_quantile_is_that_of_repeated_draws() {
+        // For a uniform sample the median's standard error is about 1/(2√n), the 90th percentile's √(0.09/n).
+        let n = 10_000;
+        let sorted: Vec<f64> = (0..n).map(|i| (f64::from(i) + 0.5) / f64::from(n)).collect();
+        let close = |found: Option<f64>, expected: f64| (found.expect("an error") / expected - 1.0).abs() < 0.01;
+        assert!(close(quantile_stderr(&sorted, 50.0), 0.005));
+        assert!(close(quantile_stderr(&sorted, 90.0), 0.003));
+        assert_eq!(quantile_stderr(&sorted[..20], 99.0), None);
+        assert_eq!(mean_and_stderr(&[1.0, 3.0]), (2.0, Some(1.0)));
+        assert_eq!(mean_and_stderr(&[1.0]).1, None);
     }
 }

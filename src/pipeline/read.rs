@@ -62,6 +62,7 @@ pub fn read_stage(name: &Key, node: &Node, catalogue: &Catalogue, problems: &mut
     if !is_whole {
         return None;
     }
+    stage.complete(&mut draft.params);
     for (param, message, hint) in stage.check(&draft.params) {
         let at = node.get(param).map_or(name.at, |value| value.at);
         problems.add(at, format!("stage {:?}: {message}", name.text), hint);
@@ -168,7 +169,10 @@ pub fn expected(param: &ParamDesc) -> String {
         ParamType::StageRefs(kinds) => format!("names of stages of kind {}", kinds.join(", ")),
         ParamType::Model => "a model folder".to_owned(),
         ParamType::RandomModel => "{config: FILE, seed: N}".to_owned(),
-        ParamType::TextSource => "a text file, or {source: FILE, n_chars: N} or {source: FILE, n_tokens: N}".to_owned(),
+        ParamType::TextSource => {
+            "a text file, a list of them, or {source: FILE or list, n_chars or n_tokens: N, separator, column, join}"
+                .to_owned()
+        }
         ParamType::QuantizationConfig => "a quantization config file, or the config itself".to_owned(),
     }
 }
@@ -248,14 +252,17 @@ fn random_model(node: &Node, entries: &[(Key, Node)]) -> Result<Value, Mismatch>
     Ok(json!({ "config": config, "seed": seed }))
 }
 
+/// Reads a text: a file, a list of files, or a mapping that says more.
 fn text_source(node: &Node) -> Result<Value, Mismatch> {
-    if let Some(path) = node.as_text().filter(|path| !path.is_empty()) {
-        return Ok(json!({ "source": path, "n_chars": null, "n_tokens": null }));
-    }
-    let entries = node.as_map().ok_or_else(|| (node.at, node.describe(), None))?;
-    known_keys(entries, &["source", "n_chars", "n_tokens"])?;
-    let source = node.get("source").and_then(Node::as_text).filter(|path| !path.is_empty());
-    let source = source.ok_or((node.at, "no source".to_owned(), None))?;
+    const KEYS: [&str; 6] = ["source", "n_chars", "n_tokens", "separator", "column", "join"];
+    let Some(entries) = node.as_map() else {
+        let source = source_files(node)?;
+        return Ok(json!({
+            "source": source, "n_chars": null, "n_tokens": null, "separator": null, "column": "text", "join": "\n\n"
+        }));
+    };
+    known_keys(entries, &KEYS)?;
+    let source = source_files(node.get("source").ok_or((node.at, "no source".to_owned(), None))?)?;
     let count = |name: &str| match node.get(name).map(|count| (&count.value, count)) {
         None | Some((NodeValue::Null, _)) => Ok(Value::Null),
         Some((NodeValue::Int(count), _)) if *count > 0 => Ok(Value::from(*count)),
@@ -265,5 +272,25 @@ fn text_source(node: &Node) -> Result<Value, Mismatch> {
     if !n_chars.is_null() && !n_tokens.is_null() {
         return Err((node.at, "both n_chars and n_tokens".to_owned(), Some("keep one of them".to_owned())));
     }
-    Ok(json!({ "source": source, "n_chars": n_chars, "n_tokens": n_tokens }))
+    let words = |name: &str, default: Value, may_be_empty: bool| match node.get(name).map(|text| (&text.value, text)) {
+        None | Some((NodeValue::Null, _)) => Ok(default),
+        Some((NodeValue::Text(text), _)) if may_be_empty || !text.is_empty() => Ok(Value::from(text.as_str())),
+        Some((_, text)) => Err((text.at, format!("{name} of {}", text.describe()), None)),
+    };
+    let separator = words("separator", Value::Null, false)?;
+    let column = words("column", Value::from("text"), false)?;
+    let join = words("join", Value::from("\n\n"), true)?;
+    Ok(json!({
+        "source": source, "n_chars": n_chars, "n_tokens": n_tokens, "separator": separator, "column": column,
+        "join": join
+    }))
+}
+
+/// Reads the name of a file, or a list of them; a list of one is that one.
+fn source_files(node: &Node) -> Result<Value, Mismatch> {
+    let fits = |item: &Node| item.as_text().is_some_and(|text| !text.is_empty());
+    match each(node, fits)? {
+        Value::Array(items) if items.len() == 1 => Ok(items.into_iter().next().unwrap_or_default()),
+        files => Ok(files),
+    }
 }

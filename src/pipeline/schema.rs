@@ -79,14 +79,21 @@ fn type_schema(ty: &ParamType) -> Value {
             "type": "object", "additionalProperties": false, "required": ["config"],
             "properties": { "config": { "type": "string" }, "seed": or_variable(json!({ "type": "integer", "minimum": 0 })) }
         }),
-        ParamType::TextSource => json!({ "anyOf": [{ "type": "string" }, {
-            "type": "object", "additionalProperties": false, "required": ["source"],
-            "properties": {
-                "source": { "type": "string" },
-                "n_chars": or_variable(json!({ "type": "integer", "minimum": 1 })),
-                "n_tokens": or_variable(json!({ "type": "integer", "minimum": 1 }))
+        ParamType::TextSource => json!({ "anyOf": [
+            { "type": "string", "minLength": 1 },
+            { "type": "array", "items": { "type": "string", "minLength": 1 }, "minItems": 1 },
+            {
+                "type": "object", "additionalProperties": false, "required": ["source"],
+                "properties": {
+                    "source": list_of(json!({ "type": "string", "minLength": 1 })),
+                    "n_chars": or_variable(json!({ "type": "integer", "minimum": 1 })),
+                    "n_tokens": or_variable(json!({ "type": "integer", "minimum": 1 })),
+                    "separator": { "type": "string", "minLength": 1 },
+                    "column": { "type": "string", "minLength": 1, "default": "text" },
+                    "join": { "type": "string", "default": "\n\n" }
+                }
             }
-        }] }),
+        ] }),
         ParamType::QuantizationConfig => json!({ "type": ["string", "object"] }),
     }
 }

@@ -1,5 +1,6 @@
 //! Which files outside the cache a stage's parameters name.
 
+use crate::dataset::locate;
 use crate::stage::{ParamType, Params, StageDescription};
 use serde_json::Value;
 use std::path::{Path, PathBuf};
@@ -37,30 +38,43 @@ pub fn external_files(
     let mut files = Vec::new();
     for param in description.params {
         let value = params.get(param.name).unwrap_or(&Value::Null);
+        let missing = |reason: String| Missing { param: param.name.to_owned(), reason };
+        let not_there =
+            |written: &str, what: &str| missing(format!("{written}: {what} (looked in {})", root.display()));
         let path = match &param.ty {
             ParamType::Model | ParamType::QuantizationConfig => value.as_str(),
-            ParamType::TextSource => value["source"].as_str(),
+            ParamType::TextSource => {
+                for written in text_sources(value) {
+                    let path = locate(written, root).map_err(|error| missing(error.to_string()))?;
+                    files.push(ExternalFile { written: written.to_owned(), path });
+                }
+                continue;
+            }
             ParamType::RandomModel => value["config"].as_str(),
             _ => None,
         };
         let Some(written) = path else { continue };
         let path = root.join(written);
-        let missing = |what: &str| {
-            let reason = format!("{written}: {what} (looked in {})", root.display());
-            Err(Missing { param: param.name.to_owned(), reason })
-        };
         if param.ty == ParamType::Model {
             if !path.is_dir() {
-                return missing("no such model folder");
+                return Err(not_there(written, "no such model folder"));
             }
             files.extend(model_files(written, &path));
         } else if path.is_file() {
             files.push(ExternalFile { written: written.to_owned(), path });
         } else {
-            return missing("no such file");
+            return Err(not_there(written, "no such file"));
         }
     }
     Ok(files)
+}
+
+/// Returns the files of a text: `source` is one or a list of them.
+fn text_sources(value: &Value) -> Vec<&str> {
+    match &value["source"] {
+        Value::Array(sources) => sources.iter().filter_map(Value::as_str).collect(),
+        one => one.as_str().into_iter().collect(),
+    }
 }
 
 fn model_files(written: &str, dir: &Path) -> Vec<ExternalFile> {

@@ -21,6 +21,7 @@ pub fn comparison(evidence: &Evidence<'_>) -> (Table, Vec<String>) {
     header.extend(columns.prefill.iter().map(|label| format!("prefill {label} (tokens/s)")));
     header.extend(columns.decode.iter().map(|label| format!("decode {label} (tokens/s)")));
     header.extend(columns.perplexity.iter().map(|label| format!("perplexity {label}")));
+    header.extend(columns.kl.iter().map(|label| format!("KL from base {label} (nats/token)")));
     let mut table = Table::new(header);
     for model in &evidence.models {
         let mut row: Vec<String> = Vec::new();
@@ -42,6 +43,7 @@ struct Columns<'a> {
     prefill: Vec<&'a str>,
     decode: Vec<&'a str>,
     perplexity: Vec<&'a str>,
+    kl: Vec<&'a str>,
 }
 
 impl<'a> Columns<'a> {
@@ -50,6 +52,7 @@ impl<'a> Columns<'a> {
             prefill: evidence.labels("prefill_tokens_per_second"),
             decode: evidence.labels("decode_tokens_per_second"),
             perplexity: evidence.labels("perplexity"),
+            kl: evidence.labels("kl_mean"),
         }
     }
 
@@ -58,6 +61,7 @@ impl<'a> Columns<'a> {
             ("prefill_tokens_per_second", &self.prefill, "n"),
             ("decode_tokens_per_second", &self.decode, "n"),
             ("perplexity", &self.perplexity, "n_scored"),
+            ("kl_mean", &self.kl, "n_scored"),
         ];
         let mut cells = Vec::new();
         for (metric, labels, n_name) in groups {
@@ -134,6 +138,13 @@ fn notes(evidence: &Evidence<'_>, columns: &Columns<'_>) -> Vec<String> {
             "Perplexity: value ± standard error over n_scored tokens, lower is better; `hf-strided 512/256` is \
              windows of 512 tokens that begin \
              every 256."
+                .to_owned(),
+        );
+    }
+    if !columns.kl.is_empty() {
+        notes.push(
+            "KL from base: mean ± standard error of KL(base ‖ model) over n_scored tokens; which model is the base, \
+             and more of it, under [Divergence](#divergence)."
                 .to_owned(),
         );
     }

@@ -1,6 +1,7 @@
 //! Detail tables: every statistic of every measurement.
 
 use super::Evidence;
+use super::divergence::{divergence, units};
 use super::evidence::short_hash;
 use super::markdown::{Table, code};
 use super::numbers::{mib, significant, thousands, with_spread};
@@ -15,13 +16,18 @@ pub struct Section {
 
 /// Returns the sections that have something to show.
 pub fn sections(evidence: &Evidence<'_>) -> Vec<Section> {
-    [prefill(evidence), decode(evidence), perplexity(evidence), memory(evidence), quantization(evidence)]
-        .into_iter()
-        .flatten()
-        .collect()
+    let sections = [
+        prefill(evidence),
+        decode(evidence),
+        perplexity(evidence),
+        divergence(evidence),
+        memory(evidence),
+        quantization(evidence),
+    ];
+    sections.into_iter().flatten().collect()
 }
 
-fn section(heading: &'static str, intro: &str, table: &Table, notes: &[String]) -> Option<Section> {
+pub fn section(heading: &'static str, intro: &str, table: &Table, notes: &[String]) -> Option<Section> {
     if table.is_empty() {
         return None;
     }
@@ -160,6 +166,7 @@ fn perplexity(evidence: &Evidence<'_>) -> Option<Section> {
             notes.push(format!("{} ({}): {note}.", code(&row.stage), one.convention));
         }
     }
+    notes.extend(units(evidence));
     let intro = "Perplexity is e to the power of the mean negative log-likelihood (NLL) of the scored tokens. Text \
         and tokenizer are named by the first digits of their \
                  blake3 hashes: only rows that share both, the convention and the window are comparable.";

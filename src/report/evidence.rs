@@ -3,7 +3,7 @@
 use super::measure::{Measure, Source};
 use super::model::{Model, compared_models, measured_model};
 use super::request::{ReportError, ReportRequest};
-use crate::artifact::{DecodeResult, MemoryFigures, ModuleDiff, PplResult, PrefillResult};
+use crate::artifact::{DecodeResult, DivergenceResult, MemoryFigures, ModuleDiff, PplResult, PrefillResult};
 use crate::stage::StageInput;
 use serde::de::DeserializeOwned;
 use serde_json::Value;
@@ -29,6 +29,14 @@ pub struct Diff<'a> {
     pub rows: Vec<ModuleDiff>,
 }
 
+/// A row of a `ppl` record's `divergence`.
+#[derive(Debug, Clone)]
+pub struct Diverged {
+    /// Address of the base model; of the base stage where its lineage is not known.
+    pub base: String,
+    pub row: Row<DivergenceResult>,
+}
+
 /// What a report is written from.
 pub struct Evidence<'a> {
     pub request: &'a ReportRequest<'a>,
@@ -39,6 +47,7 @@ pub struct Evidence<'a> {
     pub prefills: Vec<Row<PrefillResult>>,
     pub decodes: Vec<Row<DecodeResult>>,
     pub ppls: Vec<Row<PplResult>>,
+    pub divergences: Vec<Diverged>,
     pub memories: Vec<Row<MemoryFigures>>,
     pub diffs: Vec<Diff<'a>>,
     pub measures: Vec<Measure>,
@@ -60,6 +69,7 @@ impl<'a> Evidence<'a> {
             prefills: Vec::new(),
             decodes: Vec::new(),
             ppls: Vec::new(),
+            divergences: Vec::new(),
             memories: Vec::new(),
             diffs: Vec::new(),
             measures: Vec::new(),
@@ -75,14 +85,21 @@ impl<'a> Evidence<'a> {
     fn read(&mut self, input: &'a StageInput) -> Result<(), ReportError> {
         match input.kind.as_str() {
             "prefill-bench" => {
-                self.prefills.extend(rows(input)?);
+                self.prefills.extend(rows(input, "results")?);
                 self.memories.push(memory(input)?);
             }
             "decode-bench" => {
-                self.decodes.extend(rows(input)?);
+                self.decodes.extend(rows(input, "results")?);
                 self.memories.push(memory(input)?);
             }
-            "ppl" => self.ppls.extend(rows(input)?),
+            "ppl" => {
+                self.ppls.extend(rows(input, "results")?);
+                if input.record.body.contains_key("divergence") {
+                    let base = base_address(input);
+                    let rows = rows(input, "divergence")?.into_iter();
+                    self.divergences.extend(rows.map(|row| Diverged { base: base.clone(), row }));
+                }
+            }
             "diff" => self.diffs.push(diff(input)?),
             "load" | "quantize" => {
                 let figures = memory(input)?;
@@ -121,6 +138,11 @@ impl<'a> Evidence<'a> {
         measures.extend(self.prefills.iter().flat_map(|row| row.source().prefill(&row.result)));
         measures.extend(self.decodes.iter().flat_map(|row| row.source().decode(&row.result)));
         measures.extend(self.ppls.iter().flat_map(|row| row.source().ppl(&row.result, &self.ppl_label(&row.result))));
+        for diverged in &self.divergences {
+            let row = &diverged.row;
+            let label = window_label(&row.result.convention, row.result.max_length, row.result.stride);
+            measures.extend(row.source().divergence(&row.result, &label, &diverged.base));
+        }
         for diff in &self.diffs {
             let source = Source { model: &diff.candidate, stage: &diff.stage.address };
             measures.extend(diff.rows.iter().flat_map(|row| source.module_diff(row, &diff.mode)));
@@ -132,7 +154,7 @@ impl<'a> Evidence<'a> {
     pub fn ppl_label(&self, row: &PplResult) -> String {
         let several_texts = self.ppls.iter().any(|other| other.result.text_hash != row.text_hash);
         let text = if several_texts { format!(", text {}", short_hash(&row.text_hash)) } else { String::new() };
-        format!("{} {}/{}{text}", row.convention, row.max_length, row.stride)
+        format!("{}{text}", window_label(&row.convention, row.max_length, row.stride))
     }
 
     /// Returns the bytes of a model's parameters as stored, as any of its records has them.
@@ -191,6 +213,14 @@ impl<T> Row<T> {
     }
 }
 
+/// Returns what names a convention's windows: `hf-strided 512/256`; `llama-cpp 512` where there is no stride to choose.
+pub fn window_label(convention: &str, max_length: usize, stride: usize) -> String {
+    match convention {
+        "llama-cpp" | "lm-eval" => format!("{convention} {max_length}"),
+        _ => format!("{convention} {max_length}/{stride}"),
+    }
+}
+
 /// Returns the first 12 digits of a hash.
 pub fn short_hash(hash: &str) -> &str {
     hash.get(..12).unwrap_or(hash)
@@ -220,8 +250,8 @@ fn models_of(inputs: &[&Arc<StageInput>]) -> Vec<Model> {
     models
 }
 
-fn rows<T: DeserializeOwned>(input: &StageInput) -> Result<Vec<Row<T>>, ReportError> {
-    let results: Vec<T> = field(input, "results")?;
+fn rows<T: DeserializeOwned>(input: &StageInput, name: &'static str) -> Result<Vec<Row<T>>, ReportError> {
+    let results: Vec<T> = field(input, name)?;
     let model = model_address(input);
     let stage = &input.address;
     Ok(results.into_iter().map(|result| Row { stage: stage.clone(), model: model.clone(), result }).collect())
@@ -254,6 +284,13 @@ fn diff(input: &StageInput) -> Result<Diff<'_>, ReportError> {
         candidate: name(candidate, "candidate"),
         rows: field(input, "modules")?,
     })
+}
+
+/// Returns the address of the model that a `ppl` stage was held against.
+fn base_address(input: &StageInput) -> String {
+    let model = input.input("base").and_then(|base| base.input("model")).map(|model| model.address.clone());
+    let named = || input.record.body.get("base").and_then(Value::as_str).map(str::to_owned);
+    model.or_else(named).unwrap_or_else(|| "its base".to_owned())
 }
 
 fn model_address(input: &StageInput) -> String {

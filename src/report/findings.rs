@@ -1,12 +1,12 @@
 //! What the numbers say, in plain words. Every sentence is computed.
 
 use super::Evidence;
-use super::evidence::Diff;
+use super::evidence::{Diff, Diverged};
 use super::layer_findings::most_damaged;
 use super::markdown::{code, listed};
 use super::measure::Measure;
 use super::model::Model;
-use super::numbers::{mib, percent_change, significant, thousands, times};
+use super::numbers::{mib, percent_change, significant, thousands, times, with_spread};
 
 /// Most comparisons told one by one; above it only the extremes are.
 const N_TOLD: usize = 3;
@@ -71,6 +71,7 @@ fn against(evidence: &Evidence<'_>, model: &Model, baseline: &Model) -> Option<S
     if let Some((before, now)) = common(evidence, model, baseline, "perplexity") {
         clauses.push(perplexity_clause(before, now));
     }
+    clauses.extend(divergence_clause(evidence, model, baseline));
     (!clauses.is_empty())
         .then(|| format!("Against {}, {} {}.", code(&baseline.address), code(&model.address), listed(&clauses)))
 }
@@ -87,6 +88,19 @@ fn perplexity_clause(before: &Measure, now: &Measure) -> String {
         thousands(now.n),
         if is_small { "; less than twice the joint standard error of two independent samples" } else { "" }
     )
+}
+
+/// Returns how far the model's distributions are from the baseline's, where they were compared with it.
+fn divergence_clause(evidence: &Evidence<'_>, model: &Model, baseline: &Model) -> Option<String> {
+    let of_pair = |one: &&Diverged| one.row.model == model.address && one.base == baseline.address;
+    let found = &evidence.divergences.iter().find(of_pair)?.row.result;
+    Some(format!(
+        "diverges from it by {} nats a token (KL, mean ± standard error) with the same first choice at {:.1} % of {} \
+         tokens",
+        with_spread(found.kl_mean, found.kl_mean_stderr),
+        100.0 * found.top1_agreement,
+        thousands(found.n_scored)
+    ))
 }
 
 fn extremes(evidence: &Evidence<'_>, pairs: &[(&Model, &Model)]) -> Vec<String> {

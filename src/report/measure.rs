@@ -1,7 +1,7 @@
 //! Measures: every number of a report in one shape, with unit, n, spread and method.
 
 use super::numbers::thousands;
-use crate::artifact::{DecodeResult, MemoryFigures, ModuleDiff, PplResult, PrefillResult};
+use crate::artifact::{DecodeResult, DivergenceResult, MemoryFigures, ModuleDiff, PplResult, PrefillResult};
 use serde::Serialize;
 
 /// What a measure's `spread` is.
@@ -102,7 +102,51 @@ impl Source<'_> {
         );
         let perplexity = self.measure("perplexity", label, row.perplexity, "1", row.n_scored);
         let nll = self.measure("nll_mean", label, row.nll_mean, "nats/token", row.n_scored);
-        vec![perplexity.spread(Some(row.stderr), SpreadKind::Stderr).method(&method), nll.method(&method)]
+        // The error of the mean is that of its exponential over the exponential.
+        let nll_stderr = (row.perplexity > 0.0).then(|| row.stderr / row.perplexity);
+        let mut measures = vec![
+            perplexity.spread(Some(row.stderr), SpreadKind::Stderr).method(&method),
+            nll.spread(nll_stderr, SpreadKind::Stderr).method(&method),
+        ];
+        let units = [
+            ("word_perplexity", row.word_perplexity, row.word_perplexity_stderr, "1"),
+            ("byte_perplexity", row.byte_perplexity, row.byte_perplexity_stderr, "1"),
+            ("bits_per_byte", row.bits_per_byte, row.bits_per_byte_stderr, "bits/byte"),
+        ];
+        measures.extend(units.into_iter().filter_map(|(metric, value, stderr, unit)| {
+            let measure = self.measure(metric, label, value?, unit, row.n_scored);
+            Some(measure.spread(stderr, SpreadKind::Stderr).method(&method))
+        }));
+        measures
+    }
+
+    /// Returns how far a model is from its base.
+    pub fn divergence(&self, row: &DivergenceResult, label: &str, base: &str) -> Vec<Measure> {
+        let method = format!("against {base}, whose log-probabilities were kept as {}", row.base_log_probs);
+        let of = |value: f64| Some(value);
+        let known = [
+            ("kl_mean", of(row.kl_mean), row.kl_mean_stderr, "nats"),
+            ("kl_median", of(row.kl_median), row.kl_median_stderr, "nats"),
+            ("kl_p90", of(row.kl_p90), row.kl_p90_stderr, "nats"),
+            ("kl_p95", row.kl_p95, row.kl_p95_stderr, "nats"),
+            ("kl_p99", row.kl_p99, row.kl_p99_stderr, "nats"),
+            ("kl_p99_9", row.kl_p99_9, row.kl_p99_9_stderr, "nats"),
+            ("kl_max", of(row.kl_max), None, "nats"),
+            ("kl_min", of(row.kl_min), None, "nats"),
+            ("delta_p_mean", of(row.delta_p_mean), row.delta_p_mean_stderr, "1"),
+            ("delta_p_rms", of(row.delta_p_rms), row.delta_p_rms_stderr, "1"),
+            ("delta_p_p01", row.delta_p_p01, None, "1"),
+            ("delta_p_median", of(row.delta_p_median), None, "1"),
+            ("delta_p_p99", row.delta_p_p99, None, "1"),
+            ("top1_agreement", of(row.top1_agreement), row.top1_agreement_stderr, "1"),
+            ("ln_ppl_ratio", of(row.ln_ppl_ratio), row.ln_ppl_ratio_stderr, "nats/token"),
+            ("nll_correlation", row.nll_correlation, row.nll_correlation_stderr, "1"),
+        ];
+        let measures = known.into_iter().filter_map(|(metric, value, stderr, unit)| {
+            let measure = self.measure(metric, label, value?, unit, row.n_scored);
+            Some(measure.spread(stderr, SpreadKind::Stderr).method(&method))
+        });
+        measures.collect()
     }
 
     /// Returns what is known of a record's memory figures.

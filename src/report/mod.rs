@@ -3,9 +3,11 @@
 //! This room reads no file and knows no engine. `evidence` puts records side by side, `findings` says in words what
 //! they show, and each exporter is one file and one line in [`EXPORTERS`].
 
+mod compare;
 mod comparison;
 mod csv;
 mod details;
+mod divergence;
 mod evidence;
 mod findings;
 mod json;
@@ -23,7 +25,9 @@ mod request;
 #[cfg(test)]
 mod testing;
 
-pub use evidence::Evidence;
+pub use compare::{Compared, Paired, Verdict, compare, measures};
+pub use evidence::{Evidence, window_label};
+pub use measure::Measure;
 pub use request::{
     NoScatter, ReportError, ReportFile, ReportRequest, ScatterFailure, ScatterPoints, ScatterSource, formats, render,
 };

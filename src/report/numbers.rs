@@ -28,11 +28,12 @@ pub fn significant(value: f64) -> String {
     }
 }
 
-/// Formats `mean ± spread` with as many decimals as the spread's two leading digits need; without a spread the value
-/// alone.
+/// Formats `mean ± spread` with as many decimals as the spread's two leading digits need, far below 1 as powers of ten;
+/// without a spread the value alone.
 pub fn with_spread(value: f64, spread: Option<f64>) -> String {
     match spread.filter(|spread| *spread > 0.0 && spread.is_finite() && value.is_finite()) {
         None => significant(value),
+        Some(spread) if spread < 1e-5 => format!("{} ± {spread:.1e}", significant(value)),
         Some(spread) => {
             let n_decimals = (1.0 - spread.log10().floor()).clamp(0.0, 6.0) as usize;
             format!("{value:.n_decimals$} ± {spread:.n_decimals$}")
@@ -71,6 +72,7 @@ mod tests {
         assert_eq!(with_spread(9.0614, Some(0.2134)), "9.06 ± 0.21");
         assert_eq!(with_spread(1432.6, Some(38.2)), "1433 ± 38");
         assert_eq!(with_spread(9.0614, None), "9.061");
+        assert_eq!(with_spread(2.6142e-6, Some(7.09e-8)), "2.614e-6 ± 7.1e-8");
         assert_eq!(
             [0.0, 0.00351234, 1.2e-5, 14.5, 12676.4].map(significant),
             ["0", "0.003512", "1.200e-5", "14.50", "12676"]

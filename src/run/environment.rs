@@ -2,22 +2,67 @@
 //! variables.
 
 use crate::inference::EngineInfo;
-use serde_json::{Value, json};
+use serde_json::{Map, Value, json};
 
 /// Returns what is known of machine and program.
 pub fn environment(engine: &EngineInfo) -> Value {
     json!({
         "labpipe_version": env!("CARGO_PKG_VERSION"),
-        "git_revision": option_env!("LABPIPE_GIT_REVISION"),
+        "build": build(),
         "engine": engine,
         "os": std::env::consts::OS,
         "arch": std::env::consts::ARCH,
+        "os_name": os_name(),
         "kernel": first_line("/proc/sys/kernel/osrelease"),
         "cpu": cpu_model(),
         "n_threads": std::thread::available_parallelism().map(usize::from).ok(),
         "memory_bytes": memory_bytes(),
+        "load_average_before": load_average(),
+        "variables": variables(),
         "gpus": Value::Array(Vec::new()),
     })
+}
+
+/// What the program was built from and with.
+fn build() -> Value {
+    let pairs = env!("LABPIPE_CRATES").split(' ').filter_map(|pair| pair.split_once('='));
+    let crates: Map<String, Value> = pairs.map(|(name, version)| (name.to_owned(), version.into())).collect();
+    json!({
+        "git_revision": option_env!("LABPIPE_GIT_REVISION").filter(|revision| !revision.is_empty()),
+        "rustc": env!("LABPIPE_RUSTC"),
+        "target": env!("LABPIPE_TARGET"),
+        "target_features": env!("LABPIPE_TARGET_FEATURES"),
+        "profile": env!("LABPIPE_PROFILE"),
+        "crates": crates,
+    })
+}
+
+/// Variables that change what is computed, how fast, or from which files; none that may hold a secret.
+fn variables() -> Value {
+    const NAMES: [&str; 9] = [
+        "CUDA_VISIBLE_DEVICES",
+        "CUBECL_DEBUG_OPTION",
+        "HF_HOME",
+        "HF_HUB_CACHE",
+        "HF_HUB_OFFLINE",
+        "LABPIPE_CACHE",
+        "LABPIPE_RESULTS",
+        "RAYON_NUM_THREADS",
+        "SAVE_EVAL_RESULTS",
+    ];
+    let set = NAMES.iter().filter_map(|name| Some(((*name).to_owned(), std::env::var(name).ok()?.into())));
+    Value::Object(set.collect())
+}
+
+fn os_name() -> Option<String> {
+    let text = std::fs::read_to_string("/etc/os-release").ok()?;
+    let name = text.lines().find_map(|line| line.strip_prefix("PRETTY_NAME="))?;
+    Some(name.trim_matches('"').to_owned())
+}
+
+/// Returns the processes that wanted to run, averaged over the last minute: whether the machine was busy.
+pub fn load_average() -> Option<f64> {
+    first_line("/proc/loadavg")?.split(' ').next()?.parse().ok()
 }
 
 fn first_line(path: &str) -> Option<String> {

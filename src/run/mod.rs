@@ -7,13 +7,15 @@ mod facts;
 mod job;
 mod metrics_rows;
 mod progress;
+mod repeat;
 mod residency;
 mod run_file;
 mod schedule;
 
-pub use environment::environment;
+pub use environment::{environment, load_average};
 pub use facts::StoreFacts;
 pub use metrics_rows::metrics_rows;
+pub use repeat::{external_files, planned_stages};
 pub use residency::Residency;
 pub use run_file::{RunFile, run_id, timestamp};
 pub use schedule::{RunOutcome, RunRequest, execute};

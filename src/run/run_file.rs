@@ -1,5 +1,6 @@
 //! `run.json`: what a run was asked, on what machine, and how each stage ended.
 
+use super::environment::load_average;
 use crate::artifact::{FORMAT_VERSION, StageStatus};
 use jiff::{Timestamp, Unit};
 use serde_json::{Value, json};
@@ -13,6 +14,16 @@ pub struct RunFile {
     /// As given on the command line, and where relative paths started.
     pub pipeline_path: PathBuf,
     pub root: PathBuf,
+    /// The command line, word by word.
+    pub command: Vec<String>,
+    /// Which stages were asked for, and how.
+    pub selection: Value,
+    /// Stages that might run at once.
+    pub jobs: usize,
+    /// Every stage with its canonical parameters.
+    pub plan: Value,
+    /// Every file that parameters name, with hash and size.
+    pub files: Value,
     pub pipeline_text: String,
     pub set: Vec<(String, String)>,
     pub matrix: Vec<(String, Vec<String>)>,
@@ -23,6 +34,8 @@ pub struct RunFile {
     pub environment: Value,
     pub started_at: String,
     pub ended_at: Option<String>,
+    /// Processes that wanted to run, averaged over a minute, at the end; `environment` has it from the start.
+    pub load_average_after: Option<f64>,
     pub status: String,
     pub stages: Vec<StageStatus>,
 }
@@ -44,6 +57,7 @@ impl RunFile {
     pub fn end(&mut self, status: &str) {
         self.status = status.to_owned();
         self.ended_at = Some(timestamp());
+        self.load_average_after = load_average();
     }
 
     /// Returns the file's content.
@@ -61,13 +75,19 @@ impl RunFile {
             "pipeline_path": self.pipeline_path,
             "pipeline_blake3": blake3::hash(self.pipeline_text.as_bytes()).to_hex().to_string(),
             "root": self.root,
+            "command": self.command,
+            "selection": self.selection,
+            "jobs": self.jobs,
             "set": set,
             "matrix": matrix,
             "device_asked": self.device_asked,
             "device": self.device,
             "device_reason": self.device_reason,
             "environment": self.environment,
+            "load_average_after": self.load_average_after,
+            "files": self.files,
             "stages": self.stages,
+            "plan": self.plan,
             "pipeline_text": self.pipeline_text,
         })
     }

@@ -1,8 +1,12 @@
 //! Texts as tokens: reads a text source and tokenizes it with the model's own tokenizer.json.
 
+use crate::dataset::locate;
 use crate::inference::ModelInfo;
+use crate::metrics::TextUnits;
 use crate::stage::{StageContext, StageError};
+use crate::store::read_text_column;
 use serde_json::Value;
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 use tokenizers::Tokenizer;
 
@@ -16,57 +20,242 @@ pub struct TokenizedText {
     pub tokenizer_hash: String,
     /// How the text begins: `added by the tokenizer (id 1)` or `none`.
     pub bos: String,
+    /// The token that the tokenizer put before the text, where it did.
+    pub bos_id: Option<u32>,
 }
 
-/// Reads the text that a parameter names (canonical `{source, n_chars, n_tokens}`) and tokenizes it for a model.
+/// A text's documents, each tokenized by itself.
+#[derive(Debug, Clone)]
+pub struct TokenizedDocuments {
+    /// One list a document; an empty document has none.
+    pub documents: Vec<Vec<u32>>,
+    /// What each document's first token is predicted from: the tokenizer's BOS, else its EOS.
+    pub prefix_id: u32,
+    /// Of all documents.
+    pub units: TextUnits,
+}
+
+/// Reads the text that a parameter names (canonical `{source, n_chars, n_tokens, …}`) and tokenizes it for a model.
 ///
 /// # Errors
 /// `Read` for a file that isn't there, isn't UTF-8 or is empty; `Tokenize` for a tokenizer that is missing, damaged, or doesn't
 /// fit the model; `Param` where the text is shorter than `n_tokens`.
 pub fn tokenize(context: &StageContext<'_>, source: &Value, model: &ModelInfo) -> Result<TokenizedText, StageError> {
-    let path = context.root.join(source["source"].as_str().unwrap_or_default());
-    let text = read(&path, source["n_chars"].as_u64())?;
-    let dir = model.tokenizer_dir.as_ref().ok_or_else(|| StageError::Tokenize {
-        path: path.clone(),
-        reason: "a model with random weights has no tokenizer; leave the text out to use random tokens".to_owned(),
-    })?;
-    let (tokenizer, tokenizer_path, tokenizer_hash) = load(dir)?;
-    let fail = |reason: String| StageError::Tokenize { path: tokenizer_path.clone(), reason };
-    let encoding = tokenizer.encode(text.as_str(), true).map_err(|error| fail(error.to_string()))?;
-    let mut tokens = encoding.get_ids().to_vec();
-    if let Some(token) = tokens.iter().find(|token| **token as usize >= model.vocab_size) {
-        let vocab_size = model.vocab_size;
-        return Err(fail(format!(
-            "it gives token id {token}, but the model's vocabulary has {vocab_size} entries; it belongs to another model"
-        )));
-    }
-    if let Some(n_tokens) = source["n_tokens"].as_u64().and_then(|n| usize::try_from(n).ok()) {
-        if n_tokens > tokens.len() {
-            let reason = format!("n_tokens {n_tokens} is more than the text's {} tokens", tokens.len());
-            return Err(StageError::Param { param: "text".to_owned(), reason });
-        }
-        tokens.truncate(n_tokens);
-    }
-    let first_is_special = encoding.get_special_tokens_mask().first() == Some(&1);
-    let bos = match tokens.first() {
-        Some(id) if first_is_special => format!("added by the tokenizer (id {id})"),
-        _ => "none".to_owned(),
-    };
-    Ok(TokenizedText { tokens, text_hash: blake3::hash(text.as_bytes()).to_hex().to_string(), tokenizer_hash, bos })
+    TextForModel::read(context.root, source, model)?.whole()
 }
 
-fn read(path: &Path, n_chars: Option<u64>) -> Result<String, StageError> {
-    let fail = |reason: String| StageError::Read { path: path.to_owned(), reason };
-    let bytes = std::fs::read(path).map_err(|error| fail(error.to_string()))?;
-    let text = String::from_utf8(bytes).map_err(|error| fail(format!("not UTF-8 text ({error})")))?;
-    let text = match n_chars.and_then(|n| usize::try_from(n).ok()) {
-        None => text,
-        Some(n) => match text.chars().count() {
-            have if have < n => return Err(fail(format!("n_chars {n} is more than the text's {have} characters"))),
-            _ => text.chars().take(n).collect(),
-        },
-    };
-    if text.is_empty() { Err(fail("the text is empty".to_owned())) } else { Ok(text) }
+/// A text and the tokenizer of the model that it is for.
+pub struct TextForModel<'a> {
+    source: &'a Value,
+    model: &'a ModelInfo,
+    text: Text,
+    tokenizer: Tokenizer,
+    tokenizer_path: PathBuf,
+    tokenizer_hash: String,
+}
+
+impl<'a> TextForModel<'a> {
+    /// Reads both.
+    ///
+    /// # Errors
+    /// As [`tokenize`].
+    pub fn read(root: &Path, source: &'a Value, model: &'a ModelInfo) -> Result<TextForModel<'a>, StageError> {
+        let text = Text::read(root, source)?;
+        let dir = model.tokenizer_dir.as_ref().ok_or_else(|| StageError::Tokenize {
+            path: PathBuf::from(source["source"].as_str().unwrap_or("the text")),
+            reason: "a model with random weights has no tokenizer; leave the text out to use random tokens".to_owned(),
+        })?;
+        let (tokenizer, tokenizer_path, tokenizer_hash) = load(dir)?;
+        Ok(TextForModel { source, model, text, tokenizer, tokenizer_path, tokenizer_hash })
+    }
+
+    /// Tokenizes the whole text, its documents joined, with the tokenizer's special tokens.
+    ///
+    /// # Errors
+    /// As [`tokenize`].
+    pub fn whole(&self) -> Result<TokenizedText, StageError> {
+        let encoding = self.encode(&self.text.joined, true)?;
+        let mut tokens = encoding.get_ids().to_vec();
+        if let Some(n_tokens) = self.source["n_tokens"].as_u64().and_then(|n| usize::try_from(n).ok()) {
+            if n_tokens > tokens.len() {
+                let reason = format!("n_tokens {n_tokens} is more than the text's {} tokens", tokens.len());
+                return Err(StageError::Param { param: "text".to_owned(), reason });
+            }
+            tokens.truncate(n_tokens);
+        }
+        let first_is_special = encoding.get_special_tokens_mask().first() == Some(&1);
+        let bos_id = tokens.first().copied().filter(|_| first_is_special);
+        Ok(TokenizedText {
+            tokens,
+            text_hash: blake3::hash(self.text.joined.as_bytes()).to_hex().to_string(),
+            tokenizer_hash: self.tokenizer_hash.clone(),
+            bos: bos_id.map_or_else(|| "none".to_owned(), |id| format!("added by the tokenizer (id {id})")),
+            bos_id,
+        })
+    }
+
+    /// Tokenizes each document by itself, with the tokenizer's special tokens or without.
+    ///
+    /// # Errors
+    /// `Tokenize` as [`tokenize`], and where neither tokenizer nor model names a token to begin with; `Param` for
+    /// `n_tokens`, which cuts through words whose number would then be unknown.
+    pub fn documents(&self, add_special_tokens: bool) -> Result<TokenizedDocuments, StageError> {
+        if !self.source["n_tokens"].is_null() {
+            let reason =
+                "lm-eval counts words and bytes of whole documents; cut the text with n_chars instead of n_tokens";
+            return Err(StageError::Param { param: "text".to_owned(), reason: reason.to_owned() });
+        }
+        let mut documents = Vec::with_capacity(self.text.documents.len());
+        let mut units = TextUnits::default();
+        for span in &self.text.documents {
+            let document = &self.text.joined[span.clone()];
+            units = units.plus(TextUnits::of(document));
+            documents.push(self.encode(document, add_special_tokens)?.get_ids().to_vec());
+        }
+        Ok(TokenizedDocuments { documents, prefix_id: self.prefix_id()?, units })
+    }
+
+    fn encode(&self, text: &str, add_special_tokens: bool) -> Result<tokenizers::Encoding, StageError> {
+        let encoding = self.tokenizer.encode(text, add_special_tokens).map_err(|error| self.fail(error.to_string()))?;
+        let vocab_size = self.model.vocab_size;
+        match encoding.get_ids().iter().find(|token| **token as usize >= vocab_size) {
+            None => Ok(encoding),
+            Some(token) => Err(self.fail(format!(
+                "it gives token id {token}, but the model's vocabulary has {vocab_size} entries; it belongs to another model"
+            ))),
+        }
+    }
+
+    fn fail(&self, reason: String) -> StageError {
+        StageError::Tokenize { path: self.tokenizer_path.clone(), reason }
+    }
+
+    /// Returns what lm-evaluation-harness puts before a document: `bos_token`, else `eos_token` of tokenizer_config.json;
+    /// without such a file what the tokenizer itself adds, else the config's `bos_token_id`.
+    fn prefix_id(&self) -> Result<u32, StageError> {
+        let path = self.tokenizer_path.with_file_name("tokenizer_config.json");
+        let config: Value =
+            std::fs::read(&path).ok().and_then(|bytes| serde_json::from_slice(&bytes).ok()).unwrap_or_default();
+        let named = |name: &str| {
+            let token = config[name].as_str().or_else(|| config[name]["content"].as_str())?;
+            self.tokenizer.token_to_id(token)
+        };
+        if let Some(id) = named("bos_token").or_else(|| named("eos_token")) {
+            return Ok(id);
+        }
+        let encoding = self.encode("a", true)?;
+        let added = encoding.get_ids().first().filter(|_| encoding.get_special_tokens_mask().first() == Some(&1));
+        added.copied().or(self.model.bos_token_id).ok_or_else(|| {
+            self.fail("lm-eval begins documents with BOS or EOS, but neither tokenizer nor model names one".to_owned())
+        })
+    }
+}
+
+/// A text with the places of its documents in it.
+#[derive(Debug, Clone, Default, PartialEq)]
+struct Text {
+    joined: String,
+    /// Byte ranges, in order; what lies between is `join`.
+    documents: Vec<Range<usize>>,
+}
+
+impl Text {
+    /// Reads every file of a canonical source. A Parquet file's rows are documents, and so are the parts of a text file
+    /// between separators; parts of white space alone are none.
+    fn read(root: &Path, source: &Value) -> Result<Text, StageError> {
+        let names: Vec<&str> = match &source["source"] {
+            Value::Array(names) => names.iter().filter_map(Value::as_str).collect(),
+            one => one.as_str().into_iter().collect(),
+        };
+        let n_chars = source["n_chars"].as_u64().and_then(|n| usize::try_from(n).ok());
+        let mut gather =
+            Gather { text: Text::default(), join: source["join"].as_str().unwrap_or("\n\n"), n_chars, n: 0 };
+        let mut path = PathBuf::new();
+        for name in &names {
+            path = locate(name, root)
+                .map_err(|error| StageError::Read { path: PathBuf::from(name), reason: error.to_string() })?;
+            gather.file(&path, source["column"].as_str().unwrap_or("text"), source["separator"].as_str())?;
+        }
+        let fail = |reason: String| StageError::Read { path, reason };
+        match n_chars {
+            Some(n) if gather.n < n => {
+                Err(fail(format!("n_chars {n} is more than the text's {} characters", gather.n)))
+            }
+            _ if gather.text.joined.is_empty() => Err(fail("the text is empty".to_owned())),
+            _ => Ok(gather.text),
+        }
+    }
+}
+
+/// Puts documents together until there are enough characters.
+struct Gather<'a> {
+    text: Text,
+    join: &'a str,
+    n_chars: Option<usize>,
+    /// Characters so far.
+    n: usize,
+}
+
+impl Gather<'_> {
+    fn file(&mut self, path: &Path, column: &str, separator: Option<&str>) -> Result<(), StageError> {
+        let fail = |reason: String| StageError::Read { path: path.to_owned(), reason };
+        if path.extension().is_some_and(|extension| extension.eq_ignore_ascii_case("parquet")) {
+            return read_text_column(path, column, &mut |row| self.push(row))
+                .map_err(|error| StageError::Other(error.to_string()));
+        }
+        let bytes = std::fs::read(path).map_err(|error| fail(error.to_string()))?;
+        let text = String::from_utf8(bytes).map_err(|error| fail(format!("not UTF-8 text ({error})")))?;
+        match separator {
+            None => {
+                self.push(&text);
+            }
+            Some(separator) => {
+                if !text.contains(separator) {
+                    return Err(fail(format!("the separator {separator:?} is nowhere in it")));
+                }
+                for document in text.split(separator).filter(|document| !document.trim().is_empty()) {
+                    self.push(document);
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Appends a document; returns whether more is wanted.
+    fn push(&mut self, document: &str) -> bool {
+        if self.is_full() {
+            return false;
+        }
+        if !self.text.documents.is_empty() {
+            let join = self.join;
+            self.append(join);
+        }
+        // Where the last of the characters was the join's, no document begins any more.
+        if !self.is_full() {
+            let begin = self.text.joined.len();
+            self.append(document);
+            self.text.documents.push(begin..self.text.joined.len());
+        }
+        !self.is_full()
+    }
+
+    fn is_full(&self) -> bool {
+        self.n_chars.is_some_and(|n_chars| self.n >= n_chars)
+    }
+
+    fn append(&mut self, piece: &str) {
+        let room = self.n_chars.map_or(usize::MAX, |n_chars| n_chars - self.n);
+        match piece.char_indices().nth(room) {
+            Some((end, _)) => {
+                self.text.joined.push_str(&piece[..end]);
+                self.n += room;
+            }
+            None => {
+                self.text.joined.push_str(piece);
+                self.n += piece.chars().count();
+            }
+        }
+    }
 }
 
 fn load(dir: &Path) -> Result<(Tokenizer, PathBuf, String), StageError> {
@@ -87,17 +276,54 @@ fn load(dir: &Path) -> Result<(Tokenizer, PathBuf, String), StageError> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use serde_json::json;
+
+    fn read(dir: &Path, mut source: Value) -> Result<Text, StageError> {
+        for (name, default) in [("join", json!("\n\n")), ("column", json!("text"))] {
+            if source[name].is_null() {
+                source[name] = default;
+            }
+        }
+        Text::read(dir, &source)
+    }
+
+    fn documents(text: &Text) -> Vec<&str> {
+        text.documents.iter().map(|span| &text.joined[span.clone()]).collect()
+    }
 
     #[test]
     fn texts_are_cut_by_characters_and_empty_or_short_ones_are_errors() {
         let dir = tempfile::tempdir().expect("a temporary folder");
         let path = dir.path().join("t.txt");
         std::fs::write(&path, "grüße").expect("a file");
-        assert_eq!(read(&path, Some(3)).expect("a text"), "grü");
-        assert!(read(&path, Some(9)).expect_err("an error").to_string().contains("5 characters"));
+        assert_eq!(read(dir.path(), json!({"source": "t.txt", "n_chars": 3})).expect("a text").joined, "grü");
+        let error = |source: Value| read(dir.path(), source).expect_err("an error").to_string();
+        assert!(error(json!({"source": "t.txt", "n_chars": 9})).contains("5 characters"));
+        assert!(error(json!({"source": "t.txt", "separator": "@"})).contains("nowhere"));
+        assert!(error(json!({"source": "u.txt"})).contains("no such file"));
         std::fs::write(&path, "").expect("a file");
-        assert!(read(&path, None).expect_err("an error").to_string().contains("empty"));
+        assert!(error(json!({"source": "t.txt"})).contains("empty"));
         std::fs::write(&path, [0xff, 0xfe]).expect("a file");
-        assert!(read(&path, None).expect_err("an error").to_string().contains("UTF-8"));
+        assert!(error(json!({"source": "t.txt"})).contains("UTF-8"));
+    }
+
+    #[test]
+    fn lists_and_separators_make_documents_that_are_joined() {
+        let dir = tempfile::tempdir().expect("a temporary folder");
+        std::fs::write(dir.path().join("a.txt"), "one<|end|>two<|end|>\n").expect("a file");
+        std::fs::write(dir.path().join("b.txt"), "three<|end|>four").expect("a file");
+        let source = json!({"source": ["a.txt", "b.txt"], "separator": "<|end|>", "join": " + "});
+        let text = read(dir.path(), source.clone()).expect("a text");
+        assert_eq!(text.joined, "one + two + three + four");
+        assert_eq!(documents(&text), ["one", "two", "three", "four"]);
+        // Cut within a join and within a document.
+        for (n_chars, expected, last) in [(10, "one + two ", "two"), (15, "one + two + thr", "thr")] {
+            let mut source = source.clone();
+            source["n_chars"] = json!(n_chars);
+            let text = read(dir.path(), source).expect("a text");
+            assert_eq!((text.joined.as_str(), documents(&text).last().copied()), (expected, Some(last)));
+        }
+        let text = read(dir.path(), json!({"source": ["a.txt", "b.txt"]})).expect("a text");
+        assert_eq!(documents(&text), ["one<|end|>two<|end|>\n", "three<|end|>four"]);
     }
 }

@@ -75,7 +75,11 @@ impl Results {
         self.open(&found.unwrap_or_else(|| self.dir.join(run_id)))
     }
 
-    fn open(&self, path: &Path) -> Result<(RunDir, Value), StoreError> {
+    /// Returns the run whose folder that is, and its `run.json`.
+    ///
+    /// # Errors
+    /// As [`Results::latest`].
+    pub fn open(&self, path: &Path) -> Result<(RunDir, Value), StoreError> {
         let file = path.join(RUN);
         let bytes = fs::read(&file).map_err(StoreError::io("read", &file))?;
         let json = serde_json::from_slice(&bytes)

@@ -262,12 +262,13 @@ fn main() {
     if mode == "sweep" || mode == "all" {
         let many = |matrix: &DeviceMatrix| {
             let mut tunings = Vec::new();
-            let copies: &[u32] = if matrix.kind == Kind::Codebook4 { &[16, 32] } else { &[1] };
-            for &copies in copies {
-                for (planes, unroll) in [(4, 6), (8, 3), (8, 6), (16, 3)] {
-                    for cubes_a_processor in [2, 4, 8] {
-                        tunings.push(Tuning { planes, unroll, copies, cubes_a_processor });
-                    }
+            let (copies, shapes): (u32, &[(u32, u32)]) = match matrix.kind {
+                Kind::Codebook4 => (32, &[(4, 6), (8, 3), (8, 6), (16, 2), (16, 3)]),
+                _ => (1, &[(4, 3), (4, 6), (8, 2), (8, 3), (16, 2)]),
+            };
+            for &(planes, unroll) in shapes {
+                for cubes_a_processor in [1, 2, 4, 6] {
+                    tunings.push(Tuning { planes, unroll, copies, cubes_a_processor });
                 }
             }
             tunings

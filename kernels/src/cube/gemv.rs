@@ -396,7 +396,7 @@ fn stage_x<S: Fragments>(
     }
 }
 
-/// Decodes the scales of a tile's 16 rows into shared memory, `[16, n_blocks]`, and zero points behind them.
+/// Decodes the scales of a tile's 16 rows into shared memory from `staged_at` on, `[16, n_blocks]`, and zero points behind them.
 #[cube]
 #[allow(clippy::too_many_arguments)]
 fn stage_scales<S: Fragments>(
@@ -406,6 +406,7 @@ fn stage_scales<S: Fragments>(
     map: &Shared<[f32]>,
     staged: &mut Shared<[f32]>,
     tile: u32,
+    staged_at: u32,
     segment_1: u32,
     segment_2: u32,
     #[comptime] spec: GemvSpec,
@@ -422,23 +423,143 @@ fn stage_scales<S: Fragments>(
         let index = row * n_blocks + block;
         if comptime!(S::has_zero()) {
             let stat = aux[index as usize];
-            staged[at as usize] = f16_bits_to_f32(stat & 0xffffu32);
-            staged[(comptime!(16 * n_blocks) + at) as usize] = f32::cast_from(stat >> 16u32);
+            staged[(staged_at + at) as usize] = f16_bits_to_f32(stat & 0xffffu32);
+            staged[(staged_at + comptime!(16 * n_blocks) + at) as usize] = f32::cast_from(stat >> 16u32);
         } else if comptime!(spec.nested) {
             let code = (aux[(index / 4u32) as usize] >> ((index % 4u32) * 8u32)) & 0xffu32;
             let segment = u32::cast_from(row >= segment_1) + u32::cast_from(row >= segment_2);
             let scaled = map[code as usize] * scales[(index / 256u32) as usize];
-            staged[at as usize] = scaled + tables[(272u32 + segment) as usize];
+            staged[(staged_at + at) as usize] = scaled + tables[(272u32 + segment) as usize];
         } else {
-            staged[at as usize] = scales[index as usize];
+            staged[(staged_at + at) as usize] = scales[index as usize];
         }
         at += units;
     }
 }
 
+/// Loads the codes of one batch of steps, for the two rows of each lane.
+#[cube]
+#[allow(clippy::too_many_arguments)]
+fn load_batch<S: Fragments, V: Size>(
+    codes: &[Vector<u32, V>],
+    words_0: &mut Array<Vector<u32, V>>,
+    words_1: &mut Array<Vector<u32, V>>,
+    tile: u32,
+    plane: u32,
+    lane: u32,
+    #[comptime] batch: u32,
+    #[comptime] spec: GemvSpec,
+) {
+    let n_steps = comptime!(spec.n_cols / STEP);
+    let width = V::value().comptime() as u32;
+    let vectors = comptime!(S::words() / width);
+    let row_vectors = comptime!(spec.n_cols / 16 * S::words() / width);
+    let paired = comptime!(matches!(spec.epilogue, Epilogue::SiluMul | Epilogue::GeluMul));
+    let distance = comptime!(if paired { spec.n_rows / 2 } else { 8 });
+    let row_0 = tile_row(tile, paired) + lane / 4u32;
+    let base_0 = row_0 * row_vectors + (lane % 4u32) * vectors;
+    let base_1 = base_0 + comptime!(distance * row_vectors);
+    #[unroll]
+    for u in 0..spec.unroll {
+        let step = comptime!((batch * spec.unroll + u) * spec.planes) + plane;
+        let exact = comptime!((batch * spec.unroll + u + 1) * spec.planes <= n_steps);
+        // Past the end, step 0 is read and its product left out.
+        let mut safe = step;
+        if comptime!(!exact) {
+            safe = select(step < n_steps, step, 0u32);
+        }
+        #[unroll]
+        for v in 0..vectors {
+            let at = comptime!((u * vectors + v) as usize);
+            words_0[at] = codes[(base_0 + safe * comptime!(4 * vectors) + v) as usize];
+            words_1[at] = codes[(base_1 + safe * comptime!(4 * vectors) + v) as usize];
+        }
+    }
+}
+
+/// Multiplies one batch of steps and adds it, scaled, to the sums of the lane.
+#[cube]
+#[allow(clippy::too_many_arguments)]
+fn multiply_batch<S: Fragments, V: Size>(
+    words_0: &Array<Vector<u32, V>>,
+    words_1: &Array<Vector<u32, V>>,
+    sums: &mut Array<f32>,
+    pairs: &Shared<[u32]>,
+    table: &Shared<[u32]>,
+    staged: &Shared<[f32]>,
+    sums_of_x: &Shared<[f32]>,
+    staged_at: u32,
+    plane: u32,
+    lane: u32,
+    #[comptime] batch: u32,
+    #[comptime] spec: GemvSpec,
+) {
+    let n_steps = comptime!(spec.n_cols / STEP);
+    let n_blocks = comptime!(spec.n_cols.div_ceil(spec.block_size));
+    let width = V::value().comptime() as u32;
+    let vectors = comptime!(S::words() / width);
+    let (group, quarter) = (lane / 4u32, lane % 4u32);
+    let lane_copy = lane % spec.copies;
+    // Which row of x this lane's column of the product is.
+    let x_row = group % spec.m;
+    #[unroll]
+    for u in 0..spec.unroll {
+        let step = comptime!((batch * spec.unroll + u) * spec.planes) + plane;
+        let exact = comptime!((batch * spec.unroll + u + 1) * spec.planes <= n_steps);
+        let first = comptime!(u * vectors);
+        if exact || step < n_steps {
+            let mut product = Vector::<f32, Const<4>>::new(0.0f32);
+            let x_base = x_row * comptime!(spec.n_cols / 2) + step * comptime!(STEP / 2) + quarter * 8u32;
+            #[unroll]
+            for j in 0..4u32 {
+                let p0 = comptime!(2 * j);
+                let p1 = comptime!(2 * j + 1);
+                product = mma_16x8x16(
+                    S::pair::<V>(words_0, table, lane_copy, first, p0, spec.copies),
+                    S::pair::<V>(words_1, table, lane_copy, first, p0, spec.copies),
+                    S::pair::<V>(words_0, table, lane_copy, first, p1, spec.copies),
+                    S::pair::<V>(words_1, table, lane_copy, first, p1, spec.copies),
+                    pairs[(x_base + p0) as usize],
+                    pairs[(x_base + p1) as usize],
+                    product,
+                    S::is_bf16(),
+                );
+            }
+            if comptime!(S::block_scale()) {
+                let block = step / comptime!(spec.block_size / STEP);
+                let at_0 = staged_at + group * n_blocks + block;
+                let at_1 = at_0 + comptime!(8 * n_blocks);
+                let (scale_0, scale_1) = (staged[at_0 as usize], staged[at_1 as usize]);
+                #[unroll]
+                for c in 0..2usize {
+                    let mut top = product.extract(c);
+                    let mut bottom = product.extract(comptime!(c + 2));
+                    if comptime!(S::has_zero()) {
+                        let column = (quarter * 2u32 + c as u32) % spec.m;
+                        let sum = sums_of_x[(column * n_steps + step) as usize];
+                        let zeros = comptime!(16 * n_blocks);
+                        top -= staged[(at_0 + zeros) as usize] * sum;
+                        bottom -= staged[(at_1 + zeros) as usize] * sum;
+                    }
+                    sums[c] += top * scale_0;
+                    sums[comptime!(c + 2)] += bottom * scale_1;
+                }
+            } else {
+                #[unroll]
+                for c in 0..4usize {
+                    sums[c] += product.extract(c);
+                }
+            }
+        }
+    }
+}
+
+/// Cubes take tiles of 16 rows in turn. While a tile is multiplied, the first codes of the next are on their way and its scales are
+/// decoded into the other half of their buffer: one barrier a tile.
+///
 /// # Shapes
 /// `codes` the packed matrix `[n_rows, n_cols]` in vectors of words, `x` `[m, n_cols]`, `norm_weight` `[n_cols]`, `bias` `[n_rows]`,
-/// `y` `[m, n_rows]` (`[m, n_rows / 2]` where rows are paired). Cubes share `n_tiles` tiles of 16 rows.
+/// `y` `[m, n_rows]` (`[m, n_rows / 2]` where rows are paired).
 #[cube(launch_unchecked, create_dummy_kernel)]
 #[allow(clippy::too_many_arguments)]
 pub fn gemv_kernel<S: Fragments, V: Size>(
@@ -461,24 +582,25 @@ pub fn gemv_kernel<S: Fragments, V: Size>(
     let n_blocks = comptime!(spec.n_cols.div_ceil(spec.block_size));
     let width = V::value().comptime() as u32;
     let vectors = comptime!(S::words() / width);
-    let paired = comptime!(matches!(spec.epilogue, Epilogue::SiluMul | Epilogue::GeluMul));
-    let distance = comptime!(if paired { spec.n_rows / 2 } else { 8 });
-    let row_vectors = comptime!(spec.n_cols / 16 * S::words() / width);
-    let steps_a_plane = comptime!(n_steps.div_ceil(spec.planes));
-    let n_batches = comptime!(steps_a_plane.div_ceil(spec.unroll));
+    let n_batches = comptime!(n_steps.div_ceil(spec.planes).div_ceil(spec.unroll));
+    let tile_scales = comptime!(16 * n_blocks * if S::has_zero() { 2 } else { 1 });
+    let tile_sums = comptime!(spec.planes * 16 * spec.m);
 
     let mut pairs = Shared::<[u32]>::new_aligned_slice(comptime!((spec.m * spec.n_cols / 2) as usize), 16usize);
-    let mut partial = Shared::<[f32]>::new_slice(comptime!((spec.planes * 16 * spec.m) as usize));
+    let mut partial = Shared::<[f32]>::new_slice(comptime!((2 * tile_sums) as usize));
     let mut table =
         Shared::<[u32]>::new_slice(comptime!(if S::has_table() { (256 * spec.copies) as usize } else { 1 }));
     let mut map = Shared::<[f32]>::new_slice(comptime!(if spec.nested { 256usize } else { 1 }));
     let mut sums_of_x =
         Shared::<[f32]>::new_slice(comptime!(if S::has_zero() { (spec.m * n_steps) as usize } else { 1 }));
-    let mut staged = Shared::<[f32]>::new_slice(comptime!(if S::block_scale() {
-        (16 * n_blocks * if S::has_zero() { 2 } else { 1 }) as usize
-    } else {
-        1
-    }));
+    let mut staged =
+        Shared::<[f32]>::new_slice(comptime!(if S::block_scale() { (2 * tile_scales) as usize } else { 1 }));
+
+    let plane = UNIT_POS / 32u32;
+    let lane = UNIT_POS % 32u32;
+    let mut words_0 = Array::<Vector<u32, V>>::new(comptime!((spec.unroll * vectors) as usize));
+    let mut words_1 = Array::<Vector<u32, V>>::new(comptime!((spec.unroll * vectors) as usize));
+    load_batch::<S, V>(codes, &mut words_0, &mut words_1, CUBE_POS_X, plane, lane, 0u32, spec);
 
     if comptime!(S::has_table()) {
         let mut at = UNIT_POS;
@@ -498,6 +620,10 @@ pub fn gemv_kernel<S: Fragments, V: Size>(
             map[at as usize] = tables[(16u32 + at) as usize];
             at += units;
         }
+        sync_cube();
+    }
+    if comptime!(S::block_scale()) {
+        stage_scales::<S>(scales, aux, tables, &map, &mut staged, CUBE_POS_X, 0u32, segment_1, segment_2, spec);
     }
     stage_x::<S>(x, norm_weight, eps, &mut pairs, &mut partial, spec);
     sync_cube();
@@ -512,108 +638,50 @@ pub fn gemv_kernel<S: Fragments, V: Size>(
             sums_of_x[at as usize] = sum;
             at += units;
         }
+        sync_cube();
     }
 
-    let plane = UNIT_POS / 32u32;
-    let lane = UNIT_POS % 32u32;
-    let group = lane / 4u32;
-    let quarter = lane % 4u32;
-    let lane_copy = lane % spec.copies;
-    // Where this lane's column of the product reads x.
-    let x_row = group % spec.m;
-
+    let mut parity = 0u32;
     let mut tile = CUBE_POS_X;
     while tile < n_tiles {
-        let row_0 = tile_row(tile, paired) + group;
-        let row_1 = row_0 + distance;
-        let base_0 = row_0 * row_vectors + quarter * vectors;
-        let base_1 = row_1 * row_vectors + quarter * vectors;
-        let mut sums = Vector::<f32, Const<4>>::new(0.0f32);
-        if comptime!(S::block_scale()) {
-            sync_cube();
-            stage_scales::<S>(scales, aux, tables, &map, &mut staged, tile, segment_1, segment_2, spec);
-            sync_cube();
-        }
+        let mut sums = Array::<f32>::new(4usize);
         #[unroll]
-        for batch in 0..n_batches {
-            let mut words_0 = Array::<Vector<u32, V>>::new(comptime!((spec.unroll * vectors) as usize));
-            let mut words_1 = Array::<Vector<u32, V>>::new(comptime!((spec.unroll * vectors) as usize));
-            #[unroll]
-            for u in 0..spec.unroll {
-                let step = comptime!((batch * spec.unroll + u) * spec.planes) + plane;
-                let exact = comptime!((batch * spec.unroll + u + 1) * spec.planes <= n_steps);
-                #[unroll]
-                for v in 0..vectors {
-                    let at = comptime!((u * vectors + v) as usize);
-                    if comptime!(exact) {
-                        words_0[at] = codes[(base_0 + step * comptime!(4 * vectors) + v) as usize];
-                        words_1[at] = codes[(base_1 + step * comptime!(4 * vectors) + v) as usize];
-                    } else {
-                        let safe = select(step < n_steps, step, 0u32);
-                        words_0[at] = codes[(base_0 + safe * comptime!(4 * vectors) + v) as usize];
-                        words_1[at] = codes[(base_1 + safe * comptime!(4 * vectors) + v) as usize];
-                    }
-                }
-            }
-            #[unroll]
-            for u in 0..spec.unroll {
-                let step = comptime!((batch * spec.unroll + u) * spec.planes) + plane;
-                let exact = comptime!((batch * spec.unroll + u + 1) * spec.planes <= n_steps);
-                let first = comptime!(u * vectors);
-                if exact || step < n_steps {
-                    let mut product = Vector::<f32, Const<4>>::new(0.0f32);
-                    let x_base = x_row * comptime!(spec.n_cols / 2) + step * comptime!(STEP / 2) + quarter * 8u32;
-                    #[unroll]
-                    for j in 0..4u32 {
-                        let p0 = comptime!(2 * j);
-                        let p1 = comptime!(2 * j + 1);
-                        product = mma_16x8x16(
-                            S::pair::<V>(&words_0, &table, lane_copy, first, p0, spec.copies),
-                            S::pair::<V>(&words_1, &table, lane_copy, first, p0, spec.copies),
-                            S::pair::<V>(&words_0, &table, lane_copy, first, p1, spec.copies),
-                            S::pair::<V>(&words_1, &table, lane_copy, first, p1, spec.copies),
-                            pairs[(x_base + p0) as usize],
-                            pairs[(x_base + p1) as usize],
-                            product,
-                            S::is_bf16(),
-                        );
-                    }
-                    if comptime!(S::block_scale()) {
-                        let block = step / comptime!(spec.block_size / STEP);
-                        let scale_0 = staged[(group * n_blocks + block) as usize];
-                        let scale_1 = staged[((group + 8u32) * n_blocks + block) as usize];
-                        #[unroll]
-                        for c in 0..2usize {
-                            let mut top = product.extract(c);
-                            let mut bottom = product.extract(comptime!(c + 2));
-                            if comptime!(S::has_zero()) {
-                                let column = (quarter * 2u32 + c as u32) % spec.m;
-                                let sum = sums_of_x[(column * n_steps + step) as usize];
-                                let zeros = comptime!(16 * n_blocks);
-                                top -= staged[(zeros + group * n_blocks + block) as usize] * sum;
-                                bottom -= staged[(zeros + (group + 8u32) * n_blocks + block) as usize] * sum;
-                            }
-                            sums.insert(c, sums.extract(c) + top * scale_0);
-                            sums.insert(comptime!(c + 2), sums.extract(comptime!(c + 2)) + bottom * scale_1);
-                        }
-                    } else {
-                        sums += product;
-                    }
-                }
-            }
+        for c in 0..4usize {
+            sums[c] = 0.0;
+        }
+        let staged_at = parity * tile_scales;
+        // Past the last tile, this one is loaded again and ignored.
+        let next = select(tile + CUBE_COUNT_X < n_tiles, tile + CUBE_COUNT_X, tile);
+        multiply_batch::<S, V>(
+            &words_0, &words_1, &mut sums, &pairs, &table, &staged, &sums_of_x, staged_at, plane, lane, 0u32, spec,
+        );
+        #[unroll]
+        for batch in 1..n_batches {
+            load_batch::<S, V>(codes, &mut words_0, &mut words_1, tile, plane, lane, batch, spec);
+            multiply_batch::<S, V>(
+                &words_0, &words_1, &mut sums, &pairs, &table, &staged, &sums_of_x, staged_at, plane, lane, batch, spec,
+            );
+        }
+        load_batch::<S, V>(codes, &mut words_0, &mut words_1, next, plane, lane, 0u32, spec);
+        if comptime!(S::block_scale()) {
+            let other = (1u32 - parity) * tile_scales;
+            stage_scales::<S>(scales, aux, tables, &map, &mut staged, next, other, segment_1, segment_2, spec);
         }
         // Column c of the product is row c of x: lane (group, quarter) has columns 2·quarter and 2·quarter + 1.
+        let (group, quarter) = (lane / 4u32, lane % 4u32);
+        let partial_at = parity * tile_sums;
         #[unroll]
         for c in 0..2usize {
             let column = quarter * 2u32 + c as u32;
             if column < spec.m {
-                partial[((plane * spec.m + column) * 16u32 + group) as usize] = sums.extract(c);
-                partial[((plane * spec.m + column) * 16u32 + group + 8u32) as usize] = sums.extract(comptime!(c + 2));
+                let at = partial_at + (plane * spec.m + column) * 16u32 + group;
+                partial[at as usize] = sums[c];
+                partial[(at + 8u32) as usize] = sums[comptime!(c + 2)];
             }
         }
         sync_cube();
-        write_tile::<S>(&partial, scales, bias, y, tile, spec);
-        sync_cube();
+        write_tile::<S>(&partial, scales, bias, y, tile, partial_at, spec);
+        parity = 1u32 - parity;
         tile += CUBE_COUNT_X;
     }
 }
@@ -626,6 +694,7 @@ fn write_tile<S: Fragments>(
     bias: &[f32],
     y: &mut [f32],
     tile: u32,
+    partial_at: u32,
     #[comptime] spec: GemvSpec,
 ) {
     let paired = comptime!(matches!(spec.epilogue, Epilogue::SiluMul | Epilogue::GeluMul));
@@ -638,7 +707,7 @@ fn write_tile<S: Fragments>(
         let mut second = 0.0f32;
         #[unroll]
         for plane in 0..spec.planes {
-            let at = (comptime!(plane * spec.m) + column) * 16u32 + within;
+            let at = partial_at + (comptime!(plane * spec.m) + column) * 16u32 + within;
             sum += partial[at as usize];
             if comptime!(paired) {
                 second += partial[(at + 8u32) as usize];

@@ -2,6 +2,7 @@
 
 use super::attention::{ATTENTION_UNITS, Scoring, attention_kernel};
 use super::decode::{Affine4, Codebook4, DenseBf16, DenseF16, DenseF32, Int8};
+use super::decode_attention::{MAX_GROUP, Split, UNITS, combine_kernel, decode_attention_kernel};
 use super::dequantize::{VECTOR_VALUES, dequantize_kernel, dequantize_vectors_kernel};
 use super::linear::{CUBE_UNITS, TILE_ROWS, linear_kernel};
 use super::ops::{
@@ -546,4 +547,113 @@ pub fn add_bias(client: &Client, element: Element, y: &Handle, bias: &Handle, n:
         };
     }
     with_element!(element, call);
+}
+
+/// Scratch of [`decode_attention`]: made once for a cache.
+#[derive(Debug, Clone)]
+pub struct DecodeScratch {
+    partial: Handle,
+    counters: Handle,
+    split: Split,
+}
+
+impl DecodeScratch {
+    /// Returns true where the plan is that of another layer too.
+    pub fn fits(&self, layer: &LayerCache<'_>) -> bool {
+        self.split.heads == layer.heads && layer.soft_cap.is_none()
+    }
+
+    /// Plans the split of a layer's keys, or returns nothing where the kernel does not know the layer's attention.
+    pub fn new(client: &Client, layer: &LayerCache<'_>) -> Option<DecodeScratch> {
+        let heads = layer.heads;
+        let width = vector_width(layer.element);
+        let heads_a_kv = heads.n_heads / heads.n_kv_heads;
+        let group = (1..=MAX_GROUP).rev().find(|group| heads_a_kv.is_multiple_of(*group))?;
+        let fits = !heads.qk_norm
+            && layer.soft_cap.is_none()
+            && heads.rotary_dim == heads.head_dim
+            && heads.head_dim.is_multiple_of(8 * width)
+            && (UNITS * width).is_multiple_of(heads.head_dim)
+            && client.properties().hardware.plane_size_min >= 8;
+        let chunk = match layer.capacity {
+            0..=1024 => 64,
+            1025..=4096 => 128,
+            _ => 256,
+        };
+        let n_splits = layer.capacity.div_ceil(chunk) as u32;
+        let combines = n_splits > 1 && client.features().device_memory_scope;
+        let split = Split { heads, group, chunk: chunk as u32, n_splits, combines };
+        let n_partial = n_splits * heads.n_heads * (heads.head_dim + 2);
+        let n_cubes = heads.n_heads / group;
+        fits.then(|| DecodeScratch {
+            partial: client.empty(4 * n_partial as usize),
+            counters: client.create_from_slice(&vec![0u8; 4 * n_cubes as usize]),
+            split,
+        })
+    }
+}
+
+fn vector_width(element: Element) -> u32 {
+    16 / element.size_bytes() as u32
+}
+
+/// Rotates, appends and attends for the one token at the state's position.
+///
+/// # Shapes
+/// `qkv` `[(n_heads + 2·n_kv_heads)·head_dim]`, `out` `[n_heads·head_dim]`, both f32.
+pub fn decode_attention(
+    client: &Client,
+    layer: &LayerCache<'_>,
+    scratch: &DecodeScratch,
+    qkv: &Handle,
+    out: &Handle,
+    state: &Handle,
+) {
+    let (heads, split) = (layer.heads, scratch.split);
+    let n_cubes = heads.n_heads / split.group;
+    let n_out = (heads.n_heads * heads.head_dim) as usize;
+    let n_partial = (split.n_splits * heads.n_heads * (heads.head_dim + 2)) as usize;
+    macro_rules! call {
+        ($c:ty, $width:literal) => {
+            // SAFETY: `DecodeScratch::new` planned this split, and the buffers have these lengths.
+            unsafe {
+                decode_attention_kernel::launch_unchecked::<$c>(
+                    client,
+                    CubeCount::Static(n_cubes, split.n_splits, 1),
+                    CubeDim::new_1d(UNITS),
+                    $width,
+                    buffer(qkv, ((heads.n_heads + 2 * heads.n_kv_heads) * heads.head_dim) as usize),
+                    buffer(layer.rope, layer.capacity * heads.rotary_dim as usize),
+                    buffer(layer.keys, layer.n_values() / $width),
+                    buffer(layer.values, layer.n_values() / $width),
+                    buffer(&scratch.partial, n_partial),
+                    buffer(out, n_out),
+                    buffer(&scratch.counters, n_cubes as usize),
+                    buffer(state, 1),
+                    layer.capacity as u32,
+                    layer.window,
+                    layer.scale,
+                    split,
+                )
+            }
+        };
+    }
+    match layer.element {
+        Element::F32 => call!(f32, 4),
+        Element::F16 => call!(f16, 8),
+        Element::Bf16 => call!(bf16, 8),
+    }
+    if split.n_splits > 1 && !split.combines {
+        // SAFETY: as above.
+        unsafe {
+            combine_kernel::launch_unchecked(
+                client,
+                CubeCount::Static(n_cubes, 1, 1),
+                CubeDim::new_1d(UNITS),
+                buffer(&scratch.partial, n_partial),
+                buffer(out, n_out),
+                split,
+            )
+        }
+    }
 }

@@ -7,7 +7,9 @@ mod attention;
 #[cfg(feature = "cuda")]
 pub mod cublas;
 pub mod decode;
+pub mod decode_attention;
 mod dequantize;
+pub mod flash;
 pub mod gemv;
 mod launch;
 mod linear;
@@ -19,8 +21,8 @@ mod reduce;
 mod tensor_core;
 
 pub use launch::{
-    Element, LayerCache, Place, Residual, add_bias, add_norm, attention, choose, dequantize, embed, gate, linear,
-    rope_append, score, soft_cap,
+    DecodeScratch, Element, LayerCache, Place, Residual, add_bias, add_norm, attention, choose, decode_attention,
+    dequantize, embed, gate, linear, rope_append, score, soft_cap,
 };
 pub use matrix::{DeviceMatrix, Kind};
-pub use tensor_core::{Gemv, Norm, Tuning, gemv, gemv_fits};
+pub use tensor_core::{Gemv, Norm, Tuning, flash_attention, flash_fits, gemv, gemv_fits};

@@ -1,9 +1,10 @@
 //! Launches of the tensor-core kernels: what fits them, and how wide they go.
 
+use super::flash::{self, flash_attention_kernel};
 use super::gemv::{
     Affine4Pairs, Bf16Pairs, Codebook4Pairs, Epilogue, F16Pairs, GemvSpec, Int8Pairs, MAX_ROWS, STEP, gemv_kernel,
 };
-use super::{DeviceMatrix, Kind};
+use super::{DeviceMatrix, Element, Kind, LayerCache};
 use cubecl::client::Client;
 use cubecl::prelude::*;
 use cubecl::server::Handle;
@@ -129,5 +130,60 @@ pub fn gemv(client: &Client, matrix: &DeviceMatrix, call: &Gemv<'_>, tuning: Tun
         Kind::F16 => launch!(F16Pairs, 4),
         Kind::Bf16 => launch!(Bf16Pairs, 4),
         Kind::F32 => unreachable!("gemv_fits refuses f32"),
+    }
+}
+
+/// Returns true where [`flash_attention`] knows a layer's attention.
+pub fn flash_fits(client: &Client, element: Element, layer: &LayerCache<'_>) -> bool {
+    client.name() == "cuda"
+        && element != Element::F32
+        && layer.element == element
+        && layer.soft_cap.is_none()
+        && matches!(layer.heads.head_dim, 64 | 128)
+}
+
+/// Attention of `n` queries over the cache, on tensor cores; the caller has asked [`flash_fits`].
+///
+/// # Shapes
+/// `q`, `out` `[n, n_heads·head_dim]`.
+pub fn flash_attention(
+    client: &Client,
+    element: Element,
+    layer: &LayerCache<'_>,
+    q: &Handle,
+    out: &Handle,
+    state: &Handle,
+    n: usize,
+) {
+    let heads = layer.heads;
+    let n_words = n * (heads.n_heads * heads.head_dim / 2) as usize;
+    let n_vectors = layer.capacity * (heads.n_kv_heads * heads.head_dim / 8) as usize;
+    macro_rules! launch {
+        ($float:ty) => {
+            // SAFETY: `flash_fits` was asked, and the buffers have these lengths.
+            unsafe {
+                flash_attention_kernel::launch_unchecked::<$float>(
+                    client,
+                    CubeCount::Static(n.div_ceil(flash::TILE as usize) as u32, heads.n_heads, 1),
+                    CubeDim::new_1d(flash::UNITS),
+                    BufferArg::from_raw_parts(q.clone(), n_words),
+                    BufferArg::from_raw_parts(layer.keys.clone(), n_vectors),
+                    BufferArg::from_raw_parts(layer.values.clone(), n_vectors),
+                    BufferArg::from_raw_parts(out.clone(), n_words),
+                    BufferArg::from_raw_parts(state.clone(), 1),
+                    n as u32,
+                    layer.capacity as u32,
+                    layer.window.min(1 << 30),
+                    layer.scale * std::f32::consts::LOG2_E,
+                    heads,
+                    element == Element::Bf16,
+                )
+            }
+        };
+    }
+    match element {
+        Element::F16 => launch!(half::f16),
+        Element::Bf16 => launch!(half::bf16),
+        Element::F32 => unreachable!("flash_fits refuses f32"),
     }
 }

@@ -14,7 +14,7 @@ use cubecl::client::{Client, Graph};
 use cubecl::server::Handle;
 use labpipe_kernels::cube::gemv::Epilogue;
 use labpipe_kernels::cube::ops::{STATE_HISTORY, STATE_POSITION, STATE_TOKEN};
-use labpipe_kernels::cube::{self, Element, Gemv, Norm, Place, Residual, Tuning};
+use labpipe_kernels::cube::{self, DecodeScratch, Element, Gemv, Norm, Place, Residual, Tuning};
 use std::time::Instant;
 
 /// The buffers of a step and its recording.
@@ -29,6 +29,8 @@ pub struct Decoder {
     product: Handle,
     pub logits: Handle,
     state: Handle,
+    /// For each layer, what the attention of one launch needs; nothing where the layer takes the generic kernels.
+    scratches: Vec<Option<DecodeScratch>>,
     /// Words of the state: position, token, and as many chosen tokens as the cache has room for.
     n_state: usize,
     graph: Option<Graph>,
@@ -41,7 +43,19 @@ impl Decoder {
         let (client, spec) = (passes.client(), &passes.spec);
         let floats = |n: usize| client.empty(4 * n);
         let n_state = STATE_HISTORY as usize + 1 + cache.capacity + 1;
+        // Layers run one after the other: those with heads alike share their scratch.
+        let mut scratch: Option<DecodeScratch> = None;
+        let scratches = (0..spec.n_layers)
+            .map(|layer_idx| {
+                let view = cache.layer(spec, &passes.weights.blocks[layer_idx], layer_idx);
+                if !scratch.as_ref().is_some_and(|scratch| scratch.fits(&view)) {
+                    scratch = DecodeScratch::new(client, &view);
+                }
+                scratch.clone()
+            })
+            .collect();
         Decoder {
+            scratches,
             x: floats(spec.hidden_size),
             normed: floats(spec.hidden_size),
             qkv: floats(spec.q_width() + 2 * spec.kv_width()),
@@ -175,8 +189,13 @@ impl Decoder {
         let client = passes.client();
         let view = cache.layer(&passes.spec, block, layer_idx);
         self.project(passes, &self.x, Some(&block.attn_norm), &block.qkv, &self.qkv, Epilogue::Store);
-        cube::rope_append(client, Element::F32, &view, &self.qkv, &self.q, &self.state, 1);
-        cube::attention(client, Element::F32, &view, &self.q, &self.attn, &self.state, 1);
+        match &self.scratches[layer_idx] {
+            Some(scratch) => cube::decode_attention(client, &view, scratch, &self.qkv, &self.attn, &self.state),
+            None => {
+                cube::rope_append(client, Element::F32, &view, &self.qkv, &self.q, &self.state, 1);
+                cube::attention(client, Element::F32, &view, &self.q, &self.attn, &self.state, 1);
+            }
+        }
         self.add(passes, &self.attn, &block.o, block.attn_out_norm.as_ref());
     }
 

@@ -3,12 +3,15 @@
 use super::decode::{Decoder, synchronize};
 use super::pass::{GpuCache, Passes};
 use super::rows::{Rows, read};
-use crate::engine::score::argmax;
 use crate::engine::tap::Tap;
 use crate::event::Progress;
-use crate::inference::{CaptureFilter, CaptureSink, Decoded, InferenceError, Model, ModelInfo, Prefilled, TokenScore};
+use crate::inference::{
+    CaptureFilter, CaptureSink, Decoded, InferenceError, Model, ModelInfo, Prefilled, TakeLogits, TokenScore, argmax,
+    run_for_scores,
+};
 use cubecl::server::Handle;
 use labpipe_kernels::cube::{self, Element};
+use std::ops::Range;
 use std::time::Instant;
 
 /// Bytes of logits on the device at a time.
@@ -156,7 +159,7 @@ impl Model for GpuModel {
             return Ok(Vec::new());
         }
         let client = self.passes.client().clone();
-        let hidden = self.hidden_states(tokens, &mut Tap::closed())?;
+        let hidden = self.hidden_states(run_for_scores(tokens, self.info.n_ctx_max), &mut Tap::closed())?;
         let (vocab, n) = (self.info.vocab_size, targets.len());
         let rows = self.logit_rows().min(n);
         let out = client.empty(4 * rows * vocab);
@@ -177,6 +180,21 @@ impl Model for GpuModel {
             true => Ok(scores),
             false => Err(InferenceError::NotFiniteResult { what: "logits".to_owned() }),
         }
+    }
+
+    /// One pass, and the logits some rows at a time; the way of `score_keeping` and `score_against` until they pack and compare
+    /// on the device.
+    fn logits(&mut self, tokens: &[u32], rows: Range<usize>, take: &mut TakeLogits<'_>) -> Result<(), InferenceError> {
+        let client = self.passes.client().clone();
+        let hidden = self.hidden_states(tokens, &mut Tap::closed())?;
+        let (vocab, n_rows) = (self.info.vocab_size, self.logit_rows().min(rows.len().max(1)));
+        let out = client.empty(4 * n_rows * vocab);
+        for first in rows.clone().step_by(n_rows) {
+            let chunk = n_rows.min(rows.end - first);
+            GpuModel::logits(self, &hidden, first, chunk, &out)?;
+            take(&read(&client, &out, Element::F32, chunk * vocab)?)?;
+        }
+        Ok(())
     }
 
     fn capture(

@@ -226,7 +226,11 @@ impl Passes {
         self.tap_head_norms(layer_idx, buffers, tap)?;
         let view = cache.layer(&self.spec, block, layer_idx);
         cube::rope_append(&client, element, &view, &buffers.qkv, &buffers.q, &buffers.state, n);
-        cube::attention(&client, element, &view, &buffers.q, &buffers.attn, &buffers.state, n);
+        if cube::flash_fits(&client, element, &view) {
+            cube::flash_attention(&client, element, &view, &buffers.q, &buffers.attn, &buffers.state, n);
+        } else {
+            cube::attention(&client, element, &view, &buffers.q, &buffers.attn, &buffers.state, n);
+        }
         let attended = self.rows(&client, &buffers.attn, element, n, self.spec.q_width());
         let (attn_name, o_name) = (name("self_attn.attn"), name("self_attn.o_proj"));
         tap.output(&attn_name, layer, "attn", &attended)?;

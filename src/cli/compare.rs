@@ -1,0 +1,290 @@
+//! `compare`: two runs' numbers side by side.
+
+use super::args::{CompareArgs, Global};
+use super::error::CliError;
+use super::print;
+use crate::artifact::{FORMAT_VERSION, Key, PplResult, Record};
+use crate::metrics::{Convention, paired_difference};
+use crate::report::{self, Compared, Verdict};
+use crate::stage::StageInput;
+use crate::store::{Results, RunDir, Store, TokenScores, read_token_scores};
+use crate::ui::table;
+use crate::units::format_significant;
+use serde_json::{Value, json};
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+/// A run that was found.
+struct Run {
+    dir: RunDir,
+    json: Value,
+}
+
+impl Run {
+    fn id(&self) -> &str {
+        self.json["run_id"].as_str().unwrap_or("?")
+    }
+
+    /// Returns the addresses of stages that have a result, in the order of execution.
+    fn stages(&self) -> Vec<&str> {
+        let stages = self.json["stages"].as_array().into_iter().flatten();
+        let has_result = |stage: &&Value| ["done", "cached"].contains(&stage["outcome"].as_str().unwrap_or_default());
+        stages.filter(has_result).filter_map(|stage| stage["stage"].as_str()).collect()
+    }
+
+    fn stage(&self, address: &str, cache: &Path) -> Result<Arc<StageInput>, CliError> {
+        let record = Record::from_json(self.dir.record(address)?).map_err(|error| CliError::Usage {
+            message: format!("failed to read the record of {address} in run {}: {error}", self.id()),
+            hint: None,
+        })?;
+        Ok(Arc::new(StageInput {
+            address: address.to_owned(),
+            kind: record.head.kind.clone(),
+            key: record.head.key.clone(),
+            dir: cache.join(&record.head.key),
+            record,
+            inputs: BTreeMap::new(),
+        }))
+    }
+}
+
+/// Compares two runs.
+pub fn compare(global: &Global, args: &CompareArgs) -> Result<u8, CliError> {
+    let (a, b) = (find(global, &args.a)?, find(global, &args.b)?);
+    let store = Store::open(&global.cache)?;
+    let in_both: Vec<&str> = a.stages().into_iter().filter(|stage| b.stages().contains(stage)).collect();
+    let mut rows = Vec::new();
+    for address in &in_both {
+        let (one, other) = (a.stage(address, store.dir())?, b.stage(address, store.dir())?);
+        if one.kind == other.kind && one.kind != "report" {
+            rows.extend(rows_of(&one, &other, &store)?);
+        }
+    }
+    let only = |run: &Run, other: &Run| -> Vec<String> {
+        run.stages().into_iter().filter(|stage| !other.stages().contains(stage)).map(str::to_owned).collect()
+    };
+    let found = Found { only_in_a: only(&a, &b), only_in_b: only(&b, &a), circumstances: circumstances(&a, &b), rows };
+    print(&if args.json { found.json(&a, &b) } else { found.text(&a, &b, args.all) })?;
+    let differs = |row: &Compared| matches!(row.verdict, Verdict::OutsideNoise | Verdict::NotComparable);
+    let is_different = found.rows.iter().any(differs) || !found.only_in_a.is_empty() || !found.only_in_b.is_empty();
+    Ok(if args.fail_on_difference && (is_different || found.rows.is_empty()) { 5 } else { 0 })
+}
+
+/// Finds a run by its id, its folder, or `latest`.
+fn find(global: &Global, name: &str) -> Result<Run, CliError> {
+    let results = Results::new(&global.results);
+    let as_path = PathBuf::from(name);
+    let found = match name {
+        "latest" => results.latest(),
+        _ if as_path.join("run.json").is_file() => results.open(&as_path),
+        _ => results.run(name),
+    };
+    let (dir, json) = found.map_err(|error| CliError::Usage {
+        message: format!("failed to find run {name:?}: {error}"),
+        hint: Some(format!("run ids are the folders in {}/<pipeline>/", global.results.display())),
+    })?;
+    Ok(Run { dir, json })
+}
+
+fn rows_of(a: &Arc<StageInput>, b: &Arc<StageInput>, store: &Store) -> Result<Vec<Compared>, CliError> {
+    let measures = |stage| {
+        report::measures(stage).map_err(|error| CliError::Usage { message: format!("failed to {error}"), hint: None })
+    };
+    let (same_subject, widths) = if a.kind == "ppl" { pair_tokens(a, b, store) } else { (true, BTreeMap::new()) };
+    let paired = |metric: &str, label: &str| widths.get(&(metric.to_owned(), label.to_owned())).copied();
+    Ok(report::compare(&measures(a)?, &measures(b)?, same_subject, &paired))
+}
+
+type Widths = BTreeMap<(String, String), f64>;
+
+/// Returns whether two `ppl` stages scored the same text with the same tokenizer, and half-widths of the differences of
+/// those metrics whose single tokens both artifacts still hold.
+fn pair_tokens(a: &StageInput, b: &StageInput, store: &Store) -> (bool, Widths) {
+    let rows = |stage: &StageInput| -> Vec<PplResult> {
+        serde_json::from_value(stage.record.body.get("results").cloned().unwrap_or_default()).unwrap_or_default()
+    };
+    let (rows_a, rows_b) = (rows(a), rows(b));
+    let subject = |row: &PplResult| (row.text_hash.clone(), row.tokenizer_hash.clone());
+    let same = match (rows_a.first(), rows_b.first()) {
+        (Some(one), Some(other)) => subject(one) == subject(other),
+        _ => false,
+    };
+    let mut widths = Widths::new();
+    for row in rows_a.iter().filter(|_| same) {
+        let Some(other) = rows_b.iter().find(|other| {
+            (&other.convention, other.max_length, other.stride) == (&row.convention, row.max_length, row.stride)
+        }) else {
+            continue;
+        };
+        let Some(cut) = Convention::parse(&row.convention).map(|one| one.cut(row.max_length, row.stride).name()) else {
+            continue;
+        };
+        let (Some(ours), Some(theirs)) = (tokens(a, &cut, store), tokens(b, &cut, store)) else { continue };
+        if (&ours.token_id, &ours.window_idx) != (&theirs.token_id, &theirs.window_idx) {
+            continue;
+        }
+        let label = report::window_label(&row.convention, row.max_length, row.stride);
+        let half_width = |a: &[f64], b: &[f64]| paired_difference(a, b).and_then(|found| found.half_width);
+        if let Some(nll) = half_width(&ours.nll, &theirs.nll) {
+            let mut put = |metric: &str, width: f64| widths.insert((metric.to_owned(), label.clone()), width);
+            put("nll_mean", nll);
+            put("perplexity", nll * (row.perplexity * other.perplexity).sqrt());
+            let per = |n_units: Option<usize>| row.n_scored as f64 / n_units.unwrap_or(1).max(1) as f64;
+            let middle = |one: Option<f64>, other: Option<f64>| Some((one? * other?).sqrt());
+            if let Some(word) = middle(row.word_perplexity, other.word_perplexity) {
+                put("word_perplexity", nll * per(row.n_words) * word);
+            }
+            if let Some(byte) = middle(row.byte_perplexity, other.byte_perplexity) {
+                put("byte_perplexity", nll * per(row.n_bytes) * byte);
+                put("bits_per_byte", nll * per(row.n_bytes) / std::f64::consts::LN_2);
+            }
+            let has_same_base = ours.kl.len() == ours.nll.len() && theirs.kl.len() == ours.nll.len();
+            if let Some(kl) = half_width(&ours.kl, &theirs.kl).filter(|_| has_same_base) {
+                put("kl_mean", kl);
+                // Against one base, the ratios' difference is that of the two models.
+                put("ln_ppl_ratio", nll);
+            }
+        }
+    }
+    (same, widths)
+}
+
+/// Returns the single scores that a stage's artifact holds, where the cache still has it.
+fn tokens(stage: &StageInput, cut: &str, store: &Store) -> Option<TokenScores> {
+    let artifact = store.get(&Key(stage.key.clone()))?;
+    read_token_scores(&artifact.dir.join(format!("tokens-{cut}.parquet"))).ok()
+}
+
+/// What two runs have in common and what not.
+struct Found {
+    only_in_a: Vec<String>,
+    only_in_b: Vec<String>,
+    /// What else changed: name, in A, in B.
+    circumstances: Vec<(String, Value, Value)>,
+    rows: Vec<Compared>,
+}
+
+impl Found {
+    fn json(&self, a: &Run, b: &Run) -> String {
+        let changed: Vec<Value> =
+            self.circumstances.iter().map(|(name, a, b)| json!({ "name": name, "a": a, "b": b })).collect();
+        let document = json!({
+            "format_version": FORMAT_VERSION,
+            "run_a": a.id(),
+            "run_b": b.id(),
+            "circumstances": changed,
+            "only_in_a": self.only_in_a,
+            "only_in_b": self.only_in_b,
+            "rows": self.rows,
+        });
+        serde_json::to_string_pretty(&document).unwrap_or_default()
+    }
+
+    fn text(&self, a: &Run, b: &Run, all: bool) -> String {
+        let about = |run: &Run| {
+            let field = |name: &str| run.json[name].as_str().unwrap_or("?").to_owned();
+            format!("{} ({}, {}, {})", run.id(), field("pipeline"), field("started_at"), field("device"))
+        };
+        let mut text = format!("A: {}\nB: {}\n", about(a), about(b));
+        for (name, a, b) in &self.circumstances {
+            text.push_str(&format!("{name}: {} -> {}\n", short(a), short(b)));
+        }
+        for (run, only) in [("A", &self.only_in_a), ("B", &self.only_in_b)] {
+            if !only.is_empty() {
+                text.push_str(&format!("only in {run}: {}\n", only.join(", ")));
+            }
+        }
+        let is_shown = |row: &&Compared| all || (row.verdict != Verdict::Equal && !is_detail(row));
+        let shown: Vec<&Compared> = self.rows.iter().filter(is_shown).collect();
+        if !shown.is_empty() {
+            text.push_str(&format!("\n{}\n", rows_table(&shown)));
+        }
+        text.push_str(&format!("\n{}\n", self.closing(all)));
+        text
+    }
+
+    fn closing(&self, all: bool) -> String {
+        let count = |verdict| self.rows.iter().filter(|row| row.verdict == verdict).count();
+        let mut text = format!(
+            "{} numbers in both: {} equal, {} within noise, {} outside it, {} of unknown spread, {} not comparable.",
+            self.rows.len(),
+            count(Verdict::Equal),
+            count(Verdict::WithinNoise),
+            count(Verdict::OutsideNoise),
+            count(Verdict::UnknownNoise),
+            count(Verdict::NotComparable)
+        );
+        let n_details = self.rows.iter().filter(|row| row.verdict != Verdict::Equal && is_detail(row)).count();
+        if !all && n_details > 0 {
+            text.push_str(&format!(" {n_details} of single modules are not listed; --all does."));
+        }
+        text.push_str(
+            " Noise: the 95 % interval of the difference, (p) from the same tokens in both runs, else as of independent \
+             samples; what changes from one start of the program to the next is not in it.",
+        );
+        text
+    }
+}
+
+/// Numbers of single modules are many.
+fn is_detail(row: &Compared) -> bool {
+    row.label.starts_with("model.") || row.label == "lm_head"
+}
+
+fn rows_table(rows: &[&Compared]) -> String {
+    let mut table = table(["stage", "metric", "A", "B", "B − A", "± (95 %)", ""]);
+    for row in rows {
+        let label = if row.label == row.stage { String::new() } else { format!(" {}", row.label) };
+        let pairing = if row.paired { " (p)" } else { "" };
+        table.add_row([
+            row.stage.clone(),
+            format!("{}{label} ({})", row.metric, row.unit),
+            format_significant(row.a),
+            format_significant(row.b),
+            format_significant(row.difference),
+            row.half_width.map_or_else(|| "–".to_owned(), |width| format!("{}{pairing}", format_significant(width))),
+            row.verdict.words().to_owned(),
+        ]);
+    }
+    table.to_string()
+}
+
+/// Returns what may explain differences: pipeline, options, program, machine.
+fn circumstances(a: &Run, b: &Run) -> Vec<(String, Value, Value)> {
+    const FIELDS: [&str; 14] = [
+        "/pipeline",
+        "/pipeline_blake3",
+        "/set",
+        "/matrix",
+        "/device",
+        "/environment/labpipe_version",
+        "/environment/build/git_revision",
+        "/environment/build/profile",
+        "/environment/build/crates",
+        "/environment/engine/backend",
+        "/environment/engine/numerics_version",
+        "/environment/kernel",
+        "/environment/n_threads",
+        "/environment/gpus",
+    ];
+    let field = |run: &Run, name: &str| run.json.pointer(name).cloned().unwrap_or(Value::Null);
+    let changed = FIELDS.iter().map(|name| (*name, field(a, name), field(b, name))).filter(|(_, a, b)| a != b);
+    let mut found: Vec<(String, Value, Value)> = changed
+        .map(|(name, a, b)| (name.trim_start_matches("/environment").trim_start_matches('/').replace('/', "."), a, b))
+        .collect();
+    let files = |run: &Run| run.json["files"].as_object().cloned().unwrap_or_default();
+    let (files_a, files_b) = (files(a), files(b));
+    for (path, one) in &files_a {
+        if let Some(other) = files_b.get(path).filter(|other| other["blake3"] != one["blake3"]) {
+            found.push((path.clone(), one["blake3"].clone(), other["blake3"].clone()));
+        }
+    }
+    found
+}
+
+fn short(value: &Value) -> String {
+    let text = value.as_str().map_or_else(|| value.to_string(), str::to_owned);
+    let is_hash = text.len() == 64 && text.bytes().all(|byte| byte.is_ascii_hexdigit());
+    text.chars().take(if is_hash { 12 } else { 160 }).collect()
+}

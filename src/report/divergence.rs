@@ -1,0 +1,161 @@
+//! Detail tables about log-likelihoods per word and byte, and about divergence from a base model.
+
+use super::Evidence;
+use super::details::{Section, section};
+use super::evidence::window_label;
+use super::markdown::{Table, code};
+use super::numbers::{significant, thousands, with_spread};
+
+/// Returns the table of perplexities per word and byte, where there are any.
+pub fn units(evidence: &Evidence<'_>) -> Option<String> {
+    let mut table = Table::new([
+        "stage",
+        "model",
+        "documents",
+        "words",
+        "bytes",
+        "word perplexity",
+        "byte perplexity",
+        "bits per byte",
+    ]);
+    for row in &evidence.ppls {
+        let one = &row.result;
+        let (Some(word), Some(byte), Some(bits)) = (one.word_perplexity, one.byte_perplexity, one.bits_per_byte) else {
+            continue;
+        };
+        let count = |n: Option<usize>| n.map_or_else(|| "n/a".to_owned(), thousands);
+        table.row([
+            code(&row.stage),
+            code(&row.model),
+            count(one.n_documents),
+            count(one.n_words),
+            count(one.n_bytes),
+            with_spread(word, one.word_perplexity_stderr),
+            with_spread(byte, one.byte_perplexity_stderr),
+            with_spread(bits, one.bits_per_byte_stderr),
+        ]);
+    }
+    let intro = "Per word and byte of the original text, as lm-evaluation-harness counts them; ± standard error:";
+    (!table.is_empty()).then(|| format!("{intro}\n\n{}", table.render()))
+}
+
+/// Returns the section about divergence from a base model.
+pub fn divergence(evidence: &Evidence<'_>) -> Option<Section> {
+    let names = |one: &super::evidence::Diverged| {
+        let row = &one.row.result;
+        [code(&one.row.model), code(&one.base), window_label(&row.convention, row.max_length, row.stride)]
+    };
+    let mut kl = Table::new([
+        "model",
+        "base",
+        "windows",
+        "n_scored",
+        "KL mean ± stderr (nats)",
+        "median",
+        "p90",
+        "p95",
+        "p99",
+        "p99.9",
+        "max",
+        "min",
+        "base kept as",
+    ]);
+    let mut rest = Table::new([
+        "model",
+        "base",
+        "windows",
+        "same top token (%)",
+        "ln(ppl / base ppl)",
+        "ppl / base ppl",
+        "correlation of NLL",
+        "Δp mean (%)",
+        "Δp RMS (%)",
+        "Δp 1 % / 50 % / 99 % (%)",
+    ]);
+    let tail = |value: Option<f64>, stderr: Option<f64>, n_needed: &str| {
+        value.map_or_else(|| format!("n/a (n < {n_needed})"), |value| with_spread(value, stderr))
+    };
+    for one in &evidence.divergences {
+        let row = &one.row.result;
+        kl.row(names(one).into_iter().chain([
+            thousands(row.n_scored),
+            with_spread(row.kl_mean, row.kl_mean_stderr),
+            with_spread(row.kl_median, row.kl_median_stderr),
+            with_spread(row.kl_p90, row.kl_p90_stderr),
+            tail(row.kl_p95, row.kl_p95_stderr, "20"),
+            tail(row.kl_p99, row.kl_p99_stderr, "100"),
+            tail(row.kl_p99_9, row.kl_p99_9_stderr, "1,000"),
+            significant(row.kl_max),
+            significant(row.kl_min),
+            row.base_log_probs.clone(),
+        ]));
+        let percent = |value: f64, stderr: Option<f64>| with_spread(100.0 * value, stderr.map(|stderr| 100.0 * stderr));
+        let correlation = row.nll_correlation.map(|r| with_spread(r, row.nll_correlation_stderr));
+        let share = |value: Option<f64>| value.map_or_else(|| "n/a".to_owned(), |value| significant(100.0 * value));
+        rest.row(names(one).into_iter().chain([
+            percent(row.top1_agreement, row.top1_agreement_stderr),
+            with_spread(row.ln_ppl_ratio, row.ln_ppl_ratio_stderr),
+            with_spread(row.ppl_ratio, row.ppl_ratio_stderr),
+            correlation.unwrap_or_else(|| "n/a".to_owned()),
+            percent(row.delta_p_mean, row.delta_p_mean_stderr),
+            percent(row.delta_p_rms, row.delta_p_rms_stderr),
+            [share(row.delta_p_p01), share(Some(row.delta_p_median)), share(row.delta_p_p99)].join(" / "),
+        ]));
+    }
+    let intro = "How far each model's whole distribution is from its base's at every scored token: KL(base ‖ model) in \
+        nats. Each ± is one standard error, tokens taken as independent; of a percentile by order statistics, left out \
+        where there are too few tokens. A model against itself in another number format shows the noise floor.";
+    let note = "Δp: probability of the true token by the model minus that by the base, in percentage points. The ratio's \
+        error is that of the tokens' own differences, so it is far smaller than the two perplexities' errors suggest.";
+    section("Divergence", intro, &kl, &[rest.render(), note.to_owned()])
+}
+
+#[cfg(test)]
+mod tests {
+    use crate::metrics::{TokenPair, divergence};
+    use crate::report::testing::{input, load, ppl, quantize, rendered, text_of};
+    use serde_json::json;
+
+    #[test]
+    fn divergence_and_bits_per_byte_are_shown_with_their_errors() {
+        let fp16 = load("fp16");
+        let nf4 = quantize("nf4", &fp16, Some(("nf4", Some(64))), 6_200);
+        let base = ppl("ppl-fp16", &fp16, 9.0614951);
+        let pair = |i: u32| {
+            let nll = f64::from(i % 50) / 10.0;
+            TokenPair {
+                base_nll: nll,
+                nll: nll + 0.01 * f64::from(i % 7),
+                kl: 0.002 * f64::from(i % 9),
+                same_top: !i.is_multiple_of(10),
+            }
+        };
+        let mut row = divergence(&(0..500).map(pair).collect::<Vec<_>>()).expect("statistics");
+        (row.convention, row.base_log_probs) = ("lm-eval".to_owned(), "top-64".to_owned());
+        (row.max_length, row.stride) = (512, 512);
+        let mut results = ppl("", &fp16, 10.0).record.body["results"].clone();
+        for (field, value) in [
+            ("convention", json!("lm-eval")),
+            ("stride", json!(512)),
+            ("n_documents", json!(12)),
+            ("n_words", json!(3953)),
+            ("n_bytes", json!(20_000)),
+            ("word_perplexity", json!(155.783)),
+            ("word_perplexity_stderr", json!(4.2)),
+            ("byte_perplexity", json!(2.7124)),
+            ("byte_perplexity_stderr", json!(0.014)),
+            ("bits_per_byte", json!(1.43956)),
+            ("bits_per_byte_stderr", json!(0.0077)),
+        ] {
+            results[0][field] = value;
+        }
+        let body = json!({"results": results, "base": "ppl-fp16", "divergence": [row]});
+        let candidate = input("ppl-nf4", "ppl", body, &[("model", &nf4), ("base", &base)]);
+        let files = rendered(&[base, candidate], &[], &["md", "csv"]).expect("a report");
+        insta::assert_snapshot!("divergence_md", text_of(&files, "report.md"));
+        let csv = text_of(&files, "report.csv");
+        let kl: Vec<&str> =
+            csv.lines().filter(|line| line.contains(",kl_") || line.contains(",bits_per_byte,")).collect();
+        insta::assert_snapshot!("divergence_csv", kl.join("\n"));
+    }
+}

@@ -1,0 +1,39 @@
+//! What another person needs to repeat a run, beside the pipeline's text: every stage as it was understood, and every file
+//! that was read.
+
+use crate::dataset::locate;
+use crate::plan::Plan;
+use serde_json::{Map, Value, json};
+use std::path::Path;
+
+/// Returns each stage with its canonical parameters (defaults filled in, variables substituted) and its inputs, in the order
+/// of execution.
+pub fn planned_stages(plan: &Plan) -> Value {
+    let stage = |node: &petgraph::graph::NodeIndex| {
+        let node = &plan.graph[*node];
+        json!({
+            "stage": node.stage.address,
+            "kind": node.stage.kind,
+            "stage_version": node.description.version,
+            "params": node.stage.params,
+            "inputs": node.stage.inputs,
+            "after": node.stage.after,
+        })
+    };
+    plan.order.iter().map(stage).collect()
+}
+
+/// Returns every file outside the cache that a parameter names, as the pipeline writes it: content hash and size. Model
+/// folders stand file by file.
+pub fn external_files(plan: &Plan, root: &Path) -> Value {
+    let mut files = Map::new();
+    for node in plan.graph.node_weights() {
+        for (name, hash) in &node.fields {
+            let Some(written) = name.strip_prefix("files.") else { continue };
+            let bytes = locate(written, root).ok().and_then(|path| std::fs::metadata(path).ok()).map(|meta| meta.len());
+            files.insert(written.to_owned(), json!({ "blake3": hash, "bytes": bytes }));
+        }
+    }
+    files.sort_keys();
+    Value::Object(files)
+}

@@ -1,0 +1,333 @@
+//! `ppl`: perplexity of a text, under one convention or several, and how far a model is from its base on the same tokens.
+//!
+//! A base model's stage keeps its log-probabilities once (`keep_log_probs`); every candidate names that stage as its `base`
+//! and takes text and windows from it.
+
+mod base;
+mod passes;
+mod settings;
+
+use super::MODELS;
+use super::text::TextForModel;
+use crate::artifact::{DivergenceResult, KeptLogProbs, PplResult};
+use crate::inference::{LogProbFormat, Model, ModelInfo};
+use crate::metrics::{Convention, PerplexitySum, TokenPair, divergence};
+use crate::stage::{
+    ParamDefault, ParamDesc, ParamType, Params, Stage, StageContext, StageDescription, StageError, StageOutput,
+};
+use crate::store::{LogProbWriter, StoreError, TokenScores, write_token_scores};
+use crate::units::format_bytes;
+use base::{Base, BasePass};
+use passes::{Pass, passes};
+use serde_json::{Map, Value, json};
+use settings::Settings;
+
+/// The kind.
+pub struct Ppl;
+
+const KEEP: &[&str] = &["none", "f16", "f32", "top-k"];
+
+static DESCRIPTION: StageDescription = StageDescription {
+    kind: "ppl",
+    summary: "Measures perplexity of a text, each convention stamped into its row, and divergence from a base model.",
+    version: 2,
+    measures: false,
+    computes: true,
+    params: &[
+        ParamDesc {
+            name: "model",
+            ty: ParamType::StageRef(MODELS),
+            unit: None,
+            default: ParamDefault::Required,
+            help: "the model to score with",
+        },
+        ParamDesc {
+            name: "base",
+            ty: ParamType::StageRef(&["ppl"]),
+            unit: None,
+            default: ParamDefault::Absent,
+            help: "the base model's ppl stage, with keep_log_probs: text and windows are its, and divergence from it is told",
+        },
+        ParamDesc {
+            name: "text",
+            ty: ParamType::TextSource,
+            unit: None,
+            default: ParamDefault::Absent,
+            help: "the text to score; the base's where there is one",
+        },
+        ParamDesc {
+            name: "convention",
+            ty: ParamType::SomeOf(&Convention::NAMES),
+            unit: None,
+            default: ParamDefault::Absent,
+            help: "how windows are cut and weighted; the base's, else hf-strided",
+        },
+        ParamDesc {
+            name: "max_length",
+            ty: ParamType::Integer { min: 2, max: i64::MAX },
+            unit: Some("tokens"),
+            default: ParamDefault::Absent,
+            help: "window length; the base's, else 512",
+        },
+        ParamDesc {
+            name: "stride",
+            ty: ParamType::Integer { min: 1, max: i64::MAX },
+            unit: Some("tokens"),
+            default: ParamDefault::Absent,
+            help: "tokens between the starts of two windows of hf-strided, at most max_length; the base's, else 256",
+        },
+        ParamDesc {
+            name: "allow_short",
+            ty: ParamType::Bool,
+            unit: None,
+            default: ParamDefault::Json("false"),
+            help: "score a text that is shorter than one window as a single short one",
+        },
+        ParamDesc {
+            name: "add_bos_token",
+            ty: ParamType::Bool,
+            unit: None,
+            default: ParamDefault::Json("false"),
+            help: "lm-eval: also predict what the tokenizer adds to a document by itself, as its option of that name does",
+        },
+        ParamDesc {
+            name: "keep_log_probs",
+            ty: ParamType::OneOf(KEEP),
+            unit: None,
+            default: ParamDefault::Json("\"none\""),
+            help: "keep the model's distributions, so that other stages may name this one as their base",
+        },
+        ParamDesc {
+            name: "top_k",
+            ty: ParamType::Integer { min: 1, max: 1 << 20 },
+            unit: Some("tokens"),
+            default: ParamDefault::Json("64"),
+            help: "likeliest tokens kept a position with keep_log_probs: top-k",
+        },
+        ParamDesc {
+            name: "log_probs_max_gib",
+            ty: ParamType::Float { min: 0.0, max: 1e6 },
+            unit: Some("GiB"),
+            default: ParamDefault::Json("8.0"),
+            help: "most disk that keep_log_probs may ask for, before compression",
+        },
+    ],
+};
+
+impl Stage for Ppl {
+    fn description(&self) -> &'static StageDescription {
+        &DESCRIPTION
+    }
+
+    fn check(&self, params: &Params) -> Vec<(&'static str, String, Option<String>)> {
+        settings::check(params)
+    }
+
+    fn complete(&self, params: &mut Params) {
+        settings::complete(params);
+    }
+
+    fn run(&self, context: &StageContext<'_>) -> Result<StageOutput, StageError> {
+        let recipe = context.recipe("model")?;
+        let info = context.engine.inspect(&recipe)?;
+        let settings = Settings::of(context)?;
+        settings.fits(&info)?;
+        let text = TextForModel::read(context.root, &settings.text, &info)?;
+        let passes = passes(&settings, &text)?;
+        let base = settings.base.map(|input| Base::open(input, &info, &passes[0].tokenizer_hash)).transpose()?;
+        let keep = settings.keep;
+        let n_scored: usize = passes.iter().map(Pass::n_scored).sum();
+        settings.fits_disk(n_scored, info.vocab_size)?;
+        let mut model = context.models.acquire(&recipe, context.progress)?;
+        let mut outcome = Outcome::default();
+        for pass in &passes {
+            let mut base = base.as_ref().map(|base| base.pass(pass)).transpose()?;
+            let mut kept = keep.map(|format| Kept::create(context, pass, format, &info)).transpose()?;
+            let (scores, sum) = score(&mut **model, pass, base.as_mut(), kept.as_mut(), context)?;
+            outcome.results.extend(pass.conventions.iter().map(|convention| row(*convention, pass, &sum)));
+            outcome.divergences.extend(base.map(|base| base.divergence(pass, &scores)));
+            outcome.kept.extend(kept.map(Kept::finish).transpose()?);
+            let file = format!("tokens-{}.parquet", pass.cut.name());
+            write_token_scores(&context.out_dir.join(&file), &scores).map_err(store)?;
+            outcome.token_files.push(json!({ "windows": pass.cut.name(), "file": file }));
+        }
+        outcome.results.sort_by_key(|row| settings.conventions.iter().position(|one| one.name() == row.convention));
+        Ok(outcome.output(&settings, &info))
+    }
+}
+
+fn store(error: StoreError) -> StageError {
+    StageError::Other(error.to_string())
+}
+
+/// What a run gathers, pass by pass.
+#[derive(Default)]
+struct Outcome {
+    results: Vec<PplResult>,
+    divergences: Vec<DivergenceResult>,
+    kept: Vec<KeptLogProbs>,
+    token_files: Vec<Value>,
+}
+
+impl Outcome {
+    fn output(self, settings: &Settings<'_>, info: &ModelInfo) -> StageOutput {
+        let mut summary: Vec<String> = self.results.iter().map(told).collect();
+        let errors = |stderr: Option<f64>| stderr.map_or_else(String::new, |stderr| format!(" ± {stderr:.2e}"));
+        summary.extend(self.divergences.first().map(|row| {
+            let (kl, stderr, top1) = (row.kl_mean, errors(row.kl_mean_stderr), 100.0 * row.top1_agreement);
+            format!("KL {kl:.3e}{stderr} nats, same top {top1:.2} % ({}, n = {})", row.convention, row.n_scored)
+        }));
+        summary.extend((!self.kept.is_empty()).then(|| {
+            let bytes = self.kept.iter().map(|kept| kept.bytes).sum();
+            format!("log-probabilities kept: {}", format_bytes(bytes))
+        }));
+        let mut body = Map::new();
+        body.insert("results".to_owned(), json!(self.results));
+        if let Some(base) = settings.base {
+            body.insert("base".to_owned(), json!(base.address));
+            body.insert("divergence".to_owned(), json!(self.divergences));
+        }
+        if settings.keep.is_some() {
+            body.insert("log_probs".to_owned(), json!(self.kept));
+        }
+        body.insert("token_scores".to_owned(), json!(self.token_files));
+        body.insert("compute_dtype".to_owned(), json!(info.compute_dtype));
+        StageOutput { body, summary: summary.join(", ") }
+    }
+}
+
+fn told(row: &PplResult) -> String {
+    match (row.word_perplexity, row.bits_per_byte) {
+        (Some(word), Some(bits)) => {
+            format!("word ppl {word:.3}, {bits:.4} bits/byte ({}, n = {})", row.convention, row.n_scored)
+        }
+        _ => format!("ppl {:.3} ± {:.3} ({}, n = {})", row.perplexity, row.stderr, row.convention, row.n_scored),
+    }
+}
+
+/// The file that a pass leaves for candidates.
+struct Kept {
+    writer: LogProbWriter,
+    format: LogProbFormat,
+    name: String,
+    path: std::path::PathBuf,
+}
+
+impl Kept {
+    fn create(
+        context: &StageContext<'_>,
+        pass: &Pass,
+        format: LogProbFormat,
+        info: &ModelInfo,
+    ) -> Result<Kept, StageError> {
+        let name = format!("log_probs-{}.parquet", pass.cut.name());
+        let path = context.out_dir.join(&name);
+        Ok(Kept { writer: LogProbWriter::create(&path, format, info.vocab_size).map_err(store)?, format, name, path })
+    }
+
+    fn finish(self) -> Result<KeptLogProbs, StageError> {
+        let n_tokens = self.writer.finish().map_err(store)?;
+        let meta = std::fs::metadata(&self.path);
+        let bytes = meta.map_err(|error| StageError::Read { path: self.path, reason: error.to_string() })?.len();
+        Ok(KeptLogProbs {
+            format: settings::format_name(self.format),
+            file: self.name,
+            n_tokens,
+            bytes,
+            bytes_per_token: bytes as f64 / n_tokens.max(1) as f64,
+        })
+    }
+}
+
+/// Scores every window of a pass.
+fn score(
+    model: &mut dyn Model,
+    pass: &Pass,
+    mut base: Option<&mut BasePass>,
+    mut kept: Option<&mut Kept>,
+    context: &StageContext<'_>,
+) -> Result<(TokenScores, PerplexitySum), StageError> {
+    context.progress.begin(Some(pass.windows.len() as u64), "windows");
+    let (mut scores, mut sum) = (TokenScores::default(), PerplexitySum::default());
+    for (window_idx, window) in pass.windows.iter().enumerate() {
+        if context.progress.is_cancelled() {
+            return Err(StageError::Cancelled);
+        }
+        let tokens = &pass.tokens[window.begin..window.end];
+        let first = scores.nll.len();
+        match (&mut base, &mut kept) {
+            (Some(base), _) => {
+                for score in model.score_against(tokens, window.first_target, &mut base.reader)? {
+                    scores.nll.push(score.nll);
+                    scores.argmax.push(score.argmax);
+                    scores.kl.push(score.kl);
+                }
+            }
+            (None, kept) => {
+                let found = match kept {
+                    Some(kept) => model.score_keeping(tokens, window.first_target, kept.format, &mut kept.writer)?,
+                    None => model.score(tokens, window.first_target)?,
+                };
+                scores.nll.extend(found.iter().map(|score| score.nll));
+                scores.argmax.extend(found.iter().map(|score| score.argmax));
+            }
+        }
+        scores.token_id.extend(&tokens[window.first_target..]);
+        scores.window_idx.resize(scores.nll.len(), u32::try_from(window_idx).unwrap_or(u32::MAX));
+        sum.push(window, &scores.nll[first..]);
+        context.progress.advance(1);
+    }
+    Ok((scores, sum))
+}
+
+fn row(convention: Convention, pass: &Pass, sum: &PerplexitySum) -> PplResult {
+    let (perplexity, stderr) = sum.perplexity(convention);
+    let units = pass.units;
+    let word = units.map(|units| sum.perplexity_per(units.n_words));
+    let byte = units.map(|units| sum.perplexity_per(units.n_bytes));
+    let bits = units.map(|units| sum.bits_per_byte(units.n_bytes));
+    PplResult {
+        convention: convention.name().to_owned(),
+        max_length: pass.max_length,
+        stride: pass.stride,
+        n_tokens: pass.n_tokens,
+        n_windows: pass.windows.len(),
+        n_scored: sum.n_scored(),
+        bos: pass.bos.clone(),
+        text_hash: pass.text_hash.clone(),
+        tokenizer_hash: pass.tokenizer_hash.clone(),
+        nll_mean: sum.nll_mean(convention),
+        perplexity,
+        stderr,
+        n_documents: pass.n_documents,
+        n_words: units.map(|units| units.n_words),
+        n_bytes: units.map(|units| units.n_bytes),
+        word_perplexity: word.map(|(value, _)| value),
+        word_perplexity_stderr: word.map(|(_, stderr)| stderr),
+        byte_perplexity: byte.map(|(value, _)| value),
+        byte_perplexity_stderr: byte.map(|(_, stderr)| stderr),
+        bits_per_byte: bits.map(|(value, _)| value),
+        bits_per_byte_stderr: bits.map(|(_, stderr)| stderr),
+    }
+}
+
+impl BasePass {
+    fn divergence(&self, pass: &Pass, own: &TokenScores) -> DivergenceResult {
+        let pairs: Vec<TokenPair> = (0..own.nll.len())
+            .map(|i| TokenPair {
+                base_nll: self.scores.nll[i],
+                nll: own.nll[i],
+                kl: own.kl[i],
+                same_top: self.scores.argmax[i] == own.argmax[i],
+            })
+            .collect();
+        let convention = pass.conventions.first().map_or("", |convention| convention.name());
+        DivergenceResult {
+            convention: convention.to_owned(),
+            max_length: pass.max_length,
+            stride: pass.stride,
+            base_log_probs: self.format.clone(),
+            ..divergence(&pairs).unwrap_or_default()
+        }
+    }
+}
