@@ -1,6 +1,6 @@
 //! GGUF files against what the gguf package and the models' own tokenizers give (tests/fixtures/gguf/make.py), and files that lie.
 
-use labpipe::gguf::{GGML_TYPES, GgufError, GgufFile, MetaValue, tokenizer_json};
+use labpipe::gguf::{GGML_TYPES, GgufError, GgufFile, MetaValue, tokenizer_config, tokenizer_json};
 use serde_json::Value;
 use std::path::{Path, PathBuf};
 use tokenizers::Tokenizer;
@@ -171,6 +171,33 @@ impl Forged {
         bytes.extend([self.pairs.as_slice(), &self.tensors].concat());
         bytes.resize(bytes.len().next_multiple_of(32) + n_data, 0);
         bytes
+    }
+}
+
+#[test]
+fn a_file_names_bos_eos_and_a_chat_template_where_it_has_them() {
+    const TEXT: u32 = 8;
+    const ARRAY: u32 = 9;
+    const U32: u32 = 4;
+    let tokens = ["<s>", "</s>", "a"].map(Forged::text).concat();
+    let tokens = [TEXT.to_le_bytes().as_slice(), &3u64.to_le_bytes(), &tokens].concat();
+    let forged = |eos: u32| {
+        Forged::default()
+            .pair("tokenizer.ggml.tokens", ARRAY, &tokens)
+            .pair("tokenizer.ggml.bos_token_id", U32, &0u32.to_le_bytes())
+            .pair("tokenizer.ggml.eos_token_id", U32, &eos.to_le_bytes())
+            .pair("tokenizer.chat_template", TEXT, &Forged::text("{{ bos_token }}"))
+            .tensor("a", &[32, 2], 0, 0)
+            .bytes(256)
+    };
+    let dir = tempfile::tempdir().expect("a temporary folder");
+    let path = dir.path().join("a.gguf");
+    for (eos, expected) in [(1, Some("</s>")), (u32::MAX, None)] {
+        std::fs::write(&path, forged(eos)).expect("a file");
+        let config = tokenizer_config(&GgufFile::open(&path).expect("a GGUF file")).expect("a config");
+        assert_eq!(config["bos_token"].as_str(), Some("<s>"));
+        assert_eq!(config["eos_token"].as_str(), expected);
+        assert_eq!(config["chat_template"].as_str(), Some("{{ bos_token }}"));
     }
 }
 
