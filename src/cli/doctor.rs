@@ -54,7 +54,8 @@ pub fn doctor() -> Result<u8, CliError> {
 fn cuda() -> String {
     let parts = labpipe_kernels::cube::nvidia::CudaParts::find();
     let found = |is_there: bool| if is_there { "found" } else { "missing" };
-    let version = parts.driver.as_deref().map_or("no driver".to_owned(), |version| format!("driver for CUDA {version}"));
+    let version =
+        parts.driver.as_deref().map_or("no driver".to_owned(), |version| format!("driver for CUDA {version}"));
     let verdict = parts.missing(0).map_or("usable".to_owned(), |reason| format!("not usable: {reason}"));
     format!(
         "{version}, {} devices, NVRTC {}, cuBLAS {}; {verdict}",
