@@ -11,6 +11,7 @@ use crate::artifact::{MemoryFigures, QuantizedModule};
 use crate::event::Progress;
 use crate::quantization::QuantizationConfig;
 use crate::units::DType;
+use labpipe_kernels::SchemeSpec;
 use serde::{Deserialize, Serialize};
 use std::ops::Range;
 use std::path::{Path, PathBuf};
@@ -19,8 +20,10 @@ use std::path::{Path, PathBuf};
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case", deny_unknown_fields)]
 pub enum ModelSource {
-    /// A folder in Hugging Face layout.
+    /// A folder in Hugging Face layout, or a GGUF file.
     Path(PathBuf),
+    /// A model on the Hugging Face hub, or a GGUF file there: `hf://org/name@revision/file`. It is looked for in the cache on disk.
+    Hub(String),
     /// The shapes of a `config.json` with random weights drawn from `seed`.
     Random { config: PathBuf, seed: u64 },
 }
@@ -42,6 +45,7 @@ impl ModelRecipe {
     pub fn rooted(&self, root: &Path) -> ModelRecipe {
         let source = match &self.source {
             ModelSource::Path(path) => ModelSource::Path(root.join(path)),
+            ModelSource::Hub(id) => ModelSource::Hub(id.clone()),
             ModelSource::Random { config, seed } => ModelSource::Random { config: root.join(config), seed: *seed },
         };
         ModelRecipe { source, ..self.clone() }
@@ -82,9 +86,44 @@ pub struct ModelInfo {
     pub compute_dtype: DType,
     /// Linear modules in execution order, each `[out, in]`.
     pub linears: Vec<(String, [usize; 2])>,
-    /// Folder that holds `tokenizer.json`; null for random weights.
+    /// Folder that holds `tokenizer.json`, or the GGUF file that holds a tokenizer; null for random weights.
     pub tokenizer_dir: Option<PathBuf>,
     pub bos_token_id: Option<u32>,
+    /// Null where all weights are stored as plain floats.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub stored_quantization: Option<StoredQuantization>,
+}
+
+impl ModelInfo {
+    /// Returns the bytes of all weights as the files and the element type that was asked for have them.
+    pub fn weights_bytes(&self) -> u64 {
+        let (packed, packed_bytes) =
+            self.stored_quantization.as_ref().map_or((0, 0), |stored| (stored.n_params, stored.bytes));
+        self.n_params.saturating_sub(packed) * self.dtype.size_bytes() as u64 + packed_bytes
+    }
+}
+
+/// Linears that a model's files hold quantized: they are opened as they are.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct StoredQuantization {
+    /// Whose files they are: `bitsandbytes`.
+    pub format: String,
+    /// The schemes that occur.
+    pub schemes: Vec<SchemeSpec>,
+    pub n_linears: usize,
+    /// Their parameters, and the bytes that codes and statistics take.
+    pub n_params: u64,
+    pub bytes: u64,
+}
+
+/// A model folder that was written.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct SavedModel {
+    /// `bitsandbytes`: what opens it beside labpipe.
+    pub format: String,
+    /// Bytes of its safetensors file.
+    pub bytes: u64,
+    pub n_quantized: usize,
 }
 
 /// A timed prefill.
@@ -309,6 +348,14 @@ pub trait Engine: Send + Sync {
         each: &mut dyn FnMut(QuantizedModule),
     ) -> Result<(), InferenceError>;
 
+    /// Writes the model as a folder in Hugging Face layout, quantized as the recipe says.
+    ///
+    /// # Errors
+    /// `Unsupported` where the format has no place for what the recipe asks, or the engine can't write; `Write`.
+    fn save(&self, _recipe: &ModelRecipe, _dir: &Path, _progress: &dyn Progress) -> Result<SavedModel, InferenceError> {
+        Err(InferenceError::Unsupported("save a model: this engine has no writer".to_owned()))
+    }
+
     /// Starts to watch memory.
     fn memory_probe(&self) -> Box<dyn MemoryProbe>;
 }
@@ -319,6 +366,8 @@ pub trait Engine: Send + Sync {
 pub enum InferenceError {
     #[error("read model file {path}: {reason}")]
     File { path: PathBuf, reason: String },
+    #[error("write model file {path}: {reason}")]
+    Write { path: PathBuf, reason: String },
     #[error("read {path}: architecture {found:?} is not known; labpipe knows {known}")]
     UnknownArchitecture { path: PathBuf, found: String, known: String },
     #[error("load tensor {tensor}: expected {expected}, found {found} in {path}")]

@@ -6,7 +6,6 @@
 
 // Words.
 pub mod artifact;
-pub mod dataset;
 pub mod event;
 pub mod units;
 
@@ -15,8 +14,11 @@ pub mod inference;
 pub mod quantization;
 pub mod stage;
 
-// Pure rooms (the store does I/O and nothing else).
+// Pure rooms (the store, the hub and the GGUF reader do I/O and nothing else).
 pub mod bench;
+pub mod dataset;
+pub mod gguf;
+pub mod hub;
 pub mod metrics;
 pub mod pipeline;
 pub mod plan;

@@ -44,13 +44,14 @@ pub struct QuantizationError {
     pub hint: Option<String>,
 }
 
-const KEYS: [&str; 16] = [
+const KEYS: [&str; 19] = [
     "name",
     "description",
     "scheme",
     "block_size",
     "double_quant",
     "symmetric",
+    "outlier_threshold",
     "compute_dtype",
     "keep",
     "overrides",
@@ -60,9 +61,11 @@ const KEYS: [&str; 16] = [
     "bnb_4bit_quant_type",
     "bnb_4bit_compute_dtype",
     "bnb_4bit_use_double_quant",
+    "llm_int8_threshold",
+    "llm_int8_skip_modules",
     "fp16_layers",
 ];
-const OVERRIDE_KEYS: [&str; 5] = ["match", "scheme", "block_size", "double_quant", "symmetric"];
+const OVERRIDE_KEYS: [&str; 6] = ["match", "scheme", "block_size", "double_quant", "symmetric", "outlier_threshold"];
 
 /// Reads a config file's text. Its name is its own `name:`, else `fallback_name`.
 ///
@@ -147,6 +150,7 @@ impl Reader<'_> {
         };
         let mut keep = self.patterns(map, "keep")?;
         keep.extend(self.patterns(map, "fp16_layers")?);
+        keep.extend(self.patterns(map, "llm_int8_skip_modules")?);
         Ok(QuantizationConfig {
             name: self.text(map, "name")?.unwrap_or_else(|| fallback_name.to_owned()),
             scheme,
@@ -166,11 +170,12 @@ impl Reader<'_> {
         }
     }
 
-    /// Reads `scheme`, `block_size`, `double_quant` and `symmetric`; the inner nothing is `scheme: none`.
+    /// Reads `scheme` and its settings; the inner nothing is `scheme: none`.
     fn scheme(&self, map: &Map<String, Value>) -> Result<Option<SchemeSpec>, QuantizationError> {
         let name = self.text(map, "scheme")?.unwrap_or_default();
         if ["none", "fp16", "f16", "bf16", "f32"].contains(&name.as_str()) {
-            return match ["block_size", "double_quant", "symmetric"].iter().find(|key| map.contains_key(**key)) {
+            let settings = ["block_size", "double_quant", "symmetric", "outlier_threshold"];
+            return match settings.iter().find(|key| map.contains_key(**key)) {
                 Some(key) => self.error(format!("{key} does not apply to scheme {name}"), None),
                 None => Ok(None),
             };
@@ -187,6 +192,7 @@ impl Reader<'_> {
             block_size,
             double_quant: self.flag(map, "double_quant")?.unwrap_or(false),
             symmetric: self.flag(map, "symmetric")?.unwrap_or(false),
+            outlier_threshold: self.number(map, "outlier_threshold")?,
         };
         self.normalized(&spec).map(Some)
     }
@@ -203,12 +209,12 @@ impl Reader<'_> {
         let method = self.text(map, "method")?;
         let four = self.flag(map, "load_in_4bit")?;
         let eight = self.flag(map, "load_in_8bit")?;
-        let plain = |scheme: &str| SchemeSpec {
-            scheme: scheme.to_owned(),
-            block_size: None,
-            double_quant: false,
-            symmetric: false,
-        };
+        if let Some(key) = ["llm_int8_threshold", "llm_int8_skip_modules"].iter().find(|key| map.contains_key(**key))
+            && !four.unwrap_or(false)
+            && !eight.unwrap_or(false)
+        {
+            return self.error(format!("{key} needs load_in_8bit: true or load_in_4bit: true"), None);
+        }
         match (method.as_deref(), four.unwrap_or(false), eight.unwrap_or(false)) {
             (Some("bitsandbytes"), false, false) if four.is_none() && eight.is_none() => {
                 self.error("method: bitsandbytes needs load_in_4bit: true or load_in_8bit: true", None)
@@ -220,18 +226,20 @@ impl Reader<'_> {
             (Some("bitsandbytes") | None, true, true) => {
                 self.error("both load_in_4bit and load_in_8bit are true", Some("keep one".to_owned()))
             }
-            (Some("bitsandbytes") | None, false, true) => self.normalized(&plain("int8")).map(|spec| Some(Some(spec))),
+            (Some("bitsandbytes") | None, false, true) => {
+                let outlier_threshold = self.number(map, "llm_int8_threshold")?;
+                self.normalized(&SchemeSpec { outlier_threshold, ..SchemeSpec::new("int8") })
+                    .map(|spec| Some(Some(spec)))
+            }
             (Some("bitsandbytes") | None, true, false) => {
                 let kind = self.text(map, "bnb_4bit_quant_type")?.unwrap_or_else(|| "nf4".to_owned());
-                if kind != "nf4" {
-                    return self.error(
-                        format!("bnb_4bit_quant_type {kind:?} is not supported yet"),
-                        Some("nf4 is".to_owned()),
-                    );
+                if !["nf4", "fp4"].contains(&kind.as_str()) {
+                    let hint = Some("nf4 and fp4 are".to_owned());
+                    return self.error(format!("bnb_4bit_quant_type {kind:?} is not known"), hint);
                 }
                 // The Python lab's loader turned double quantization on unless told otherwise.
                 let double_quant = self.flag(map, "bnb_4bit_use_double_quant")?.unwrap_or(method.is_some());
-                let spec = SchemeSpec { double_quant, ..plain("nf4") };
+                let spec = SchemeSpec { double_quant, ..SchemeSpec::new(kind) };
                 self.normalized(&spec).map(|spec| Some(Some(spec)))
             }
             (Some(other), _, _) => {
@@ -277,6 +285,16 @@ impl Reader<'_> {
             None | Some(Value::Null) => Ok(None),
             Some(Value::Bool(value)) => Ok(Some(*value)),
             Some(other) => self.error(format!("{key}: expected true or false, found {other}"), None),
+        }
+    }
+
+    fn number(&self, map: &Map<String, Value>, key: &str) -> Result<Option<f32>, QuantizationError> {
+        match map.get(key) {
+            None | Some(Value::Null) => Ok(None),
+            Some(value) => match value.as_f64() {
+                Some(number) => Ok(Some(number as f32)),
+                None => self.error(format!("{key}: expected a number, found {value}"), None),
+            },
         }
     }
 
@@ -358,10 +376,27 @@ mod tests {
         assert!(reason("load_in_4bit: true\nload_in_8bit: true\n").contains("both load_in_4bit and load_in_8bit"));
         assert!(reason("scheme: nf4\nload_in_8bit: true\n").contains("both scheme and"));
         assert!(reason("scheme: nf4\nblok_size: 64\n").contains("did you mean \"block_size\"?"));
-        assert!(reason("scheme: nf5\n").contains("schemes are: none, nf4, int8, int4"));
+        assert!(reason("scheme: nf5\n").contains("schemes are: none, nf4, fp4, "));
         assert!(reason("scheme: int8\nblock_size: 64\n").contains("one scale a row"));
-        assert!(reason("load_in_4bit: true\nbnb_4bit_quant_type: fp4\n").contains("not supported yet"));
+        assert!(reason("load_in_4bit: true\nbnb_4bit_quant_type: fp8\n").contains("nf4 and fp4 are"));
+        assert!(reason("scheme: nf4\noutlier_threshold: 6\n").contains("does not apply to nf4"));
+        assert!(reason("scheme: int8\noutlier_threshold: -1\n").contains("number from 0"));
+        assert!(reason("scheme: int8\nllm_int8_threshold: 6\n").contains("needs load_in_8bit"));
         assert!(reason("name: x\n").contains("scheme is missing"));
+    }
+
+    #[test]
+    fn bitsandbytes_threshold_type_and_skipped_modules_are_read() {
+        let config = read("load_in_8bit: true\nllm_int8_threshold: 6.0\nllm_int8_skip_modules: [mlp.up_proj]\n");
+        let scheme = config.scheme_for("model.layers.0.mlp.down_proj").expect("a scheme");
+        assert_eq!((scheme.scheme.as_str(), scheme.outlier_threshold), ("int8", Some(6.0)));
+        assert_eq!(config.scheme_for("model.layers.0.mlp.up_proj"), None);
+        // Off unless asked for: the weights alone are quantized.
+        assert_eq!(read("load_in_8bit: true\n").scheme.expect("a scheme").outlier_threshold, None);
+        let config = read("load_in_4bit: true\nbnb_4bit_quant_type: fp4\n");
+        assert_eq!(config.scheme, Some(SchemeSpec { block_size: Some(64), ..SchemeSpec::new("fp4") }));
+        let written = serde_json::to_string(&config.scheme).expect("JSON");
+        assert!(!written.contains("outlier_threshold"), "records of schemes without it stay as they were: {written}");
     }
 
     #[test]

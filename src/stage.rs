@@ -39,7 +39,7 @@ pub enum ParamType {
     StageRef(&'static [&'static str]),
     /// Names of stages of any of these kinds. It gathers over a matrix: the consumer runs once, for all cells.
     StageRefs(&'static [&'static str]),
-    /// A model folder; its files' content is in the key.
+    /// A model folder, a GGUF file or a hub id; its files' content is in the key.
     Model,
     /// `{config: FILE, seed: N}`; the file's content is in the key.
     RandomModel,

@@ -315,3 +315,42 @@ fn information_commands_work_without_any_run() {
     assert!(lab.expect(2, &["show", "ppl"]).1.contains("run a pipeline first"));
     assert!(lab.expect(0, &["cache", "ls"]).0.contains("0 artifacts"));
 }
+
+#[test]
+fn a_prompt_goes_through_the_model_s_chat_template() {
+    let lab = Lab::new();
+    let fixtures = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/tokenizers/bytes-512");
+    std::fs::create_dir(lab.path("model")).expect("a folder");
+    for name in ["config.json", "model.safetensors"] {
+        std::fs::copy(lab.path("models/stories260k").join(name), lab.path("model").join(name)).expect("a copy");
+    }
+    for name in ["tokenizer.json", "tokenizer_config.json", "chat_template.jinja"] {
+        std::fs::copy(fixtures.join(name), lab.path("model").join(name)).expect("a copy");
+    }
+    lab.write("prompt.txt", "Tell me a story about a tree.");
+    let pipeline = |model: &str, chat: &str| {
+        format!(
+            "version: 1\nname: chat\nstages:\n  base: {{ kind: load, model: {model} }}\n  \
+             ppl: {{ kind: ppl, model: base, text: {{ source: prompt.txt, {chat} }}, max_length: 128, stride: 128, allow_short: true }}\n"
+        )
+    };
+    let n_tokens = |chat: &str| {
+        lab.write("chat.yaml", &pipeline("model", chat));
+        lab.expect(0, &["run", "chat.yaml"]);
+        let row = lab.record("ppl")["results"][0].clone();
+        (row["n_tokens"].as_u64().expect("a count"), row["bos"].as_str().expect("a text").to_owned())
+    };
+    let (plain, bos) = n_tokens("chat: false");
+    assert_eq!(bos, "added by the tokenizer (id 0)");
+    let (chat, bos) = n_tokens("chat: true");
+    assert_eq!(bos, "added by the chat template (id 0)");
+    let (with_system, _) = n_tokens("chat: { system: Be brief. }");
+    assert!(plain < chat && chat < with_system, "{plain}, {chat} and {with_system} tokens");
+
+    lab.write("chat.yaml", &pipeline("models/stories260k", "chat: true"));
+    let (_, error) = lab.expect(3, &["run", "chat.yaml"]);
+    assert!(error.contains("instruct model"), "{error}");
+    lab.write("chat.yaml", &pipeline("model", "n_tokens: 9, chat: true"));
+    let (_, error) = lab.expect(2, &["run", "chat.yaml"]);
+    assert!(error.contains("n_chars"), "{error}");
+}

@@ -10,9 +10,10 @@ use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
 /// The fixtures and the family each belongs to.
-const CASES: [(&str, &str); 12] = [
+const CASES: [(&str, &str); 13] = [
     ("gemma2", "gemma2"),
     ("gemma3", "gemma3"),
+    ("gemma3-vision", "gemma3"),
     ("llama", "llama"),
     ("llama-dynamic", "llama"),
     ("llama-linear", "llama"),
@@ -201,5 +202,175 @@ fn linears_of_every_family_can_be_quantized() {
             model(case).last_logits(&tokens).expect("logits").iter().map(|logit| f64::from(*logit)).collect();
         let difference = largest_difference(&open(&recipe).last_logits(&tokens).expect("logits"), &exact);
         assert!(difference > 0.0 && difference < 1.0, "{case}: {difference}");
+    }
+}
+
+/// A config written where an engine can read it.
+fn written(config: &Value) -> (tempfile::TempDir, PathBuf) {
+    let dir = tempfile::tempdir().expect("a temporary folder");
+    let path = dir.path().join("config.json");
+    std::fs::write(&path, config.to_string()).expect("a file");
+    (dir, path)
+}
+
+fn real_config(name: &str) -> Value {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/configs").join(name);
+    serde_json::from_str(&std::fs::read_to_string(path).expect("the config")).expect("JSON")
+}
+
+#[test]
+fn llama_3_2_3b_and_qwen_2_5_3b_run_at_full_width() {
+    for (name, n_params, n_ctx_max) in
+        [("Llama-3.2-3B-Instruct.json", 3_212_749_824, 131_072), ("Qwen2.5-3B-Instruct.json", 3_085_938_688, 32_768)]
+    {
+        let mut config = real_config(name);
+        let (_dir, path) = written(&config);
+        let source = |config: &Path| recipe(ModelSource::Random { config: config.to_owned(), seed: 1 });
+        let info = BurnEngine::cpu().inspect(&source(&path)).expect("a model");
+        assert_eq!((info.n_params, info.n_ctx_max, info.dtype), (n_params, n_ctx_max, DType::Bf16), "{name}");
+        config["num_hidden_layers"] = Value::from(1);
+        let (_dir, path) = written(&config);
+        let quantization = labpipe::quantization::parse("scheme: nf4\n", "nf4", "nf4").expect("a config");
+        let mut model = open(&ModelRecipe { quantization: Some(quantization), ..source(&path) });
+        let prefilled = model.prefill(&[1, 2, 3, 4]).expect("a prefill");
+        assert!((prefilled.next_token as usize) < info.vocab_size);
+        let scores = model.score(&[1, 2, 3, 4], 1).expect("scores");
+        // Random weights know nothing: every token is about as likely as any other.
+        let uniform = (info.vocab_size as f64).ln();
+        assert!(scores.iter().all(|score| (score.nll - uniform).abs() < 4.0), "{name}: {scores:?}");
+    }
+}
+
+#[test]
+fn models_of_every_family_have_the_parameters_that_their_cards_state() {
+    let cases = [
+        // mistralai/Mistral-7B-v0.1
+        (
+            r#"{"model_type": "mistral", "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "vocab_size": 32000,
+                "num_attention_heads": 32, "num_key_value_heads": 8, "max_position_embeddings": 32768, "rms_norm_eps": 1e-5,
+                "rope_theta": 10000.0, "sliding_window": 4096, "tie_word_embeddings": false}"#,
+            7_241_732_096,
+            32_768,
+        ),
+        // Qwen/Qwen3-0.6B
+        (
+            r#"{"model_type": "qwen3", "hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 28, "vocab_size": 151936,
+                "num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 128, "max_position_embeddings": 40960,
+                "rms_norm_eps": 1e-6, "rope_theta": 1000000, "rope_scaling": null, "sliding_window": null, "max_window_layers": 28,
+                "use_sliding_window": false, "attention_bias": false, "tie_word_embeddings": true}"#,
+            596_049_920,
+            40_960,
+        ),
+        // google/gemma-2-2b
+        (
+            r#"{"model_type": "gemma2", "hidden_size": 2304, "intermediate_size": 9216, "num_hidden_layers": 26, "vocab_size": 256000,
+                "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 256, "max_position_embeddings": 8192,
+                "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0, "query_pre_attn_scalar": 256, "sliding_window": 4096,
+                "hidden_act": "gelu_pytorch_tanh", "hidden_activation": "gelu_pytorch_tanh", "rms_norm_eps": 1e-6, "rope_theta": 10000.0}"#,
+            2_614_341_888,
+            8_192,
+        ),
+        // google/gemma-3-1b-it
+        (
+            r#"{"model_type": "gemma3_text", "hidden_size": 1152, "intermediate_size": 6912, "num_hidden_layers": 26, "vocab_size": 262144,
+                "num_attention_heads": 4, "num_key_value_heads": 1, "head_dim": 256, "max_position_embeddings": 32768,
+                "query_pre_attn_scalar": 256, "sliding_window": 512, "sliding_window_pattern": 6, "rope_local_base_freq": 10000,
+                "rope_theta": 1000000, "rope_scaling": null, "hidden_activation": "gelu_pytorch_tanh", "rms_norm_eps": 1e-6}"#,
+            999_885_952,
+            32_768,
+        ),
+        // google/gemma-3-4b-it: 4,300,079,472 with its 419,816,304 for images
+        (
+            r#"{"model_type": "gemma3", "text_config": {"hidden_size": 2560, "intermediate_size": 10240, "model_type": "gemma3_text",
+                "num_hidden_layers": 34, "rope_scaling": {"factor": 8.0, "rope_type": "linear"}, "sliding_window": 1024},
+                "vision_config": {"hidden_size": 1152}, "torch_dtype": "bfloat16", "image_token_index": 262144}"#,
+            3_880_263_168,
+            131_072,
+        ),
+        // microsoft/Phi-3-mini-4k-instruct
+        (
+            r#"{"model_type": "phi3", "hidden_size": 3072, "intermediate_size": 8192, "num_hidden_layers": 32, "vocab_size": 32064,
+                "num_attention_heads": 32, "num_key_value_heads": 32, "max_position_embeddings": 4096,
+                "original_max_position_embeddings": 4096, "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "rope_scaling": null,
+                "sliding_window": 2047, "tie_word_embeddings": false}"#,
+            3_821_079_552,
+            4_096,
+        ),
+    ];
+    for (config, n_params, n_ctx_max) in cases {
+        let (_dir, config) = written(&serde_json::from_str(config).expect("JSON"));
+        let info = BurnEngine::cpu().inspect(&recipe(ModelSource::Random { config, seed: 0 })).expect("a model");
+        assert_eq!((info.n_params, info.n_ctx_max), (n_params, n_ctx_max), "{}", info.family);
+    }
+}
+
+#[test]
+fn fields_that_no_model_can_have_are_errors_that_name_them() {
+    let base = |case: &str| -> Value {
+        serde_json::from_str(&std::fs::read_to_string(folder(case).join("config.json")).expect("the config"))
+            .expect("JSON")
+    };
+    for (case, field, value, named) in [
+        ("llama", "rope_theta", "0.5", "rope_theta"),
+        ("llama", "rope_scaling", r#"{"type": "spiral"}"#, "spiral"),
+        ("llama", "rope_scaling", r#"{"type": "linear"}"#, "factor"),
+        ("llama", "rope_scaling", r#"{"type": "linear", "factor": -4}"#, "factor"),
+        ("llama", "num_hidden_layers", "5000000", "num_hidden_layers"),
+        ("llama", "partial_rotary_factor", "1.5", "partial_rotary_factor"),
+        ("mistral", "sliding_window", "-1", "sliding_window"),
+        ("gemma2", "attn_logit_softcapping", "0", "attn_logit_softcapping"),
+        ("gemma2", "query_pre_attn_scalar", "-3", "query_pre_attn_scalar"),
+        ("gemma2", "layer_types", r#"["full_attention"]"#, "layer_types"),
+        ("gemma2", "layer_types", r#"["a", "b", "c", "d"]"#, "layer_types"),
+        ("gemma3", "use_bidirectional_attention", "true", "use_bidirectional_attention"),
+        ("phi3", "rope_scaling", r#"{"type": "linear", "factor": 2}"#, "longrope"),
+        (
+            "phi3-longrope",
+            "rope_scaling",
+            r#"{"type": "longrope", "short_factor": [1.0], "long_factor": [1.0]}"#,
+            "short_factor",
+        ),
+    ] {
+        let mut config = base(case);
+        config[field] = serde_json::from_str(value).expect("JSON");
+        let (_dir, path) = written(&config);
+        let recipe = recipe(ModelSource::Random { config: path, seed: 0 });
+        let error = BurnEngine::cpu().inspect(&recipe).expect_err("an error").to_string();
+        assert!(error.contains(named), "{case} {field} {value}: {error}");
+    }
+}
+
+#[test]
+fn every_part_that_a_family_has_of_its_own_shows_in_the_logits() {
+    for (case, field, value) in [
+        ("llama-llama3", "rope_scaling", "null"),
+        ("llama-linear", "rope_scaling", "null"),
+        ("llama-dynamic", "rope_scaling", r#"{"type": "dynamic", "factor": 8.0}"#),
+        ("llama-yarn", "rope_scaling", "null"),
+        ("mistral", "sliding_window", "null"),
+        ("qwen2", "use_sliding_window", "false"),
+        ("gemma2", "sliding_window", "4096"),
+        ("gemma2", "attn_logit_softcapping", "null"),
+        ("gemma2", "final_logit_softcapping", "null"),
+        ("gemma2", "query_pre_attn_scalar", "16"),
+        ("gemma2", "layer_types", r#"["full_attention", "sliding_attention", "full_attention", "sliding_attention"]"#),
+        ("gemma2", "hidden_activation", r#""silu""#),
+        ("gemma3", "rope_local_base_freq", "1000000.0"),
+        ("gemma3", "rope_scaling", "null"),
+        ("gemma3", "sliding_window_pattern", "6"),
+        ("phi3", "sliding_window", "null"),
+        ("phi3-longrope", "original_max_position_embeddings", "200"),
+    ] {
+        let mut config: Value =
+            serde_json::from_str(&std::fs::read_to_string(folder(case).join("config.json")).expect("the config"))
+                .expect("JSON");
+        config[field] = serde_json::from_str(value).expect("JSON");
+        let (dir, _path) = written(&config);
+        std::fs::copy(folder(case).join("model.safetensors"), dir.path().join("model.safetensors")).expect("a copy");
+        let expected = expected(case);
+        let mut model = open(&recipe(ModelSource::Path(dir.path().to_owned())));
+        let logits = model.last_logits(&ids(&expected["tokens"])).expect("logits");
+        let difference = largest_difference(&logits, &numbers(&expected["last_logits"]));
+        assert!(difference > 1e-2, "{case}: {field} of {value} changes logits by {difference} only");
     }
 }

@@ -327,7 +327,6 @@ fn rooms_import_downward_only() {
     let allowed: BTreeMap<&str, Vec<&str>> = BTreeMap::from([
         ("units", vec![]),
         ("event", vec![]),
-        ("dataset", vec![]),
         ("artifact", words.to_vec()),
         ("inference", contracts.to_vec()),
         ("quantization", words.to_vec()),
@@ -335,13 +334,16 @@ fn rooms_import_downward_only() {
         ("metrics", with(&[])),
         ("bench", with(&["metrics"])),
         ("pipeline", with(&[])),
-        ("plan", with(&["dataset", "pipeline"])),
+        ("hub", words.to_vec()),
+        ("dataset", [&words[..], &["hub"]].concat()),
+        ("gguf", words.to_vec()),
+        ("plan", with(&["dataset", "hub", "pipeline"])),
         ("store", with(&[])),
         ("report", with(&["metrics", "pipeline", "plan"])),
-        ("engine", with(&["metrics"])),
-        ("stages", with(&["bench", "dataset", "metrics", "report", "store"])),
+        ("engine", with(&["gguf", "hub", "metrics"])),
+        ("stages", with(&["bench", "dataset", "gguf", "hub", "metrics", "report", "store"])),
         ("ui", with(&["pipeline", "plan"])),
-        ("run", with(&[&everything[..], &["dataset"]].concat())),
+        ("run", with(&[&everything[..], &["hub"]].concat())),
     ]);
     let src = root().join("src");
     for path in sources(&src) {

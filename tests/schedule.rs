@@ -74,6 +74,7 @@ fn info() -> ModelInfo {
         linears: vec![("model.layers.0.mlp.up_proj".to_owned(), [4, 4])],
         tokenizer_dir: None,
         bos_token_id: None,
+        stored_quantization: None,
     }
 }
 

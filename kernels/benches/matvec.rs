@@ -11,7 +11,7 @@ use labpipe_kernels::{SchemeSpec, scheme};
 
 /// `[out, in]`: SmolLM2-135M's linears, then Llama-3.2-3B's.
 const SHAPES: [(usize, usize); 5] = [(576, 576), (1536, 576), (576, 1536), (3072, 3072), (8192, 3072)];
-const KINDS: [&str; 7] = ["f32", "f16", "bf16", "nf4", "nf4-double", "int8", "int4"];
+const KINDS: [&str; 8] = ["f32", "f16", "bf16", "nf4", "nf4-double", "fp4", "int8", "int4"];
 
 fn main() {
     divan::main();
@@ -37,8 +37,7 @@ fn weight(kind: &str, n_rows: usize, n_cols: usize) -> HostWeight {
         "bf16" => dense(DenseType::Bf16, half(|v| half::bf16::from_f32(v).to_bits())),
         _ => {
             let name = kind.trim_end_matches("-double");
-            let spec =
-                SchemeSpec { scheme: name.to_owned(), block_size: None, double_quant: name != kind, symmetric: false };
+            let spec = SchemeSpec { double_quant: name != kind, ..SchemeSpec::new(name) };
             let scheme = scheme(name).expect("a registered scheme");
             HostWeight::Packed(scheme.pack(&spec, &values, n_rows, n_cols).expect("a packed matrix"))
         }

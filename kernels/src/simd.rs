@@ -114,6 +114,23 @@ pub fn dot_i8(level: Level, codes: &[i8], x: &[f32]) -> Option<f32> {
     }
 }
 
+/// Returns Σ a·b for signed 8-bit codes, in whole numbers; exact for up to 2¹⁶ of them.
+pub fn dot_i8_i8(level: Level, a: &[i8], b: &[i8]) -> i32 {
+    #[inline(always)]
+    fn body(a: &[i8], b: &[i8]) -> i32 {
+        a.iter().zip(b).map(|(a, b)| i32::from(*a) * i32::from(*b)).sum()
+    }
+    match level {
+        // SAFETY: `level` is only ever a path that the processor has.
+        #[cfg(target_arch = "x86_64")]
+        Level::Avx512 => unsafe { x86::with_avx512(|| body(a, b)) },
+        // SAFETY: as above.
+        #[cfg(target_arch = "x86_64")]
+        Level::Avx2 => unsafe { x86::with_avx2(|| body(a, b)) },
+        _ => body(a, b),
+    }
+}
+
 /// Returns Σ w·x for half-precision values given as bits, or nothing where this processor has no such path.
 pub fn dot_f16(level: Level, bits: &[u16], x: &[f32]) -> Option<f32> {
     assert!(bits.len() >= x.len(), "dot_f16: too few values");
@@ -422,6 +439,9 @@ mod tests {
                     let (exact, size) = products.fold((0.0, 0.0), |(sum, size), p| (sum + p, size + p.abs()));
                     found.is_none_or(|found| (f64::from(found) - exact).abs() <= size * 1e-6)
                 };
+                let reversed: Vec<i8> = signed.iter().rev().copied().collect();
+                let whole: i32 = signed.iter().zip(&reversed).map(|(a, b)| i32::from(*a) * i32::from(*b)).sum();
+                assert_eq!(dot_i8_i8(level, &signed, &reversed), whole, "{level:?} n={n}");
                 let codes: Vec<f32> = signed.iter().map(|code| f32::from(*code)).collect();
                 assert!(close(dot_i8(level, &signed, &expected.2), &codes, &expected.2), "{level:?} n={n}");
                 assert!(close(dot_f16(level, &halves, &expected.0), &expected.2, &expected.0), "{level:?} n={n}");

@@ -106,6 +106,15 @@ impl HostWeight {
         }
     }
 
+    /// Writes `x · Wᵀ` where the weight's scheme has a product of its own (see [`schemes::Scheme::product`]); false where it has
+    /// none.
+    pub fn product(&self, x: &[f32], m: usize, out: &mut [f32]) -> bool {
+        match self {
+            HostWeight::Dense(_) => false,
+            HostWeight::Packed(packed) => packed_scheme(packed).product(packed, x, m, out),
+        }
+    }
+
     /// Writes `y[i] = Σ_k w[first_row + i, k]·x[k]`, accumulated in fp32.
     pub fn matvec_rows(&self, first_row: usize, x: &[f32], y: &mut [f32]) {
         match self {

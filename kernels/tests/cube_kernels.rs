@@ -36,7 +36,7 @@ fn packed(
     n: usize,
     k: usize,
 ) -> HostWeight {
-    let spec = SchemeSpec { scheme: name.to_owned(), block_size, double_quant, symmetric };
+    let spec = SchemeSpec { block_size, double_quant, symmetric, ..SchemeSpec::new(name) };
     let scheme = scheme(name).expect("a known scheme");
     let spec = scheme.normalize(&spec).expect("settings that fit");
     HostWeight::Packed(scheme.pack(&spec, &values(n * k, 7), n, k).expect("finite values"))

@@ -49,7 +49,7 @@ fn pack(case: &Case, double_quant: bool) -> Packed {
         .iter()
         .map(|n| n.as_u64().expect("a size") as usize)
         .collect();
-    let spec = SchemeSpec { scheme: "nf4".to_owned(), block_size: Some(64), double_quant, symmetric: false };
+    let spec = SchemeSpec { block_size: Some(64), double_quant, ..SchemeSpec::new("nf4") };
     scheme("nf4").expect("nf4").pack(&spec, &floats(case.get("in")), shape[0], shape[1]).expect("a packed matrix")
 }
 

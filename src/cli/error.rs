@@ -1,5 +1,6 @@
 //! Errors at the edge, with their exit codes and hints.
 
+use crate::hub::HubError;
 use crate::inference::InferenceError;
 use crate::pipeline::PipelineError;
 use crate::plan::PlanError;
@@ -20,6 +21,8 @@ pub enum CliError {
     Store(#[from] StoreError),
     #[error("failed to {0}")]
     Device(#[from] InferenceError),
+    #[error("failed to {0}")]
+    Hub(#[from] HubError),
     #[error("{message}")]
     Usage { message: String, hint: Option<String> },
     #[error("failed to write to stdout: {0}")]
@@ -32,7 +35,11 @@ impl CliError {
         match self {
             CliError::Device(_) => 4,
             CliError::Store(_) | CliError::Output(_) => 3,
-            CliError::Pipeline(_) | CliError::Read { .. } | CliError::Plan(_) | CliError::Usage { .. } => 2,
+            CliError::Pipeline(_)
+            | CliError::Read { .. }
+            | CliError::Plan(_)
+            | CliError::Hub(_)
+            | CliError::Usage { .. } => 2,
         }
     }
 

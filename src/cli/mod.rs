@@ -5,6 +5,7 @@ mod cache;
 mod catalogue;
 mod compare;
 mod doctor;
+mod download;
 mod engine;
 mod error;
 mod plan;

@@ -1,6 +1,7 @@
 //! `run` and `rerun`.
 
 use super::args::{Global, RerunArgs, RunArgs};
+use super::download::download;
 use super::error::CliError;
 use super::print;
 use super::workspace::{Planned, Read, planned, read};
@@ -65,6 +66,8 @@ fn options(run: &Value) -> ParseOptions {
 }
 
 fn start(global: &Global, file: &Path, read: Read, selection: &Selection, jobs: usize) -> Result<u8, CliError> {
+    let events = sink(global.log_format(), global.level());
+    download(&read, &global.root, &events)?;
     let Planned { plan, store, engine, device_reason } = planned(global, &read, selection)?;
     let results = Results::new(&global.results);
     let info = engine.info();
@@ -92,7 +95,6 @@ fn start(global: &Global, file: &Path, read: Read, selection: &Selection, jobs: 
         stages: Vec::new(),
     };
     let run_dir = results.start(&read.pipeline.name, &run_file.run_id, &run_file.to_json())?;
-    let events = sink(global.log_format(), global.level());
     let cancel = Arc::new(AtomicBool::new(false));
     let teller = catch_interrupts(&cancel, &events)?;
     let request = RunRequest {

@@ -2,20 +2,21 @@
 
 use super::checkpoint::Checkpoint;
 use super::device::cpu_identity;
-use super::families::{ConfigFile, read_spec};
 use super::forward::Executor;
 use super::memory::{HostProbe, total_memory_bytes};
 use super::model::BurnModel;
+use super::save::save_model;
+use super::source::{open_source, tokenizer_path};
 use super::spec::ModelSpec;
 use super::weights::{WeightReader, compute_dtype, pack};
 use crate::artifact::QuantizedModule;
 use crate::event::Progress;
-use crate::inference::{Engine, EngineInfo, InferenceError, MemoryProbe, Model, ModelInfo, ModelRecipe, ModelSource};
+use crate::inference::{Engine, EngineInfo, InferenceError, MemoryProbe, Model, ModelInfo, ModelRecipe, SavedModel};
 use crate::units::DType;
 use burn::tensor::Device;
 use labpipe_kernels::reconstruction_error;
 use labpipe_kernels::weight::HostWeight;
-use std::path::PathBuf;
+use std::path::Path;
 
 /// Grows when the numbers that this engine computes change.
 const NUMERICS_VERSION: u32 = 1;
@@ -46,17 +47,7 @@ impl BurnEngine {
     /// # Errors
     /// Where they are missing, damaged or of no known family.
     pub fn prepare(&self, recipe: &ModelRecipe) -> Result<(ModelSpec, Checkpoint), InferenceError> {
-        let config = config_path(&recipe.source);
-        let spec = read_spec(&config)?;
-        let checkpoint = Checkpoint::open(&recipe.source, ConfigFile::read(&config)?.saved_dtype())?;
-        Ok((spec, checkpoint))
-    }
-}
-
-fn config_path(source: &ModelSource) -> PathBuf {
-    match source {
-        ModelSource::Path(dir) => dir.join("config.json"),
-        ModelSource::Random { config, .. } => config.clone(),
+        open_source(&recipe.source)
     }
 }
 
@@ -81,7 +72,18 @@ fn describe(spec: &ModelSpec, checkpoint: &Checkpoint, recipe: &ModelRecipe) -> 
         }
     }
     let stored = checkpoint.dtype_of(embedding).unwrap_or(DType::F32);
-    check_memory(spec, checkpoint, recipe, stored)?;
+    let stored_quantization = checkpoint.stored_quantization(&spec.linears())?;
+    if let (Some(stored), Some(config)) = (&stored_quantization, &recipe.quantization) {
+        let schemes: Vec<&str> = stored.schemes.iter().map(|spec| spec.scheme.as_str()).collect();
+        return Err(InferenceError::Unsupported(format!(
+            "quantize with {}: the model's linears are stored quantized ({} {}); use the load stage itself, or the model that it was made of",
+            config.name,
+            stored.format,
+            schemes.join(", ")
+        )));
+    }
+    let n_packed = stored_quantization.as_ref().map_or(0, |stored| stored.n_params);
+    check_memory(spec, checkpoint, recipe, stored, n_packed)?;
     Ok(ModelInfo {
         family: spec.family.to_owned(),
         n_layers: spec.n_layers,
@@ -95,25 +97,25 @@ fn describe(spec: &ModelSpec, checkpoint: &Checkpoint, recipe: &ModelRecipe) -> 
         dtype: recipe.dtype.unwrap_or(stored),
         compute_dtype: compute_dtype(recipe),
         linears: spec.linears(),
-        tokenizer_dir: match &recipe.source {
-            ModelSource::Path(dir) => Some(dir.clone()),
-            ModelSource::Random { .. } => None,
-        },
+        tokenizer_dir: tokenizer_path(&recipe.source),
         bos_token_id: spec.bos_token_id,
+        stored_quantization,
     })
 }
 
-/// Refuses a model whose weights can't fit into the machine's memory: those that are not mapped from a file as they are.
+/// Refuses a model whose weights can't fit into the machine's memory: those that are not mapped from a file as they are. `n_packed`
+/// parameters are stored packed and stay so.
 fn check_memory(
     spec: &ModelSpec,
     checkpoint: &Checkpoint,
     recipe: &ModelRecipe,
     stored: DType,
+    n_packed: u64,
 ) -> Result<(), InferenceError> {
     let dtype = recipe.dtype.unwrap_or(stored);
-    let is_mapped = dtype == stored && !matches!(checkpoint, Checkpoint::Random { .. });
+    let is_mapped = dtype == stored && checkpoint.is_mapped();
     let largest = spec.linears().iter().map(|(_, [n_out, n_in])| n_out * n_in).max().unwrap_or(0) as u64;
-    let whole = if is_mapped || recipe.quantization.is_some() { 0 } else { spec.n_params() };
+    let whole = if is_mapped || recipe.quantization.is_some() { 0 } else { spec.n_params().saturating_sub(n_packed) };
     let asked_bytes = whole.saturating_mul(dtype.size_bytes() as u64).max(largest.saturating_mul(4));
     match total_memory_bytes() {
         Some(total) if asked_bytes > total => {
@@ -168,6 +170,13 @@ impl Engine for BurnEngine {
             progress.advance(1);
         }
         Ok(())
+    }
+
+    fn save(&self, recipe: &ModelRecipe, dir: &Path, progress: &dyn Progress) -> Result<SavedModel, InferenceError> {
+        let (spec, checkpoint) = self.prepare(recipe)?;
+        describe(&spec, &checkpoint, recipe)?;
+        let reader = WeightReader { checkpoint: &checkpoint, spec: &spec, recipe, device: &self.device };
+        save_model(&reader, dir, progress)
     }
 
     fn memory_probe(&self) -> Box<dyn MemoryProbe> {

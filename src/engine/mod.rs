@@ -17,7 +17,9 @@ mod model;
 #[cfg(feature = "cuda")]
 mod nvidia;
 mod rope;
+mod save;
 mod score;
+mod source;
 mod spec;
 mod tap;
 mod weights;

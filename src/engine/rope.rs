@@ -6,6 +6,10 @@ use std::f64::consts::TAU;
 #[derive(Debug, Clone, PartialEq)]
 pub enum RopeScaling {
     None,
+    /// Each frequency divided by a number of its own: how GGUF files hold Llama 3.1's scaling.
+    Divided {
+        by: Vec<f64>, // [rotary_dim / 2]
+    },
     /// Positions divided by `factor` (`_compute_linear_scaling_rope_parameters`).
     Linear {
         factor: f64,
@@ -64,6 +68,7 @@ impl RopeSpec {
             let frequency = plain(self.theta, i);
             match &self.scaling {
                 RopeScaling::None => frequency,
+                RopeScaling::Divided { by } => frequency / by[i],
                 RopeScaling::Linear { factor } => frequency / factor,
                 RopeScaling::Dynamic { factor, original_max_position } => {
                     let stretch = (n_seq as f64 / original_max_position).max(1.0);
@@ -130,6 +135,21 @@ impl RopeSpec {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn divided_frequencies_are_what_llama3_scaling_gives() {
+        let scaling = RopeScaling::Llama3 {
+            factor: 32.0,
+            low_freq_factor: 1.0,
+            high_freq_factor: 4.0,
+            original_max_position: 8192.0,
+        };
+        let (plain, scaled) = (frequencies(RopeScaling::None, 1), frequencies(scaling, 1));
+        let by = plain.iter().zip(&scaled).map(|(plain, scaled)| plain / scaled).collect();
+        for (found, expected) in frequencies(RopeScaling::Divided { by }, 1).iter().zip(&scaled) {
+            assert!((found / expected - 1.0).abs() < 1e-12);
+        }
+    }
 
     fn frequencies(scaling: RopeScaling, n_seq: usize) -> Vec<f64> {
         RopeSpec { theta: 500_000.0, rotary_dim: 128, scaling }.inverse_frequencies(n_seq)

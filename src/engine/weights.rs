@@ -7,7 +7,7 @@ use crate::inference::{InferenceError, ModelRecipe};
 use crate::quantization::QuantizationConfig;
 use crate::units::DType;
 use burn::tensor::{Device, Tensor, TensorData};
-use labpipe_kernels::weight::{DenseWeight, HostWeight};
+use labpipe_kernels::weight::{DenseWeight, HostWeight, SharedBytes};
 use labpipe_kernels::{SchemeSpec, schemes};
 use std::sync::Arc;
 
@@ -22,6 +22,7 @@ pub struct Linear {
 
 /// The projections to queries, keys and values.
 #[derive(Debug)]
+#[expect(clippy::large_enum_variant, reason = "there is one a block, and most are of the larger kind")]
 pub enum QkvLinears {
     Apart {
         q: Linear,
@@ -34,6 +35,7 @@ pub enum QkvLinears {
 
 /// The projections that the MLP's product is made of.
 #[derive(Debug)]
+#[expect(clippy::large_enum_variant, reason = "there is one a block, and most are of the larger kind")]
 pub enum GateUpLinears {
     Apart {
         gate: Linear,
@@ -215,6 +217,9 @@ impl WeightReader<'_> {
     /// Whatever is wrong with the tensor or the scheme.
     pub fn module_weight(&self, module: &str, n_out: usize, n_in: usize) -> Result<HostWeight, InferenceError> {
         let name = format!("{module}.weight");
+        if let Some(packed) = self.checkpoint.packed(&name, &[n_out, n_in])? {
+            return Ok(HostWeight::Packed(packed));
+        }
         match self.recipe.quantization.as_ref().and_then(|config| config.scheme_for(module)) {
             None => self.dense(&name, &[n_out, n_in]),
             Some(scheme) => {
@@ -237,6 +242,15 @@ impl WeightReader<'_> {
         Ok(to_f32(dtype, rounded.as_slice()))
     }
 
+    /// Returns a tensor of any shape in the type in which it is kept when it is not quantized.
+    ///
+    /// # Errors
+    /// Whatever is wrong with the tensor.
+    pub fn stored_bytes(&self, name: &str, shape: &[usize]) -> Result<SharedBytes, InferenceError> {
+        let tensor = self.checkpoint.tensor(name, shape)?;
+        self.in_dtype(name, &tensor, self.base_dtype(tensor.dtype))
+    }
+
     fn dense(&self, name: &str, shape: &[usize; 2]) -> Result<HostWeight, InferenceError> {
         let tensor = self.checkpoint.tensor(name, shape)?;
         let dtype = self.base_dtype(tensor.dtype);
@@ -245,12 +259,7 @@ impl WeightReader<'_> {
     }
 
     /// Returns the tensor's own bytes where they fit (no copy of a memory map), else converted ones.
-    fn in_dtype(
-        &self,
-        name: &str,
-        tensor: &StoredTensor,
-        dtype: DType,
-    ) -> Result<labpipe_kernels::weight::SharedBytes, InferenceError> {
+    fn in_dtype(&self, name: &str, tensor: &StoredTensor, dtype: DType) -> Result<SharedBytes, InferenceError> {
         let is_aligned = (tensor.bytes.as_slice().as_ptr() as usize).is_multiple_of(dtype.size_bytes());
         if dtype == tensor.dtype && is_aligned {
             return Ok(tensor.bytes.clone());

@@ -167,10 +167,10 @@ pub fn expected(param: &ParamDesc) -> String {
         ParamType::Globs => "a glob over module names, or a list of them".to_owned(),
         ParamType::StageRef(kinds) => format!("the name of a stage of kind {}", kinds.join(" or ")),
         ParamType::StageRefs(kinds) => format!("names of stages of kind {}", kinds.join(", ")),
-        ParamType::Model => "a model folder".to_owned(),
+        ParamType::Model => "a model folder, a GGUF file or a hub id".to_owned(),
         ParamType::RandomModel => "{config: FILE, seed: N}".to_owned(),
         ParamType::TextSource => {
-            "a text file, a list of them, or {source: FILE or list, n_chars or n_tokens: N, separator, column, join}"
+            "a text file, a list of them, or {source: FILE or list, n_chars or n_tokens: N, separator, column, join}; chat: true puts it through the model's chat template"
                 .to_owned()
         }
         ParamType::QuantizationConfig => "a quantization config file, or the config itself".to_owned(),
@@ -254,11 +254,12 @@ fn random_model(node: &Node, entries: &[(Key, Node)]) -> Result<Value, Mismatch>
 
 /// Reads a text: a file, a list of files, or a mapping that says more.
 fn text_source(node: &Node) -> Result<Value, Mismatch> {
-    const KEYS: [&str; 6] = ["source", "n_chars", "n_tokens", "separator", "column", "join"];
+    const KEYS: [&str; 7] = ["source", "n_chars", "n_tokens", "separator", "column", "join", "chat"];
     let Some(entries) = node.as_map() else {
         let source = source_files(node)?;
         return Ok(json!({
-            "source": source, "n_chars": null, "n_tokens": null, "separator": null, "column": "text", "join": "\n\n"
+            "source": source, "n_chars": null, "n_tokens": null, "separator": null, "column": "text", "join": "\n\n",
+            "chat": null
         }));
     };
     known_keys(entries, &KEYS)?;
@@ -280,9 +281,14 @@ fn text_source(node: &Node) -> Result<Value, Mismatch> {
     let separator = words("separator", Value::Null, false)?;
     let column = words("column", Value::from("text"), false)?;
     let join = words("join", Value::from("\n\n"), true)?;
+    let chat = node.get("chat").map_or(Ok(Value::Null), chat_option)?;
+    if !chat.is_null() && !n_tokens.is_null() {
+        let hint = "n_tokens would cut off the end of the chat template: use n_chars".to_owned();
+        return Err((node.at, "both chat and n_tokens".to_owned(), Some(hint)));
+    }
     Ok(json!({
         "source": source, "n_chars": n_chars, "n_tokens": n_tokens, "separator": separator, "column": column,
-        "join": join
+        "join": join, "chat": chat
     }))
 }
 
@@ -292,5 +298,26 @@ fn source_files(node: &Node) -> Result<Value, Mismatch> {
     match each(node, fits)? {
         Value::Array(items) if items.len() == 1 => Ok(items.into_iter().next().unwrap_or_default()),
         files => Ok(files),
+    }
+}
+
+/// Reads whether a text goes through the chat template: true, or what the system says; null where it doesn't.
+fn chat_option(node: &Node) -> Result<Value, Mismatch> {
+    match &node.value {
+        NodeValue::Null | NodeValue::Bool(false) => Ok(Value::Null),
+        NodeValue::Bool(true) => Ok(json!({ "system": null })),
+        NodeValue::Map(entries) => {
+            known_keys(entries, &["system"])?;
+            match node.get("system").map(|system| (&system.value, system)) {
+                None | Some((NodeValue::Null, _)) => Ok(json!({ "system": null })),
+                Some((NodeValue::Text(text), _)) => Ok(json!({ "system": text })),
+                Some((_, system)) => Err((system.at, format!("system of {}", system.describe()), None)),
+            }
+        }
+        _ => Err((
+            node.at,
+            format!("chat of {}", node.describe()),
+            Some("chat: true, or chat: {system: TEXT}".to_owned()),
+        )),
     }
 }

@@ -90,7 +90,10 @@ fn type_schema(ty: &ParamType) -> Value {
                     "n_tokens": or_variable(json!({ "type": "integer", "minimum": 1 })),
                     "separator": { "type": "string", "minLength": 1 },
                     "column": { "type": "string", "minLength": 1, "default": "text" },
-                    "join": { "type": "string", "default": "\n\n" }
+                    "join": { "type": "string", "default": "\n\n" },
+                    "chat": { "anyOf": [{ "type": "boolean" }, {
+                        "type": "object", "additionalProperties": false, "properties": { "system": { "type": "string" } }
+                    }] }
                 }
             }
         ] }),

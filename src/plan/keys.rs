@@ -49,7 +49,11 @@ pub fn own_fields(
         }])
     })?;
     for file in files {
-        let hash = facts.file_hash(&file.path).map_err(|reason| PlanError::Hash { stage: address(), reason })?;
+        let hash = match &file.path {
+            Some(path) => facts.file_hash(path).map_err(|reason| PlanError::Hash { stage: address(), reason })?,
+            // No artifact has this key: whoever computes downloads first.
+            None => "not downloaded yet".to_owned(),
+        };
         fields.insert(format!("files.{}", file.written), hash);
     }
     if description.computes || description.measures {

@@ -1,9 +1,10 @@
 //! The models of a report: who they are, what they were made from, what they weigh.
 
 use crate::artifact::QuantizedModule;
-use crate::inference::ModelRecipe;
+use crate::inference::{ModelRecipe, StoredQuantization};
 use crate::quantization::ALWAYS_KEPT;
 use crate::stage::StageInput;
+use labpipe_kernels::SchemeSpec;
 use serde_json::Value;
 use std::sync::Arc;
 
@@ -36,7 +37,9 @@ impl Model {
             .and_then(|rows| serde_json::from_value(rows.clone()).ok())
             .unwrap_or_default();
         let load = load_stage(stage);
-        let described = recipe.as_ref().map(describe);
+        let stored = stage.record.body.get("model").and_then(|model| model.get("stored_quantization"));
+        let stored = stored.and_then(|stored| serde_json::from_value::<StoredQuantization>(stored.clone()).ok());
+        let described = recipe.as_ref().map(|recipe| stored.as_ref().map_or_else(|| describe(recipe), describe_stored));
         let (scheme, is_quantized) = described.unwrap_or_else(|| ("unknown".to_owned(), stage.kind == "quantize"));
         Model {
             address: stage.address.clone(),
@@ -110,15 +113,28 @@ fn describe(recipe: &ModelRecipe) -> (String, bool) {
             n => (format!("{dtype}, {n} override(s) quantized"), true),
         };
     };
-    let mut words = vec![spec.scheme.clone()];
-    words.extend(spec.block_size.map(|block_size| format!("block {block_size}")));
-    words.extend(spec.double_quant.then(|| "double quantized".to_owned()));
-    words.extend(spec.symmetric.then(|| "symmetric".to_owned()));
+    let mut words = spec_words(spec);
     let keeps_more = config.keep.iter().any(|pattern| !ALWAYS_KEPT.contains(&pattern.as_str()));
     if !config.overrides.is_empty() || keeps_more {
         words.push("mixed".to_owned());
     }
     (words.join(", "), true)
+}
+
+/// Returns how a model's files store its linears, in words.
+fn describe_stored(stored: &StoredQuantization) -> (String, bool) {
+    let mut words: Vec<String> = stored.schemes.iter().flat_map(spec_words).collect();
+    words.push(format!("as {} stored it", stored.format));
+    (words.join(", "), true)
+}
+
+fn spec_words(spec: &SchemeSpec) -> Vec<String> {
+    let mut words = vec![spec.scheme.clone()];
+    words.extend(spec.block_size.map(|block_size| format!("block {block_size}")));
+    words.extend(spec.double_quant.then(|| "double quantized".to_owned()));
+    words.extend(spec.symmetric.then(|| "symmetric".to_owned()));
+    words.extend(spec.outlier_threshold.map(|threshold| format!("outliers from {threshold}")));
+    words
 }
 
 #[cfg(test)]

@@ -40,11 +40,14 @@ fn list<T: DeserializeOwned>(result: &StageInput) -> Vec<T> {
 
 fn start(model: &StageInput, ts: &str) -> MetricsRow {
     let config = model.record.body.get("config").unwrap_or(&Value::Null);
-    let scheme = config["scheme"]["scheme"].as_str().unwrap_or_default();
+    // A model whose files hold it quantized has no config of ours.
+    let stored = model.record.body.get("model").map_or(&Value::Null, |info| &info["stored_quantization"]);
+    let scheme =
+        config["scheme"]["scheme"].as_str().or_else(|| stored["schemes"][0]["scheme"].as_str()).unwrap_or_default();
     MetricsRow {
         ts: ts.to_owned(),
         model: model.address.clone(),
-        quant_method: config["name"].as_str().unwrap_or("none").to_owned(),
+        quant_method: config["name"].as_str().or_else(|| stored["format"].as_str()).unwrap_or("none").to_owned(),
         load_8bit: scheme.ends_with('8'),
         load_4bit: scheme.ends_with('4'),
         quant_type: scheme.to_owned(),

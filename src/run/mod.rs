@@ -15,6 +15,7 @@ mod schedule;
 pub use environment::{environment, load_average};
 pub use facts::StoreFacts;
 pub use metrics_rows::metrics_rows;
+pub use progress::StageProgress;
 pub use repeat::{external_files, planned_stages};
 pub use residency::Residency;
 pub use run_file::{RunFile, run_id, timestamp};

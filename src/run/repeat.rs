@@ -1,10 +1,10 @@
 //! What another person needs to repeat a run, beside the pipeline's text: every stage as it was understood, and every file
 //! that was read.
 
-use crate::dataset::locate;
+use crate::hub::{HubReference, HubSettings, locate};
 use crate::plan::Plan;
 use serde_json::{Map, Value, json};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 /// Returns each stage with its canonical parameters (defaults filled in, variables substituted) and its inputs, in the order
 /// of execution.
@@ -30,10 +30,22 @@ pub fn external_files(plan: &Plan, root: &Path) -> Value {
     for node in plan.graph.node_weights() {
         for (name, hash) in &node.fields {
             let Some(written) = name.strip_prefix("files.") else { continue };
-            let bytes = locate(written, root).ok().and_then(|path| std::fs::metadata(path).ok()).map(|meta| meta.len());
-            files.insert(written.to_owned(), json!({ "blake3": hash, "bytes": bytes }));
+            let bytes = on_disk(written, root).and_then(|path| std::fs::metadata(path).ok()).map(|meta| meta.len());
+            let file = match hash.strip_prefix("sha256:") {
+                Some(sha256) => json!({ "sha256": sha256, "bytes": bytes }),
+                None => json!({ "blake3": hash, "bytes": bytes }),
+            };
+            files.insert(written.to_owned(), file);
         }
     }
     files.sort_keys();
     Value::Object(files)
+}
+
+/// Returns where a file lies: one of a model or a data set on the hub, or one below the root.
+fn on_disk(written: &str, root: &Path) -> Option<PathBuf> {
+    match written.starts_with("hf://") {
+        true => locate(&HubReference::parse(written).ok()?, &HubSettings::from_env()),
+        false => Some(root.join(written)),
+    }
 }

@@ -1,5 +1,6 @@
 //! `load`: names a model and checks that its files are whole. Weights are read when a consumer first needs them.
 
+use crate::hub::{HubReference, HubSettings, ModelLocation};
 use crate::inference::{ModelRecipe, ModelSource};
 use crate::stage::{
     ParamDefault, ParamDesc, ParamType, Params, Stage, StageContext, StageDescription, StageError, StageOutput,
@@ -25,7 +26,7 @@ static DESCRIPTION: StageDescription = StageDescription {
             ty: ParamType::Model,
             unit: None,
             default: ParamDefault::Absent,
-            help: "a folder in Hugging Face layout: config.json, tokenizer.json, *.safetensors",
+            help: "a folder in Hugging Face layout, a GGUF file, or a hub id (ORG/NAME, hf://ORG/NAME@REVISION[/FILE.gguf])",
         },
         ParamDesc {
             name: "random",
@@ -69,38 +70,62 @@ impl Stage for Load {
     }
 
     fn run(&self, context: &StageContext<'_>) -> Result<StageOutput, StageError> {
-        let recipe = recipe(context);
+        let recipe = recipe(context)?;
         let rooted = recipe.rooted(context.root);
         let info = context.engine.inspect(&rooted)?;
         context.engine.check_values(&rooted, context.progress)?;
-        let weights_bytes = info.n_params * info.dtype.size_bytes() as u64;
+        let weights_bytes = info.weights_bytes();
+        let stored = info.stored_quantization.as_ref().map(|stored| {
+            let schemes: Vec<&str> = stored.schemes.iter().map(|spec| spec.scheme.as_str()).collect();
+            format!(
+                ", {} of {} linears {} as {} stored them",
+                stored.n_linears,
+                info.linears.len(),
+                schemes.join(", "),
+                stored.format
+            )
+        });
         let summary = format!(
-            "{}, {} parameters, {} as {}",
+            "{}, {} parameters, {} as {}{}",
             info.family,
             count(info.n_params),
             format_bytes(weights_bytes),
-            info.dtype
+            info.dtype,
+            stored.unwrap_or_default()
         );
         let mut body = Map::new();
         body.insert("recipe".to_owned(), json!(recipe));
         body.insert("model".to_owned(), json!(info));
         body.insert("weights_bytes".to_owned(), json!(weights_bytes));
+        if let ModelSource::Hub(id) = &recipe.source {
+            body.insert("hub".to_owned(), json!({ "id": id, "commit": commit(id) }));
+        }
         Ok(StageOutput { body, summary })
     }
 }
 
-fn recipe(context: &StageContext<'_>) -> ModelRecipe {
+/// Returns the commit that a hub id stands for in the cache.
+fn commit(id: &str) -> Option<String> {
+    let reference = HubReference::parse(id).ok()?;
+    crate::hub::commit(&reference, &HubSettings::from_env())
+}
+
+fn recipe(context: &StageContext<'_>) -> Result<ModelRecipe, StageError> {
     let params = context.params;
     let dtype = |name: &str| params.get(name).and_then(Value::as_str).and_then(DType::parse);
     let source = match params.get("model").and_then(Value::as_str) {
-        Some(model) => ModelSource::Path(PathBuf::from(model)),
+        Some(model) => match ModelLocation::parse(model, context.root) {
+            Ok(ModelLocation::Path(path)) => ModelSource::Path(path),
+            Ok(ModelLocation::Hub(reference)) => ModelSource::Hub(reference.to_string()),
+            Err(error) => return Err(StageError::Other(error.to_string())),
+        },
         None => {
             let random = params.get("random").unwrap_or(&Value::Null);
             let config = PathBuf::from(random["config"].as_str().unwrap_or_default());
             ModelSource::Random { config, seed: random["seed"].as_u64().unwrap_or(0) }
         }
     };
-    ModelRecipe { source, dtype: dtype("dtype"), compute_dtype: dtype("compute_dtype"), quantization: None }
+    Ok(ModelRecipe { source, dtype: dtype("dtype"), compute_dtype: dtype("compute_dtype"), quantization: None })
 }
 
 /// Formats a number of parameters: `134.5 M`.

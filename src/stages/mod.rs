@@ -2,6 +2,7 @@
 
 mod bench_tokens;
 mod capture_activations;
+mod chat;
 mod decode_bench;
 mod diff;
 mod load;
@@ -10,6 +11,7 @@ mod prefill_bench;
 mod quantize;
 mod report;
 mod text;
+mod tokenizer;
 
 use crate::stage::{Catalogue, Stage};
 use std::sync::Arc;

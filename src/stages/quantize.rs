@@ -1,5 +1,5 @@
 //! `quantize`: chooses a scheme for every linear, and tells what each costs and loses. Packed weights are made again when a
-//! consumer first needs them.
+//! consumer first needs them, and written only where `save` asks for it.
 
 use crate::artifact::QuantizedModule;
 use crate::event::Level;
@@ -9,6 +9,9 @@ use crate::stage::{
 };
 use crate::units::format_bytes;
 use serde_json::{Map, Value, json};
+
+/// Folder of a saved model in the stage's artifact.
+const SAVED: &str = "model";
 
 /// The kind.
 pub struct Quantize;
@@ -33,6 +36,13 @@ static DESCRIPTION: StageDescription = StageDescription {
             unit: None,
             default: ParamDefault::Required,
             help: "which scheme each module gets; files are in experiments/",
+        },
+        ParamDesc {
+            name: "save",
+            ty: ParamType::Bool,
+            unit: None,
+            default: ParamDefault::Json("false"),
+            help: "writes the model as a folder that transformers and bitsandbytes open",
         },
     ],
 };
@@ -74,6 +84,10 @@ impl Stage for Quantize {
         body.insert("weights_bytes".to_owned(), json!(totals.weights_bytes));
         body.insert("totals".to_owned(), totals.to_json());
         body.insert("modules".to_owned(), json!(modules));
+        if context.params.get("save").and_then(Value::as_bool).unwrap_or(false) {
+            let saved = context.engine.save(&rooted, &context.out_dir.join(SAVED), context.progress)?;
+            body.insert("saved".to_owned(), json!({"folder": SAVED, "format": saved.format, "bytes": saved.bytes}));
+        }
         Ok(StageOutput { body, summary })
     }
 }

@@ -1,6 +1,8 @@
 //! Texts as tokens: reads a text source and tokenizes it with the model's own tokenizer.json.
 
-use crate::dataset::locate;
+use super::chat::Message;
+use super::tokenizer::{Encoded, ModelTokenizer};
+use crate::dataset::fetch;
 use crate::inference::ModelInfo;
 use crate::metrics::TextUnits;
 use crate::stage::{StageContext, StageError};
@@ -8,7 +10,6 @@ use crate::store::read_text_column;
 use serde_json::Value;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
-use tokenizers::Tokenizer;
 
 /// A tokenized text.
 #[derive(Debug, Clone)]
@@ -18,9 +19,9 @@ pub struct TokenizedText {
     pub text_hash: String,
     /// blake3 of tokenizer.json.
     pub tokenizer_hash: String,
-    /// How the text begins: `added by the tokenizer (id 1)` or `none`.
+    /// How the text begins: `added by the tokenizer (id 1)`, `added by the chat template (id 1)` or `none`.
     pub bos: String,
-    /// The token that the tokenizer put before the text, where it did.
+    /// The token that the tokenizer or the chat template put before the text, where one did.
     pub bos_id: Option<u32>,
 }
 
@@ -49,9 +50,7 @@ pub struct TextForModel<'a> {
     source: &'a Value,
     model: &'a ModelInfo,
     text: Text,
-    tokenizer: Tokenizer,
-    tokenizer_path: PathBuf,
-    tokenizer_hash: String,
+    tokenizer: ModelTokenizer,
 }
 
 impl<'a> TextForModel<'a> {
@@ -65,17 +64,22 @@ impl<'a> TextForModel<'a> {
             path: PathBuf::from(source["source"].as_str().unwrap_or("the text")),
             reason: "a model with random weights has no tokenizer; leave the text out to use random tokens".to_owned(),
         })?;
-        let (tokenizer, tokenizer_path, tokenizer_hash) = load(dir)?;
-        Ok(TextForModel { source, model, text, tokenizer, tokenizer_path, tokenizer_hash })
+        Ok(TextForModel { source, model, text, tokenizer: ModelTokenizer::load(dir)? })
     }
 
-    /// Tokenizes the whole text, its documents joined, with the tokenizer's special tokens.
+    /// Tokenizes the whole text, its documents joined, with the tokenizer's special tokens or as a chat.
     ///
     /// # Errors
     /// As [`tokenize`].
     pub fn whole(&self) -> Result<TokenizedText, StageError> {
-        let encoding = self.encode(&self.text.joined, true)?;
-        let mut tokens = encoding.get_ids().to_vec();
+        let chat = &self.source["chat"];
+        let (encoded, by) = if chat.is_null() {
+            (self.encode(&self.text.joined, true)?, "tokenizer")
+        } else {
+            let text = self.tokenizer.chat(&conversation(&self.text.joined, chat))?;
+            (self.encode(&text, false)?, "chat template")
+        };
+        let Encoded { ids: mut tokens, bos_id } = encoded;
         if let Some(n_tokens) = self.source["n_tokens"].as_u64().and_then(|n| usize::try_from(n).ok()) {
             if n_tokens > tokens.len() {
                 let reason = format!("n_tokens {n_tokens} is more than the text's {} tokens", tokens.len());
@@ -83,13 +87,11 @@ impl<'a> TextForModel<'a> {
             }
             tokens.truncate(n_tokens);
         }
-        let first_is_special = encoding.get_special_tokens_mask().first() == Some(&1);
-        let bos_id = tokens.first().copied().filter(|_| first_is_special);
         Ok(TokenizedText {
             tokens,
             text_hash: blake3::hash(self.text.joined.as_bytes()).to_hex().to_string(),
-            tokenizer_hash: self.tokenizer_hash.clone(),
-            bos: bos_id.map_or_else(|| "none".to_owned(), |id| format!("added by the tokenizer (id {id})")),
+            tokenizer_hash: self.tokenizer.hash().to_owned(),
+            bos: bos_id.map_or_else(|| "none".to_owned(), |id| format!("added by the {by} (id {id})")),
             bos_id,
         })
     }
@@ -98,11 +100,15 @@ impl<'a> TextForModel<'a> {
     ///
     /// # Errors
     /// `Tokenize` as [`tokenize`], and where neither tokenizer nor model names a token to begin with; `Param` for
-    /// `n_tokens`, which cuts through words whose number would then be unknown.
+    /// `n_tokens`, which cuts through words whose number would then be unknown, and for `chat`.
     pub fn documents(&self, add_special_tokens: bool) -> Result<TokenizedDocuments, StageError> {
         if !self.source["n_tokens"].is_null() {
             let reason =
                 "lm-eval counts words and bytes of whole documents; cut the text with n_chars instead of n_tokens";
+            return Err(StageError::Param { param: "text".to_owned(), reason: reason.to_owned() });
+        }
+        if !self.source["chat"].is_null() {
+            let reason = "lm-eval scores documents as they are, not as chats; leave out chat";
             return Err(StageError::Param { param: "text".to_owned(), reason: reason.to_owned() });
         }
         let mut documents = Vec::with_capacity(self.text.documents.len());
@@ -110,45 +116,40 @@ impl<'a> TextForModel<'a> {
         for span in &self.text.documents {
             let document = &self.text.joined[span.clone()];
             units = units.plus(TextUnits::of(document));
-            documents.push(self.encode(document, add_special_tokens)?.get_ids().to_vec());
+            documents.push(self.encode(document, add_special_tokens)?.ids);
         }
         Ok(TokenizedDocuments { documents, prefix_id: self.prefix_id()?, units })
     }
 
-    fn encode(&self, text: &str, add_special_tokens: bool) -> Result<tokenizers::Encoding, StageError> {
-        let encoding = self.tokenizer.encode(text, add_special_tokens).map_err(|error| self.fail(error.to_string()))?;
+    fn encode(&self, text: &str, add_special_tokens: bool) -> Result<Encoded, StageError> {
+        let tokenizer = &self.tokenizer;
+        let encoded = if add_special_tokens { tokenizer.encode(text)? } else { tokenizer.encode_as_is(text)? };
         let vocab_size = self.model.vocab_size;
-        match encoding.get_ids().iter().find(|token| **token as usize >= vocab_size) {
-            None => Ok(encoding),
-            Some(token) => Err(self.fail(format!(
+        match encoded.ids.iter().find(|token| **token as usize >= vocab_size) {
+            None => Ok(encoded),
+            Some(token) => Err(tokenizer.error(format!(
                 "it gives token id {token}, but the model's vocabulary has {vocab_size} entries; it belongs to another model"
             ))),
         }
     }
 
-    fn fail(&self, reason: String) -> StageError {
-        StageError::Tokenize { path: self.tokenizer_path.clone(), reason }
-    }
-
     /// Returns what lm-evaluation-harness puts before a document: `bos_token`, else `eos_token` of tokenizer_config.json;
     /// without such a file what the tokenizer itself adds, else the config's `bos_token_id`.
     fn prefix_id(&self) -> Result<u32, StageError> {
-        let path = self.tokenizer_path.with_file_name("tokenizer_config.json");
-        let config: Value =
-            std::fs::read(&path).ok().and_then(|bytes| serde_json::from_slice(&bytes).ok()).unwrap_or_default();
-        let named = |name: &str| {
-            let token = config[name].as_str().or_else(|| config[name]["content"].as_str())?;
-            self.tokenizer.token_to_id(token)
-        };
+        let named = |name: &str| self.tokenizer.special_token_id(name);
         if let Some(id) = named("bos_token").or_else(|| named("eos_token")) {
             return Ok(id);
         }
-        let encoding = self.encode("a", true)?;
-        let added = encoding.get_ids().first().filter(|_| encoding.get_special_tokens_mask().first() == Some(&1));
-        added.copied().or(self.model.bos_token_id).ok_or_else(|| {
-            self.fail("lm-eval begins documents with BOS or EOS, but neither tokenizer nor model names one".to_owned())
+        self.encode("a", true)?.bos_id.or(self.model.bos_token_id).ok_or_else(|| {
+            self.tokenizer.error("lm-eval begins documents with BOS or EOS, but neither tokenizer nor model names one")
         })
     }
+}
+
+/// Returns the conversation that `chat` (canonical `{system}`) makes of a text: the text is what the user says.
+fn conversation(text: &str, chat: &Value) -> Vec<Message> {
+    let system = chat["system"].as_str().map(|system| Message { role: "system", content: system.to_owned() });
+    system.into_iter().chain([Message { role: "user", content: text.to_owned() }]).collect()
 }
 
 /// A text with the places of its documents in it.
@@ -172,7 +173,7 @@ impl Text {
             Gather { text: Text::default(), join: source["join"].as_str().unwrap_or("\n\n"), n_chars, n: 0 };
         let mut path = PathBuf::new();
         for name in &names {
-            path = locate(name, root)
+            path = fetch(name, root)
                 .map_err(|error| StageError::Read { path: PathBuf::from(name), reason: error.to_string() })?;
             gather.file(&path, source["column"].as_str().unwrap_or("text"), source["separator"].as_str())?;
         }
@@ -256,21 +257,6 @@ impl Gather<'_> {
             }
         }
     }
-}
-
-fn load(dir: &Path) -> Result<(Tokenizer, PathBuf, String), StageError> {
-    let path = dir.join("tokenizer.json");
-    let fail = |reason: String| StageError::Tokenize { path: path.clone(), reason };
-    let bytes = std::fs::read(&path).map_err(|error| fail(error.to_string()))?;
-    // Of a file that is no JSON the tokenizers crate (0.23) panics in places where it means to return an error.
-    serde_json::from_slice::<serde::de::IgnoredAny>(&bytes)
-        .map_err(|error| fail(format!("not valid JSON: {error}")))?;
-    let mut tokenizer =
-        Tokenizer::from_bytes(&bytes).map_err(|error| fail(format!("not a readable tokenizer ({error})")))?;
-    tokenizer.with_truncation(None).map_err(|error| fail(error.to_string()))?;
-    tokenizer.with_padding(None);
-    let hash = blake3::hash(&bytes).to_hex().to_string();
-    Ok((tokenizer, path, hash))
 }
 
 #[cfg(test)]

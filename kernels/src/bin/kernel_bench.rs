@@ -40,12 +40,8 @@ impl Random {
 
 /// Makes a packed matrix of random codes: packing 50 million values on the host would take longer than the measurement.
 fn random_weight(kind: &str, n: usize, k: usize, random: &mut Random) -> HostWeight {
-    let spec = |scheme: &str, block_size, double_quant| SchemeSpec {
-        scheme: scheme.to_owned(),
-        block_size,
-        double_quant,
-        symmetric: false,
-    };
+    let spec =
+        |scheme: &str, block_size, double_quant| SchemeSpec { block_size, double_quant, ..SchemeSpec::new(scheme) };
     let words = |n: usize, random: &mut Random| (0..n).flat_map(|_| random.next().to_le_bytes()).collect::<Vec<u8>>();
     match kind {
         "f16" => {

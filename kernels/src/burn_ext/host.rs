@@ -28,7 +28,7 @@ pub fn linear_into(weight: &HostWeight, x: &[f32], m: usize, out: &mut [f32]) {
     let (n_rows, n_cols) = (weight.n_rows(), weight.n_cols());
     assert_eq!(x.len(), m * n_cols, "linear: x does not fill [{m}, {n_cols}]");
     assert_eq!(out.len(), m * n_rows, "linear: out does not fill [{m}, {n_rows}]");
-    if m == 0 || n_rows == 0 {
+    if m == 0 || n_rows == 0 || weight.product(x, m, out) {
         return;
     }
     if m < GEMM_MIN_ROWS {

@@ -3,6 +3,7 @@
 use super::decode::{Format, OFFSETS, StoredLaunch};
 use crate::dense::DenseType;
 use crate::schemes::dynamic_map::dynamic_map;
+use crate::schemes::{fp4, nf4};
 use crate::weight::{DenseWeight, HostWeight};
 use crate::{Packed, SchemeError};
 use cubecl::client::Client;
@@ -146,14 +147,18 @@ impl<'a> Parts<'a> {
             tables: Vec::new(),
         };
         match packed.spec.scheme.as_str() {
-            "nf4" => {
-                parts.tables = crate::schemes::nf4::TABLE.to_vec();
+            name @ ("nf4" | "fp4") => {
+                parts.tables = if name == "nf4" { nf4::TABLE } else { fp4::TABLE }.to_vec();
                 if let Some(nested) = &packed.nested {
                     parts.scales = Cow::Borrowed(&nested.absmax);
                     parts.aux = Cow::Borrowed(&nested.codes);
                     parts.tables.extend_from_slice(dynamic_map());
                     parts.tables.extend([nested.offset; 3]);
                 }
+            }
+            // The kernels multiply activations as they are; LLM.int8()'s products are the host's.
+            "int8" if packed.spec.outlier_threshold.is_some() => {
+                return Err(SchemeError::Unknown("int8 with outlier_threshold".to_owned()));
             }
             "int8" => parts.kind = Kind::Int8,
             "int4" => {
@@ -173,8 +178,12 @@ impl<'a> Parts<'a> {
     /// Puts matrices on top of each other where blocks, words and second-level blocks all end with each one's rows.
     fn stack(parts: Vec<Parts<'a>>) -> Option<Parts<'a>> {
         let first = parts.first()?;
-        let alike =
-            |part: &Parts<'_>| part.kind == first.kind && part.format == first.format && part.n_cols == first.n_cols;
+        let alike = |part: &Parts<'_>| {
+            part.kind == first.kind
+                && part.format == first.format
+                && part.n_cols == first.n_cols
+                && part.tables.get(..16) == first.tables.get(..16)
+        };
         let block = first.format.block_size as usize;
         let ends_whole = |part: &Parts<'_>| {
             let blocks_end = !matches!(part.kind, Kind::Codebook4)

@@ -1,7 +1,7 @@
 //! INT8: symmetric, one absmax a row, as bitsandbytes 0.50 quantizes weights vectorwise (Dettmers et al. 2022,
-//! "LLM.int8()").
+//! "LLM.int8()"). With `outlier_threshold` its products are that paper's too: activations in 8 bits, outlier columns not.
 
-use super::{Packed, Scheme, SchemeError, SchemeSpec, check_values};
+use super::{Packed, Scheme, SchemeError, SchemeSpec, check_values, int8_product, refuse_all_but};
 use crate::dense::dot_rows;
 use crate::simd;
 use rayon::prelude::*;
@@ -26,13 +26,11 @@ impl Scheme for Int8 {
         if let Some(found) = spec.block_size {
             return Err(SchemeError::BlockSize { scheme: "int8", found, expected: "none, it has one scale a row" });
         }
-        if spec.double_quant {
-            return Err(SchemeError::Setting { scheme: "int8", setting: "double_quant" });
+        refuse_all_but(&["outlier_threshold"], "int8", spec)?;
+        match spec.outlier_threshold {
+            Some(found) if !found.is_finite() || found < 0.0 => Err(SchemeError::Threshold { found }),
+            _ => Ok(spec.clone()),
         }
-        if spec.symmetric {
-            return Err(SchemeError::Setting { scheme: "int8", setting: "symmetric (it always is)" });
-        }
-        Ok(spec.clone())
     }
 
     fn pack(&self, spec: &SchemeSpec, values: &[f32], n_rows: usize, n_cols: usize) -> Result<Packed, SchemeError> {
@@ -73,6 +71,12 @@ impl Scheme for Int8 {
             let sum = simd::dot_i8(level, &codes[row_idx * n_cols..(row_idx + 1) * n_cols], x).unwrap_or(f32::NAN);
             *y = sum * packed.scales[row_idx] * (1.0 / 127.0);
         }
+    }
+
+    fn product(&self, packed: &Packed, x: &[f32], m: usize, out: &mut [f32]) -> bool {
+        let Some(threshold) = packed.spec.outlier_threshold else { return false };
+        int8_product::product(packed, threshold, x, m, out);
+        true
     }
 
     fn stored_bytes(&self, packed: &Packed) -> u64 {

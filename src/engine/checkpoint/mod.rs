@@ -1,18 +1,23 @@
-//! Where tensors come from: safetensors files, memory-mapped, or a seed. It knows names, shapes and element types, no model.
+//! Where tensors come from: safetensors files or a GGUF file, memory-mapped, or a seed. It knows names, shapes and element types,
+//! no model.
 
+mod bitsandbytes;
 mod convert;
+mod gguf_file;
 mod random;
 mod safetensors_file;
 
 pub use convert::{dense_type, first_not_finite, to_dtype, to_f32};
+pub use gguf_file::{GgufCheckpoint, is_gguf};
 pub use random::random_values;
 pub use safetensors_file::SafetensorsFolder;
 
 use crate::event::Progress;
-use crate::inference::{InferenceError, ModelSource};
+use crate::inference::{InferenceError, StoredQuantization};
 use crate::units::DType;
+use labpipe_kernels::Packed;
 use labpipe_kernels::weight::SharedBytes;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 /// A tensor as its file stores it.
 #[derive(Debug, Clone)]
@@ -28,6 +33,7 @@ pub struct StoredTensor {
 #[derive(Debug)]
 pub enum Checkpoint {
     Folder(SafetensorsFolder),
+    Gguf(GgufCheckpoint),
     /// Values drawn from the seed and the tensor's name, stored in `dtype`.
     Random {
         seed: u64,
@@ -37,16 +43,28 @@ pub enum Checkpoint {
 }
 
 impl Checkpoint {
-    /// Opens what `source` names; maps files, reads headers, loads nothing.
+    /// Maps a folder's safetensors files and reads their headers; loads nothing.
     ///
     /// # Errors
     /// `File` where files are missing, cut short or their headers lie.
-    pub fn open(source: &ModelSource, saved_dtype: Option<DType>) -> Result<Checkpoint, InferenceError> {
-        match source {
-            ModelSource::Path(dir) => Ok(Checkpoint::Folder(SafetensorsFolder::open(dir)?)),
-            ModelSource::Random { config, seed } => {
-                Ok(Checkpoint::Random { seed: *seed, dtype: saved_dtype.unwrap_or(DType::F32), config: config.clone() })
-            }
+    pub fn open_folder(dir: &Path) -> Result<Checkpoint, InferenceError> {
+        Ok(Checkpoint::Folder(SafetensorsFolder::open(dir)?))
+    }
+
+    /// Maps a GGUF file and reads its header; loads nothing.
+    ///
+    /// # Errors
+    /// `File` where it is damaged, `UnknownArchitecture`.
+    pub fn open_gguf(path: &Path) -> Result<Checkpoint, InferenceError> {
+        Ok(Checkpoint::Gguf(GgufCheckpoint::open(path)?))
+    }
+
+    /// Returns true where tensors in their stored type are read in place: no memory is taken for them.
+    pub fn is_mapped(&self) -> bool {
+        match self {
+            Checkpoint::Folder(_) => true,
+            Checkpoint::Gguf(file) => file.is_mapped(),
+            Checkpoint::Random { .. } => false,
         }
     }
 
@@ -54,6 +72,7 @@ impl Checkpoint {
     pub fn contains(&self, name: &str) -> bool {
         match self {
             Checkpoint::Folder(folder) => folder.get(name).is_some(),
+            Checkpoint::Gguf(file) => file.dtype_of(name).is_some(),
             Checkpoint::Random { .. } => true,
         }
     }
@@ -62,6 +81,7 @@ impl Checkpoint {
     pub fn dtype_of(&self, name: &str) -> Option<DType> {
         match self {
             Checkpoint::Folder(folder) => folder.get(name).map(|tensor| tensor.dtype),
+            Checkpoint::Gguf(file) => file.dtype_of(name),
             Checkpoint::Random { dtype, .. } => Some(*dtype),
         }
     }
@@ -72,8 +92,39 @@ impl Checkpoint {
     /// `Tensor` that names what was expected and what was found.
     pub fn check(&self, name: &str, shape: &[usize]) -> Result<(), InferenceError> {
         match self {
+            Checkpoint::Folder(folder) if bitsandbytes::is_packed(folder, name) => {
+                bitsandbytes::check(folder, name, shape)
+            }
             Checkpoint::Folder(folder) => folder.checked(name, shape).map(|_| ()),
+            Checkpoint::Gguf(file) => file.checked(name, shape).map(|_| ()),
             Checkpoint::Random { .. } => Ok(()),
+        }
+    }
+
+    /// Returns a linear's weight that is stored packed; nothing where it is stored as plain floats.
+    ///
+    /// # Errors
+    /// `Tensor` where a part of it is missing or does not fit, `NotFinite` where a statistic is NaN or infinite.
+    pub fn packed(&self, name: &str, shape: &[usize; 2]) -> Result<Option<Packed>, InferenceError> {
+        match self {
+            Checkpoint::Folder(folder) if bitsandbytes::is_packed(folder, name) => {
+                bitsandbytes::read(folder, name, shape).map(Some)
+            }
+            _ => Ok(None),
+        }
+    }
+
+    /// Returns what of these linears is stored packed; nothing where all are plain floats.
+    ///
+    /// # Errors
+    /// `Tensor` as [`Checkpoint::packed`], `Unsupported` where they were packed in a way that labpipe does not know.
+    pub fn stored_quantization(
+        &self,
+        linears: &[(String, [usize; 2])],
+    ) -> Result<Option<StoredQuantization>, InferenceError> {
+        match self {
+            Checkpoint::Folder(folder) => bitsandbytes::stored(folder, linears),
+            _ => Ok(None),
         }
     }
 
@@ -84,6 +135,7 @@ impl Checkpoint {
     pub fn check_values(&self, progress: &dyn Progress) -> Result<(), InferenceError> {
         match self {
             Checkpoint::Folder(folder) => folder.check_values(progress),
+            Checkpoint::Gguf(file) => file.check_values(progress),
             Checkpoint::Random { .. } => Ok(()),
         }
     }
@@ -94,13 +146,8 @@ impl Checkpoint {
     /// `Tensor` where it is missing or shaped otherwise, `NotFinite` where it holds NaN or an infinity.
     pub fn tensor(&self, name: &str, shape: &[usize]) -> Result<StoredTensor, InferenceError> {
         match self {
-            Checkpoint::Folder(folder) => {
-                let tensor = folder.checked(name, shape)?.clone();
-                if let Some((index, value)) = first_not_finite(tensor.dtype, tensor.bytes.as_slice()) {
-                    return Err(InferenceError::NotFinite { path: tensor.path, tensor: name.to_owned(), index, value });
-                }
-                Ok(tensor)
-            }
+            Checkpoint::Folder(folder) => finite(name, folder.checked(name, shape)?.clone()),
+            Checkpoint::Gguf(file) => finite(name, file.tensor(name, shape)?),
             Checkpoint::Random { seed, dtype, config } => {
                 let values = random_values(*seed, name, shape.iter().product());
                 Ok(StoredTensor {
@@ -110,6 +157,15 @@ impl Checkpoint {
                     path: config.clone(),
                 })
             }
+        }
+    }
+}
+
+fn finite(name: &str, tensor: StoredTensor) -> Result<StoredTensor, InferenceError> {
+    match first_not_finite(tensor.dtype, tensor.bytes.as_slice()) {
+        None => Ok(tensor),
+        Some((index, value)) => {
+            Err(InferenceError::NotFinite { path: tensor.path, tensor: name.to_owned(), index, value })
         }
     }
 }

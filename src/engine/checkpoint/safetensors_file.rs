@@ -1,20 +1,24 @@
 //! A folder of safetensors files: `model.safetensors`, or shards with `model.safetensors.index.json`.
 
+use super::bitsandbytes::is_packed;
 use super::{StoredTensor, first_not_finite};
 use crate::event::Progress;
 use crate::inference::InferenceError;
 use crate::units::DType;
 use labpipe_kernels::weight::SharedBytes;
 use memmap2::Mmap;
+use safetensors::tensor::TensorView;
 use safetensors::{Dtype, SafeTensors};
 use serde_json::Value;
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 const SINGLE: &str = "model.safetensors";
 const INDEX: &str = "model.safetensors.index.json";
+/// Indexes have some hundred bytes a tensor.
+const MAX_INDEX_BYTES: u64 = 64 << 20;
 
 /// The tensors of a folder, mapped into memory.
 #[derive(Debug)]
@@ -23,6 +27,33 @@ pub struct SafetensorsFolder {
     tensors: BTreeMap<String, StoredTensor>,
     /// Tensors of a type that no weight has here (integers, f64, f8): name, type and file, for error messages.
     others: BTreeMap<String, String>,
+    /// Every tensor as bytes, whatever its type: what packed weights are made of.
+    raw: BTreeMap<String, RawTensor>,
+    quantization_config: OnceLock<Value>,
+    /// Its tensors were part of a larger model and are named as if they weren't.
+    is_inner: bool,
+}
+
+/// A tensor as bytes.
+#[derive(Debug)]
+pub struct RawTensor {
+    /// As the header names it: `U8`, `I8`, `F32`.
+    pub dtype: String,
+    pub shape: Vec<usize>,
+    pub bytes: SharedBytes,
+    pub path: PathBuf,
+}
+
+impl RawTensor {
+    fn of(view: &TensorView<'_>, bytes: &SharedBytes, path: &Path) -> RawTensor {
+        let dtype = format!("{:?}", view.dtype());
+        RawTensor { dtype, shape: view.shape().to_vec(), bytes: bytes.clone(), path: path.to_owned() }
+    }
+
+    /// Reads the bytes as little-endian f32.
+    pub fn floats(&self) -> Vec<f32> {
+        self.bytes.as_slice().as_chunks::<4>().0.iter().map(|raw| f32::from_le_bytes(*raw)).collect()
+    }
 }
 
 impl SafetensorsFolder {
@@ -31,7 +62,14 @@ impl SafetensorsFolder {
     /// # Errors
     /// `File`, naming the file and what is wrong with it.
     pub fn open(dir: &Path) -> Result<SafetensorsFolder, InferenceError> {
-        let mut folder = SafetensorsFolder { dir: dir.to_owned(), tensors: BTreeMap::new(), others: BTreeMap::new() };
+        let mut folder = SafetensorsFolder {
+            dir: dir.to_owned(),
+            tensors: BTreeMap::new(),
+            others: BTreeMap::new(),
+            raw: BTreeMap::new(),
+            quantization_config: OnceLock::new(),
+            is_inner: false,
+        };
         let index = dir.join(INDEX);
         let single = dir.join(SINGLE);
         if single.is_file() {
@@ -48,11 +86,60 @@ impl SafetensorsFolder {
             let expected = format!("expected {SINGLE}, or {INDEX} and its shards; neither is there");
             return Err(fail(dir, if dir.is_dir() { expected } else { format!("no such folder; {expected}") }));
         }
+        folder.rename_inner_model();
         Ok(folder)
+    }
+
+    /// Gives the tensors of a text model that is part of a larger one the names that they have alone. transformers 4 writes
+    /// `language_model.model.…`, transformers 5 `model.language_model.…`.
+    fn rename_inner_model(&mut self) {
+        if self.tensors.keys().any(|name| name.starts_with("model.layers.")) {
+            return;
+        }
+        let roots = [("language_model.model.", "model."), ("model.language_model.", "model."), ("language_model.", "")];
+        let rename = |name: String| match roots.iter().find_map(|(root, own)| Some((name.strip_prefix(root)?, own))) {
+            Some((rest, own)) => format!("{own}{rest}"),
+            None => name,
+        };
+        let tensors = std::mem::take(&mut self.tensors);
+        self.tensors = tensors.into_iter().map(|(name, tensor)| (rename(name), tensor)).collect();
+        let others = std::mem::take(&mut self.others);
+        self.others = others.into_iter().map(|(name, dtype)| (rename(name), dtype)).collect();
+        let raw = std::mem::take(&mut self.raw);
+        self.raw = raw.into_iter().map(|(name, tensor)| (rename(name), tensor)).collect();
+        self.is_inner = true;
     }
 
     pub fn get(&self, name: &str) -> Option<&StoredTensor> {
         self.tensors.get(name)
+    }
+
+    pub fn dir(&self) -> &Path {
+        &self.dir
+    }
+
+    /// Returns true where the text model was taken out of a larger one, so that names are not those of the files.
+    pub fn is_inner(&self) -> bool {
+        self.is_inner
+    }
+
+    /// Returns the tensors of plain floats, by name.
+    pub fn floats(&self) -> impl Iterator<Item = (&String, &StoredTensor)> {
+        self.tensors.iter()
+    }
+
+    /// Returns a tensor of any type as bytes.
+    pub fn raw(&self, name: &str) -> Option<&RawTensor> {
+        self.raw.get(name)
+    }
+
+    /// Returns what `config.json` says of the weights' quantization; null where it says nothing.
+    pub fn quantization_config(&self) -> &Value {
+        self.quantization_config.get_or_init(|| {
+            let text = std::fs::read_to_string(self.dir.join("config.json")).unwrap_or_default();
+            let config: Value = serde_json::from_str(&text).unwrap_or_default();
+            config["quantization_config"].clone()
+        })
     }
 
     fn names(&self, name: &str) -> bool {
@@ -92,7 +179,8 @@ impl SafetensorsFolder {
             if progress.is_cancelled() {
                 return Err(InferenceError::Cancelled);
             }
-            let is_used = name.ends_with(".weight") || name.ends_with(".bias");
+            // Packed codes may lie in a container of floats.
+            let is_used = name.ends_with(".bias") || name.ends_with(".weight") && !is_packed(self, name);
             if is_used && let Some((index, value)) = first_not_finite(tensor.dtype, tensor.bytes.as_slice()) {
                 let path = tensor.path.clone();
                 return Err(InferenceError::NotFinite { path, tensor: name.clone(), index, value });
@@ -113,6 +201,12 @@ impl SafetensorsFolder {
         })?;
         let base = owner.as_ptr() as usize;
         for (name, view) in parsed.iter() {
+            if name.contains("..") || name.contains(char::is_control) {
+                return Err(fail(path, format!("no tensor is named {name:?}; the file is damaged")));
+            }
+            let first = view.data().as_ptr() as usize - base;
+            let bytes = SharedBytes::new(owner.clone(), first..first + view.data().len());
+            self.raw.insert(name.to_owned(), RawTensor::of(&view, &bytes, path));
             let dtype = match view.dtype() {
                 Dtype::F32 => DType::F32,
                 Dtype::F16 => DType::F16,
@@ -122,8 +216,6 @@ impl SafetensorsFolder {
                     continue;
                 }
             };
-            let first = view.data().as_ptr() as usize - base;
-            let bytes = SharedBytes::new(owner.clone(), first..first + view.data().len());
             let tensor = StoredTensor { dtype, shape: view.shape().to_vec(), bytes, path: path.to_owned() };
             if self.tensors.insert(name.to_owned(), tensor).is_some() {
                 return Err(fail(path, format!("tensor {name} is in more than one shard")));
@@ -138,6 +230,10 @@ fn fail(path: &Path, reason: String) -> InferenceError {
 }
 
 fn read_index(path: &Path) -> Result<BTreeMap<String, String>, InferenceError> {
+    let n_bytes = std::fs::metadata(path).map_err(|error| fail(path, error.to_string()))?.len();
+    if n_bytes > MAX_INDEX_BYTES {
+        return Err(fail(path, format!("{n_bytes} bytes are no index")));
+    }
     let text = std::fs::read_to_string(path).map_err(|error| fail(path, error.to_string()))?;
     let index: Value = serde_json::from_str(&text).map_err(|error| fail(path, format!("not valid JSON: {error}")))?;
     let map = index.get("weight_map").and_then(Value::as_object);
@@ -158,7 +254,7 @@ fn read_index(path: &Path) -> Result<BTreeMap<String, String>, InferenceError> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use safetensors::tensor::{TensorView, serialize_to_file};
+    use safetensors::tensor::serialize_to_file;
 
     fn write(path: &Path, names: &[&str]) {
         let data: Vec<u8> = [1.0f32, 2.0, 3.0, 4.0].iter().flat_map(|v| v.to_le_bytes()).collect();
@@ -178,6 +274,19 @@ mod tests {
         assert!(folder.checked("x", &[2, 2]).is_ok() && folder.checked("y", &[2, 2]).is_ok());
         let error = folder.checked("x", &[4, 1]).expect_err("a wrong shape").to_string();
         assert!(error.contains("[4, 1]") && error.contains("[2, 2]") && error.contains("a.safetensors"), "{error}");
+    }
+
+    #[test]
+    fn a_text_model_inside_another_bears_the_names_that_it_has_alone() {
+        for root in ["language_model.model.", "model.language_model."] {
+            let dir = tempfile::tempdir().expect("a temporary folder");
+            let names = [format!("{root}layers.0.x"), format!("{root}norm"), "vision_tower.y".to_owned()];
+            write(&dir.path().join(SINGLE), &names.each_ref().map(String::as_str));
+            let folder = SafetensorsFolder::open(dir.path()).expect("a folder");
+            for name in ["model.layers.0.x", "model.norm", "vision_tower.y"] {
+                assert!(folder.get(name).is_some(), "{root}: {name}");
+            }
+        }
     }
 
     #[test]

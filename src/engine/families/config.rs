@@ -37,6 +37,15 @@ impl ConfigFile {
         Ok(ConfigFile { path: path.to_owned(), root })
     }
 
+    /// Takes the config that a file of another format stands for.
+    pub fn of(path: &Path, root: Value) -> ConfigFile {
+        ConfigFile { path: path.to_owned(), root }
+    }
+
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
     /// Returns the config with values for fields that it leaves out; a field that is null stays so.
     pub fn with_defaults(&self, defaults: &[(&str, Value)]) -> ConfigFile {
         let mut config = self.clone();
@@ -46,6 +55,14 @@ impl ConfigFile {
             }
         }
         config
+    }
+
+    /// Returns the config that stands in a field of this one.
+    pub fn section(&self, field: &str) -> Result<ConfigFile, InferenceError> {
+        match self.root.get(field) {
+            Some(section) if section.is_object() => Ok(ConfigFile { path: self.path.clone(), root: section.clone() }),
+            _ => Err(self.error(format!("{field}: expected a mapping"))),
+        }
     }
 
     /// Returns an error that names this file.
@@ -198,7 +215,10 @@ impl ConfigFile {
         let stretched = match scaling {
             RopeScaling::Linear { factor } | RopeScaling::Dynamic { factor, .. } => stated as f64 * factor,
             RopeScaling::Yarn { factor, original_max_position, .. } => factor * original_max_position,
-            RopeScaling::None | RopeScaling::Llama3 { .. } | RopeScaling::LongRope { .. } => stated as f64,
+            RopeScaling::None
+            | RopeScaling::Divided { .. }
+            | RopeScaling::Llama3 { .. }
+            | RopeScaling::LongRope { .. } => stated as f64,
         };
         Ok((stretched.min(MAX_DIM as f64) as usize).max(stated))
     }
@@ -235,10 +255,15 @@ impl ConfigFile {
 
 #[cfg(test)]
 mod tests {
-    use super::super::read_spec;
+    use super::super::spec_of;
+    use super::ConfigFile;
     use crate::engine::rope::RopeScaling;
     use crate::inference::InferenceError;
     use std::path::PathBuf;
+
+    fn read_spec(path: &std::path::Path) -> Result<crate::engine::spec::ModelSpec, InferenceError> {
+        spec_of(&ConfigFile::read(path)?)
+    }
 
     fn config(text: &str) -> (tempfile::TempDir, PathBuf) {
         let dir = tempfile::tempdir().expect("a temporary folder");

@@ -1,4 +1,4 @@
-//! Gemma 3 (text): Gemma 2's block with normalized queries and keys in place of the soft cap on scores; five layers of six slide, with
+//! Gemma 3, the part that reads text: Gemma 2's block with normalized queries and keys in place of the soft cap on scores; five layers of six slide, with
 //! rotary frequencies of their own.
 
 use super::gemma2::{gemma_spec, shared_defaults};
@@ -8,6 +8,9 @@ use crate::inference::InferenceError;
 use serde_json::json;
 
 pub const FAMILY: Family = Family { model_type: "gemma3_text", spec };
+
+/// Models that see images too (4B and larger): the text model is a part of them, and labpipe runs that part.
+pub const WITH_VISION: Family = Family { model_type: "gemma3", spec: |config| spec(&config.section("text_config")?) };
 
 fn spec(config: &ConfigFile) -> Result<ModelSpec, InferenceError> {
     let mut defaults = shared_defaults();

@@ -15,7 +15,6 @@ pub use config::ConfigFile;
 
 use super::spec::ModelSpec;
 use crate::inference::InferenceError;
-use std::path::Path;
 
 /// A family of models.
 pub struct Family {
@@ -26,15 +25,22 @@ pub struct Family {
 }
 
 /// Every family labpipe knows.
-pub static FAMILIES: &[Family] =
-    &[llama::FAMILY, qwen2::FAMILY, qwen3::FAMILY, mistral::FAMILY, gemma2::FAMILY, gemma3::FAMILY, phi3::FAMILY];
+pub static FAMILIES: &[Family] = &[
+    llama::FAMILY,
+    qwen2::FAMILY,
+    qwen3::FAMILY,
+    mistral::FAMILY,
+    gemma2::FAMILY,
+    gemma3::FAMILY,
+    gemma3::WITH_VISION,
+    phi3::FAMILY,
+];
 
-/// Reads a config.json.
+/// Returns the spec that a config stands for.
 ///
 /// # Errors
-/// `File` where it can't be read or a field is missing or absurd, `UnknownArchitecture` where no family claims it.
-pub fn read_spec(path: &Path) -> Result<ModelSpec, InferenceError> {
-    let config = ConfigFile::read(path)?;
+/// `File` where a field is missing or absurd, `UnknownArchitecture` where no family claims it.
+pub fn spec_of(config: &ConfigFile) -> Result<ModelSpec, InferenceError> {
     let model_type = config.text("model_type").unwrap_or_default();
     let known = || FAMILIES.iter().map(|family| family.model_type).collect::<Vec<_>>().join(", ");
     let family = FAMILIES.iter().find(|family| family.model_type == model_type).ok_or_else(|| {
@@ -42,7 +48,7 @@ pub fn read_spec(path: &Path) -> Result<ModelSpec, InferenceError> {
             Some(architecture) if model_type.is_empty() => architecture,
             _ => model_type.clone(),
         };
-        InferenceError::UnknownArchitecture { path: path.to_owned(), found, known: known() }
+        InferenceError::UnknownArchitecture { path: config.path().to_owned(), found, known: known() }
     })?;
-    (family.spec)(&config)
+    (family.spec)(config)
 }

@@ -42,7 +42,7 @@ impl ConfigFile {
             return Err(self.error(format!("partial_rotary_factor: expected a number from 0 to 1, found {part}")));
         }
         let rotary_dim = (head_dim as f64 * part) as usize;
-        if rotary_dim == 0 || rotary_dim % 2 != 0 {
+        if rotary_dim == 0 || !rotary_dim.is_multiple_of(2) {
             return Err(self.error(format!(
                 "{rotary_dim} of head_dim {head_dim} are rotated; rotary embeddings need an even number above 0"
             )));

@@ -8,10 +8,11 @@ use crate::artifact::QuantizedModule;
 use crate::engine::burn_engine::BurnEngine;
 use crate::engine::weights::{WeightReader, has_compute_dtype};
 use crate::event::Progress;
-use crate::inference::{Engine, EngineInfo, InferenceError, MemoryProbe, Model, ModelInfo, ModelRecipe};
+use crate::inference::{Engine, EngineInfo, InferenceError, MemoryProbe, Model, ModelInfo, ModelRecipe, SavedModel};
 use crate::units::DType;
 use burn::tensor::Device;
 use cubecl::client::Client;
+use std::path::Path;
 
 /// Grows when the numbers that this engine computes change.
 const NUMERICS_VERSION: u32 = 1;
@@ -92,6 +93,10 @@ impl Engine for GpuEngine {
         each: &mut dyn FnMut(QuantizedModule),
     ) -> Result<(), InferenceError> {
         self.host.survey(recipe, progress, each)
+    }
+
+    fn save(&self, recipe: &ModelRecipe, dir: &Path, progress: &dyn Progress) -> Result<SavedModel, InferenceError> {
+        self.host.save(recipe, dir, progress)
     }
 
     fn memory_probe(&self) -> Box<dyn MemoryProbe> {
