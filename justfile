@@ -25,6 +25,10 @@ test-pure:
 kernels:
     scripts/ci/kernels.sh
 
+# Tests the GPU kernels and the GPU engine on a software Vulkan.
+gpu-kernels:
+    scripts/ci/gpu-kernels.sh
+
 # Checks licences, advisories, bans and sources of all dependencies.
 deny:
     scripts/ci/deny.sh

@@ -335,7 +335,9 @@ fn the_port_s_defaults_and_the_engine_s_own_way_score_alike() {
     let scored = engine.score(tokens, 70).expect("scores");
     assert_eq!((own.len(), default.len()), (70, 70));
     for ((own, default), scored) in own.iter().zip(&default).zip(&scored) {
-        assert_eq!(own, scored);
+        // A device may score on its own, in its own precision.
+        assert_eq!(own.argmax, scored.argmax);
+        assert!((own.nll - scored.nll).abs() < 1e-5);
         assert_eq!(own.argmax, default.argmax);
         assert!((own.nll - default.nll).abs() < 1e-4);
     }

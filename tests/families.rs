@@ -36,7 +36,7 @@ fn expected(case: &str) -> Value {
 }
 
 fn recipe(source: ModelSource) -> ModelRecipe {
-    ModelRecipe { source, dtype: None, compute_dtype: None, quantization: None }
+    ModelRecipe { source, dtype: None, compute_dtype: Some(DType::F32), quantization: None }
 }
 
 /// The device that these tests run on: the CPU, or what `LABPIPE_TEST_DEVICE` names.

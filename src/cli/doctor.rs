@@ -39,7 +39,7 @@ pub fn doctor() -> Result<u8, CliError> {
     }
     let driver = std::fs::read_to_string(NVIDIA_DRIVER).ok().and_then(|text| text.lines().next().map(str::to_owned));
     let _ = writeln!(text, "nvidia:  {}", driver.unwrap_or_else(|| "no driver found".to_owned()));
-    let _ = writeln!(text, "cuda:    not in this build; every stage runs on the CPU");
+    let _ = writeln!(text, "cuda:    {}", cuda());
     let schemes: Vec<Value> = labpipe_kernels::SCHEMES.iter().map(|scheme| Value::from(scheme.name())).collect();
     let _ = writeln!(text, "schemes: {}", schemes.iter().filter_map(Value::as_str).collect::<Vec<_>>().join(", "));
     let here = Path::new("pipelines").is_dir();
@@ -47,4 +47,26 @@ pub fn doctor() -> Result<u8, CliError> {
         writeln!(text, "try:     {}", if here { "labpipe run pipelines/sensitivity.yaml" } else { "labpipe run FILE" });
     print(&text)?;
     Ok(0)
+}
+
+/// Says what of CUDA is here and what it lacks.
+#[cfg(feature = "cuda")]
+fn cuda() -> String {
+    let parts = labpipe_kernels::cube::nvidia::CudaParts::find();
+    let found = |is_there: bool| if is_there { "found" } else { "missing" };
+    let version =
+        parts.driver.as_deref().map_or("no driver".to_owned(), |version| format!("driver for CUDA {version}"));
+    let verdict = parts.missing(0).map_or("usable".to_owned(), |reason| format!("not usable: {reason}"));
+    format!(
+        "{version}, {} devices, NVRTC {}, cuBLAS {}; {verdict}",
+        parts.n_devices,
+        found(parts.has_nvrtc),
+        found(parts.has_cublas)
+    )
+}
+
+/// As above, where this build has no CUDA.
+#[cfg(not(feature = "cuda"))]
+fn cuda() -> String {
+    "not in this build; every stage runs on the CPU (cargo build --release --features cuda adds it)".to_owned()
 }

@@ -8,6 +8,9 @@ use cubecl::prelude::*;
 /// Units of a cube that works on a row.
 pub const ROW_UNITS: u32 = 256;
 
+/// Values that a unit loads before it looks at them.
+const IN_FLIGHT: u32 = 8;
+
 /// Words of the state that a recorded decode keeps on the device.
 pub const STATE_POSITION: u32 = 0;
 pub const STATE_TOKEN: u32 = 1;
@@ -284,12 +287,22 @@ fn best_of_row(logits: &[f32], base: u32, n: u32) -> (f32, u32) {
     let mut index = 0u32;
     let mut at = UNIT_POS_X;
     while at < n {
-        let logit = logits[(base + at) as usize];
-        if logit > value {
-            value = logit;
-            index = at;
+        // Several loads are on their way at once: the row is read at memory's speed, not at its latency.
+        let mut some = Array::<f32>::new(IN_FLIGHT as usize);
+        #[unroll]
+        for i in 0..IN_FLIGHT {
+            let place = at + i * CUBE_DIM_X;
+            some[i as usize] = logits[(base + select(place < n, place, at)) as usize];
         }
-        at += CUBE_DIM_X;
+        #[unroll]
+        for i in 0..IN_FLIGHT {
+            if some[i as usize] > value {
+                value = some[i as usize];
+                let place = at + i * CUBE_DIM_X;
+                index = select(place < n, place, at);
+            }
+        }
+        at += IN_FLIGHT * CUBE_DIM_X;
     }
     (value, index)
 }

@@ -42,10 +42,10 @@ pub struct Tuning {
 impl Tuning {
     /// Returns the settings for a matrix.
     pub fn of(matrix: &DeviceMatrix) -> Tuning {
-        match matrix.kind {
-            Kind::Codebook4 => Tuning { planes: 8, unroll: 6, copies: 32, cubes_a_processor: 4 },
-            _ => Tuning { planes: 8, unroll: 4, copies: 1, cubes_a_processor: 4 },
-        }
+        // Wide rows are split over more planes: the steps of a plane, one after the other, are what a tile waits for.
+        let planes = if matrix.n_cols >= 6144 { 16 } else { 8 };
+        let copies = if matrix.kind == Kind::Codebook4 { 32 } else { 1 };
+        Tuning { planes, unroll: 3, copies, cubes_a_processor: if planes == 16 { 2 } else { 4 } }
     }
 }
 

@@ -148,16 +148,13 @@ impl Model for GpuModel {
     }
 
     fn score(&mut self, tokens: &[u32], first_target: usize) -> Result<Vec<TokenScore>, InferenceError> {
-        if first_target == 0 || first_target > tokens.len() {
+        if first_target == 0 || first_target >= tokens.len() {
             return Err(InferenceError::Unsupported(format!(
                 "score from token {first_target} of {}: the first token of a window has nothing before it",
                 tokens.len()
             )));
         }
         let targets = &tokens[first_target..];
-        if targets.is_empty() {
-            return Ok(Vec::new());
-        }
         let client = self.passes.client().clone();
         let hidden = self.hidden_states(run_for_scores(tokens, self.info.n_ctx_max), &mut Tap::closed())?;
         let (vocab, n) = (self.info.vocab_size, targets.len());

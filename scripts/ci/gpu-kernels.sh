@@ -1,0 +1,12 @@
+#!/usr/bin/env bash
+# Tests the GPU kernels and the GPU engine without a GPU: through wgpu on a software Vulkan.
+source "$(dirname "$0")/common.sh"
+if ! ls /usr/share/vulkan/icd.d/*.json >/dev/null 2>&1 && command -v apt-get >/dev/null; then
+  apt-get update -qq
+  apt-get install -qq -y --no-install-recommends mesa-vulkan-drivers libvulkan1
+fi
+export XDG_RUNTIME_DIR=${XDG_RUNTIME_DIR:-/tmp}
+export LABPIPE_TEST_DEVICE=wgpu
+cargo test --release --locked --package labpipe-kernels --features wgpu --test cube_kernels
+cargo test --release --locked --features wgpu --test families
+cargo test --release --locked --features wgpu --test engine_reference -- logits greedy longer
