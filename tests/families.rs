@@ -1,7 +1,7 @@
 //! Model families against values that transformers computed with tiny random models (tests/fixtures/families/README.md says how).
 #![cfg(feature = "cpu")]
 
-use labpipe::engine;
+use labpipe::engine::{self, BurnEngine};
 use labpipe::event::NullProgress;
 use labpipe::inference::{CaptureFilter, CaptureSink, CaptureSite, Engine, Model, ModelRecipe, ModelSource};
 use labpipe::units::DType;

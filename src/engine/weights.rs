@@ -162,6 +162,7 @@ impl WeightReader<'_> {
     ///
     /// # Errors
     /// Whatever is wrong with the tensor.
+    #[cfg(any(feature = "cuda", feature = "wgpu"))]
     pub fn embedding(&self) -> Result<HostWeight, InferenceError> {
         self.dense(self.embedding_name(), &[self.spec.vocab_size, self.spec.hidden_size])
     }
@@ -170,6 +171,7 @@ impl WeightReader<'_> {
     ///
     /// # Errors
     /// Whatever is wrong with the tensor.
+    #[cfg(any(feature = "cuda", feature = "wgpu"))]
     pub fn final_norm(&self) -> Result<Tensor<2>, InferenceError> {
         self.norm("model.norm.weight", self.spec.hidden_size, &mut 0)
     }
@@ -178,6 +180,7 @@ impl WeightReader<'_> {
     ///
     /// # Errors
     /// Whatever is wrong with the tensor or the scheme.
+    #[cfg(any(feature = "cuda", feature = "wgpu"))]
     pub fn untied_head(&self) -> Result<Option<HostWeight>, InferenceError> {
         let (vocab, hidden) = (self.spec.vocab_size, self.spec.hidden_size);
         if self.spec.tied_embeddings { Ok(None) } else { self.module_weight("lm_head", vocab, hidden).map(Some) }
