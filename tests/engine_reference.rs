@@ -4,8 +4,8 @@
 use labpipe::engine;
 use labpipe::event::NullProgress;
 use labpipe::inference::{
-    CaptureFilter, CaptureSink, CaptureSite, Engine, InferenceError, LogProbFormat, LogProbRows, LogProbSink,
-    LogProbSource, Model, ModelRecipe, ModelSource, TokenScore,
+    CaptureFilter, CaptureSink, CaptureSite, InferenceError, LogProbFormat, LogProbRows, LogProbSink, LogProbSource,
+    Model, ModelRecipe, ModelSource, TokenScore,
 };
 use labpipe::metrics::ActivationDiff;
 use labpipe::units::DType;

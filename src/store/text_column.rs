@@ -5,6 +5,7 @@ use arrow::array::{Array, AsArray};
 use arrow::datatypes::DataType;
 use parquet::arrow::ProjectionMask;
 use parquet::arrow::arrow_reader::ParquetRecordBatchReaderBuilder;
+use parquet::file::metadata::{ColumnChunkMetaData, RowGroupMetaData};
 use std::fs::File;
 use std::path::Path;
 
@@ -18,11 +19,16 @@ const BATCH_ROWS: usize = 1024;
 pub fn read_text_column(path: &Path, column: &str, take: &mut dyn FnMut(&str) -> bool) -> Result<(), StoreError> {
     let fail = |reason: String| StoreError::Format { path: path.to_owned(), reason };
     let file = File::open(path).map_err(StoreError::io("read", path))?;
+    let n_bytes = file.metadata().map_err(StoreError::io("read", path))?.len();
     let builder = ParquetRecordBatchReaderBuilder::try_new(file).map_err(|error| fail(error.to_string()))?;
     let Some(index) = builder.schema().fields().iter().position(|field| field.name() == column) else {
         let names: Vec<&str> = builder.schema().fields().iter().map(|field| field.name().as_str()).collect();
         return Err(fail(format!("no column {column:?}; it has {} (choose one with column:)", names.join(", "))));
     };
+    let mut chunks = builder.metadata().row_groups().iter().flat_map(RowGroupMetaData::columns);
+    if !chunks.all(|chunk| lies_within(chunk, n_bytes)) {
+        return Err(fail("its footer places a column outside the file; was the download cut short?".to_owned()));
+    }
     let mask = ProjectionMask::roots(builder.parquet_schema(), [index]);
     let reader = builder.with_projection(mask).with_batch_size(BATCH_ROWS).build();
     for batch in reader.map_err(|error| fail(error.to_string()))? {
@@ -32,6 +38,13 @@ pub fn read_text_column(path: &Path, column: &str, take: &mut dyn FnMut(&str) ->
         }
     }
     Ok(())
+}
+
+/// Returns true where a column's bytes are some of the file's: the parquet crate (60.1) panics over places below zero.
+fn lies_within(chunk: &ColumnChunkMetaData, n_bytes: u64) -> bool {
+    let first = chunk.dictionary_page_offset().unwrap_or_else(|| chunk.data_page_offset());
+    let (first, n) = (u64::try_from(first), u64::try_from(chunk.compressed_size()));
+    matches!((first, n), (Ok(first), Ok(n)) if first.checked_add(n).is_some_and(|end| end <= n_bytes))
 }
 
 /// Returns false once `take` had enough; the type where it is no text.
