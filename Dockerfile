@@ -1,15 +1,14 @@
 # syntax=docker/dockerfile:1
 #
-# Two images of one binary:
+# Two images:
 #
 #   docker build --target cpu  -t labpipe:cpu  .
 #   docker build --target cuda -t labpipe:cuda .
 #
 #   docker run --rm -v "$PWD/results:/lab/results" labpipe:cpu run pipelines/sensitivity.yaml
 #
-# `cuda` is the base that GPU runs will need: the CUDA runtime with NVRTC, which compiles kernels when they are first used. The binary in it is the
-# same as in `cpu` until the CUDA engine is part of labpipe; until then it too computes on the CPU, and `--device cuda` says so
-# and ends with exit code 4.
+# `cuda` holds a binary with the CUDA backend on CUDA's development image: kernels are compiled when they are first used, by NVRTC, which
+# reads the toolkit's headers.
 
 ARG RUST_VERSION=1.95
 ARG CUDA_VERSION=13.0.1
@@ -26,6 +25,12 @@ RUN --mount=type=cache,target=/usr/local/cargo/registry \
     cargo build --release --locked --bin labpipe \
     && install -D target/release/labpipe /out/labpipe
 
+FROM build AS build-cuda
+RUN --mount=type=cache,target=/usr/local/cargo/registry \
+    --mount=type=cache,target=/src/target \
+    cargo build --release --locked --features cuda --bin labpipe \
+    && install -D target/release/labpipe /out/labpipe
+
 # --- what both images hold beside the binary: pipelines, configs, sample text, small models ----------------------------
 FROM scratch AS house
 COPY --from=build /out/labpipe /usr/local/bin/labpipe
@@ -35,8 +40,9 @@ COPY models /lab/models
 COPY LICENSE README.md /lab/
 
 # --- CUDA --------------------------------------------------------------------------------------------------------
-FROM nvidia/cuda:${CUDA_VERSION}-runtime-ubuntu24.04 AS cuda
+FROM nvidia/cuda:${CUDA_VERSION}-devel-ubuntu24.04 AS cuda
 COPY --from=house / /
+COPY --from=build-cuda /out/labpipe /usr/local/bin/labpipe
 # The uid is free in both bases (ubuntu's own user has 1000).
 RUN useradd --uid 10001 --home-dir /lab labpipe \
     && mkdir -p /lab/cache /lab/results \

@@ -51,6 +51,8 @@ fn weights(n: usize, k: usize) -> Vec<(String, HostWeight)> {
         ("nf4".to_owned(), packed("nf4", None, false, false, n, k)),
         ("nf4 blocks of 256".to_owned(), packed("nf4", Some(256), false, false, n, k)),
         ("nf4 double quant".to_owned(), packed("nf4", None, true, false, n, k)),
+        ("fp4".to_owned(), packed("fp4", None, false, false, n, k)),
+        ("fp4 double quant".to_owned(), packed("fp4", None, true, false, n, k)),
         ("int8".to_owned(), packed("int8", None, false, false, n, k)),
         ("int4".to_owned(), packed("int4", None, false, false, n, k)),
         ("int4 symmetric, groups of 32".to_owned(), packed("int4", Some(32), false, true, n, k)),
