@@ -11,6 +11,8 @@ pub mod dense;
 mod error;
 pub mod schemes;
 pub mod simd;
+pub mod strips;
+pub mod token;
 pub mod weight;
 
 pub use error::reconstruction_error;

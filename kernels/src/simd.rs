@@ -175,12 +175,42 @@ pub fn decode_bf16(level: Level, bits: &[u16], out: &mut [f32]) {
     }
 }
 
+/// Defines a function that runs `body::<FUSED>` compiled for the processor's instruction set: `body` is `#[inline(always)]`, and
+/// multiplies and adds at once where `FUSED`. (A closure would do where it is inlined; long ones are not.)
+macro_rules! compiled_for_levels {
+    ($(#[$meta:meta])* $vis:vis fn $name:ident = $body:ident($($argument:ident: $type:ty),* $(,)?) $(-> $result:ty)?) => {
+        $(#[$meta])*
+        $vis fn $name(level: $crate::simd::Level, $($argument: $type),*) $(-> $result)? {
+            #[cfg(target_arch = "x86_64")]
+            #[target_feature(enable = "avx512f,avx512bw,avx512vl,fma")]
+            fn avx512($($argument: $type),*) $(-> $result)? {
+                $body::<true>($($argument),*)
+            }
+            #[cfg(target_arch = "x86_64")]
+            #[target_feature(enable = "avx2,fma")]
+            fn avx2($($argument: $type),*) $(-> $result)? {
+                $body::<true>($($argument),*)
+            }
+            match level {
+                // SAFETY: `level` is only ever a path that the processor has.
+                #[cfg(target_arch = "x86_64")]
+                $crate::simd::Level::Avx512 => unsafe { avx512($($argument),*) },
+                // SAFETY: as above.
+                #[cfg(target_arch = "x86_64")]
+                $crate::simd::Level::Avx2 => unsafe { avx2($($argument),*) },
+                _ => $body::<false>($($argument),*),
+            }
+        }
+    };
+}
+pub(crate) use compiled_for_levels;
+
 /// Returns Σ a·b, accumulated in fp32 over 64 partial sums.
 pub fn dot(level: Level, a: &[f32], b: &[f32]) -> f32 {
     match level {
         // SAFETY: `level` is only ever a path that the processor has.
         #[cfg(target_arch = "x86_64")]
-        Level::Avx512 => unsafe { x86::with_avx512(|| dot_body::<true>(a, b)) },
+        Level::Avx512 => unsafe { x86::dot_avx512(a, b) },
         // SAFETY: as above.
         #[cfg(target_arch = "x86_64")]
         Level::Avx2 => unsafe { x86::with_avx2(|| dot_body::<true>(a, b)) },
@@ -188,8 +218,9 @@ pub fn dot(level: Level, a: &[f32], b: &[f32]) -> f32 {
     }
 }
 
+/// Returns what [`dot`] does, for loops that are compiled for the processor already.
 #[inline(always)]
-fn dot_body<const FUSED: bool>(a: &[f32], b: &[f32]) -> f32 {
+pub(crate) fn dot_body<const FUSED: bool>(a: &[f32], b: &[f32]) -> f32 {
     const LANES: usize = 64;
     let mut sums = [0.0f32; LANES];
     let (a_chunks, a_rest) = a.as_chunks::<LANES>();
@@ -276,6 +307,29 @@ mod x86 {
         }
         let rest: f32 = codes[n..].iter().zip(&x[n..]).map(|(code, x)| f32::from(*code) * x).sum();
         sum_of(sums) + rest
+    }
+
+    /// Returns Σ a·b with the sums of `dot_body`, which the compiler would take through memory.
+    ///
+    /// # Safety
+    /// The processor has avx512f.
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl,fma")]
+    pub unsafe fn dot_avx512(a: &[f32], b: &[f32]) -> f32 {
+        let len = a.len().min(b.len());
+        let n = len / 64 * 64;
+        let mut sums = [_mm512_setzero_ps(); 4];
+        for at in (0..n).step_by(64) {
+            for (lane, sum) in sums.iter_mut().enumerate() {
+                // SAFETY: `at + 16·lane + 16` stays at or below `n`.
+                unsafe {
+                    let a = _mm512_loadu_ps(a.as_ptr().add(at + 16 * lane));
+                    *sum = _mm512_fmadd_ps(a, _mm512_loadu_ps(b.as_ptr().add(at + 16 * lane)), *sum);
+                }
+            }
+        }
+        let rest: f32 = a[n..len].iter().zip(&b[n..len]).map(|(a, b)| a * b).sum();
+        let [s0, s1, s2, s3] = sums;
+        _mm512_reduce_add_ps(_mm512_add_ps(_mm512_add_ps(s0, s2), _mm512_add_ps(s1, s3))) + rest
     }
 
     /// Returns Σ w·x.

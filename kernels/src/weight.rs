@@ -106,6 +106,14 @@ impl HostWeight {
         }
     }
 
+    /// Returns true where [`product`](Self::product) computes, and [`matvec_rows`](Self::matvec_rows) is not what a linear does.
+    pub fn has_own_product(&self) -> bool {
+        match self {
+            HostWeight::Dense(_) => false,
+            HostWeight::Packed(packed) => packed_scheme(packed).has_own_product(packed),
+        }
+    }
+
     /// Writes `x · Wᵀ` where the weight's scheme has a product of its own (see [`schemes::Scheme::product`]); false where it has
     /// none.
     pub fn product(&self, x: &[f32], m: usize, out: &mut [f32]) -> bool {

@@ -1,12 +1,23 @@
-//! The key-value cache: one tensor a layer for keys and one for values, of a fixed capacity.
+//! The key-value cache: one tensor a layer for keys and one for values, of a fixed capacity. Decoding on the host takes their memory
+//! as plain vectors and leaves it so until the next prefill; there is never a second copy.
 
+use super::score::values as plain;
+use crate::inference::InferenceError;
 use crate::units::DType;
-use burn::tensor::{Device, FloatDType, Tensor};
+use burn::tensor::{Device, FloatDType, Tensor, TensorData};
 
-/// Keys and values of the tokens seen so far.
+/// Keys and values of one layer as plain values.
+#[derive(Debug)]
+pub struct HostLayer {
+    pub keys: Vec<f32>,   // [capacity, n_kv_heads * head_dim]
+    pub values: Vec<f32>, // [capacity, n_kv_heads * head_dim]
+}
+
+/// Keys and values of the tokens seen so far. All layers lie in one of the two forms; the other list is empty.
 #[derive(Debug)]
 pub struct KvCache {
     layers: Vec<(Tensor<2>, Tensor<2>)>, // each [capacity, n_kv_heads * head_dim]
+    host_layers: Vec<HostLayer>,
     capacity: usize,
     n_tokens: usize,
     width: usize,
@@ -27,7 +38,7 @@ impl KvCache {
     pub fn new(n_layers: usize, capacity: usize, width: usize, dtype: DType, device: &Device) -> KvCache {
         let empty = || Tensor::<2>::zeros([capacity, width], device).cast(float_dtype(dtype));
         let layers = (0..n_layers).map(|_| (empty(), empty())).collect();
-        KvCache { layers, capacity, n_tokens: 0, width, dtype }
+        KvCache { layers, host_layers: Vec::new(), capacity, n_tokens: 0, width, dtype }
     }
 
     pub fn capacity(&self) -> usize {
@@ -39,8 +50,25 @@ impl KvCache {
         self.n_tokens
     }
 
-    pub fn clear(&mut self) {
+    /// Forgets all tokens; layers become tensors again.
+    pub fn clear(&mut self, device: &Device) {
         self.n_tokens = 0;
+        let shape = [self.capacity, self.width];
+        let tensor = |values| Tensor::from_data(TensorData::new(values, shape), device);
+        let layers = self.host_layers.drain(..).map(|layer| (tensor(layer.keys), tensor(layer.values)));
+        self.layers.extend(layers);
+    }
+
+    /// Returns the layers as plain values of f32, the memory of their tensors; [`append`](Self::append) is not for them until the
+    /// cache is cleared.
+    ///
+    /// # Errors
+    /// `NotFiniteResult` where a tensor can't be read as f32.
+    pub fn host_layers(&mut self) -> Result<&mut [HostLayer], InferenceError> {
+        for (keys, values) in self.layers.drain(..) {
+            self.host_layers.push(HostLayer { keys: plain(keys)?, values: plain(values)? });
+        }
+        Ok(&mut self.host_layers)
     }
 
     /// Counts tokens whose keys and values every layer has appended.
@@ -50,7 +78,7 @@ impl KvCache {
 
     /// Bytes allocated.
     pub fn n_bytes(&self) -> u64 {
-        (2 * self.layers.len() * self.capacity * self.width * self.dtype.size_bytes()) as u64
+        (2 * (self.layers.len() + self.host_layers.len()) * self.capacity * self.width * self.dtype.size_bytes()) as u64
     }
 
     /// Writes keys and values of new tokens behind those the cache holds and returns all of them.

@@ -11,6 +11,7 @@ mod families;
 mod forward;
 #[cfg(any(feature = "cuda", feature = "wgpu"))]
 mod gpu;
+mod host_decode;
 mod kv_cache;
 mod memory;
 mod model;

@@ -1,6 +1,7 @@
 //! The [`Model`] that stages see: a forward pass with its cache, its clock and its bookkeeping.
 
 use super::forward::Executor;
+use super::host_decode::HostDecoder;
 use super::kv_cache::KvCache;
 use super::score::{LOGIT_ROWS, logits_in_chunks, values};
 use super::tap::Tap;
@@ -17,13 +18,23 @@ pub struct BurnModel {
     info: ModelInfo,
     executor: Executor,
     cache: Option<KvCache>,
+    decoder: Decoder,
     /// First token that `decode` will feed.
     next_token: Option<u32>,
 }
 
+/// How single tokens go through the model.
+enum Decoder {
+    /// Not settled: nothing was decoded yet.
+    Unknown,
+    Host(Box<HostDecoder>),
+    /// Through the executor, as prefill goes.
+    Burn,
+}
+
 impl BurnModel {
     pub fn new(info: ModelInfo, executor: Executor) -> BurnModel {
-        BurnModel { info, executor, cache: None, next_token: None }
+        BurnModel { info, executor, cache: None, decoder: Decoder::Unknown, next_token: None }
     }
 
     fn ensure_cache(&mut self, n_ctx: usize) -> Result<(), InferenceError> {
@@ -83,7 +94,7 @@ impl Model for BurnModel {
         }
         self.ensure_cache(tokens.len())?;
         if let Some(cache) = &mut self.cache {
-            cache.clear();
+            cache.clear(&self.executor.device);
         }
         self.synchronize()?;
         let start = Instant::now();
@@ -104,7 +115,25 @@ impl Model for BurnModel {
         if n_past + n_gen > capacity {
             return Err(InferenceError::ContextTooLong { asked: n_past + n_gen, n_ctx_max: capacity });
         }
+        if matches!(self.decoder, Decoder::Unknown) {
+            let host = HostDecoder::new(&self.executor)?;
+            self.decoder = host.map_or(Decoder::Burn, |host| Decoder::Host(Box::new(host)));
+        }
         let mut decoded = Vec::with_capacity(n_gen);
+        if let (Decoder::Host(host), Some(cache)) = (&mut self.decoder, &mut self.cache) {
+            for _ in 0..n_gen {
+                let n_past = cache.n_tokens();
+                let layers = cache.host_layers()?;
+                let start = Instant::now();
+                let logits = host.step(&self.executor.spec, layers, n_past, token);
+                let duration_s = start.elapsed().as_secs_f64();
+                token = greedy(logits)?;
+                cache.advance(1);
+                decoded.push(Decoded { token, duration_s });
+            }
+            self.next_token = Some(token);
+            return Ok(decoded);
+        }
         for _ in 0..n_gen {
             self.synchronize()?;
             let start = Instant::now();

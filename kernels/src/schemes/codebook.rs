@@ -5,6 +5,7 @@ use super::dynamic_map::{dynamic_map, nearest};
 use super::{Nested, Packed, Scheme, SchemeError, SchemeSpec, check_values, refuse_all_but};
 use crate::dense::dot_rows;
 use crate::simd::{self, Level, NibbleRow};
+use crate::strips::{self, StripRows};
 use rayon::prelude::*;
 
 /// Block scales that share one second-level scale.
@@ -81,6 +82,12 @@ impl Scheme for Codebook {
     fn matvec_rows(&self, packed: &Packed, first_row: usize, x: &[f32], y: &mut [f32]) {
         let level = simd::level();
         let n_cols = packed.n_cols;
+        let start = first_row * n_cols;
+        let (codes, scales) = (packed.codes.get(start / 2..).unwrap_or_default(), packed.scales.as_slice());
+        let rows = StripRows { codes, table: &self.table, scales, start, block: block_size(&packed.spec) };
+        if strips::matvec(level, rows, x, y) {
+            return;
+        }
         if n_cols.is_multiple_of(32) && level == Level::Avx512 {
             for (row_idx, y) in (first_row..).zip(y) {
                 *y = self.dot_row(level, packed, row_idx, x);

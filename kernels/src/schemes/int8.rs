@@ -73,6 +73,10 @@ impl Scheme for Int8 {
         }
     }
 
+    fn has_own_product(&self, packed: &Packed) -> bool {
+        packed.spec.outlier_threshold.is_some()
+    }
+
     fn product(&self, packed: &Packed, x: &[f32], m: usize, out: &mut [f32]) -> bool {
         let Some(threshold) = packed.spec.outlier_threshold else { return false };
         int8_product::product(packed, threshold, x, m, out);

@@ -104,6 +104,10 @@ pub trait Scheme: Send + Sync {
     fn unpack_rows(&self, packed: &Packed, first_row: usize, out: &mut [f32]);
     /// Writes `y[i] = Σ_k w[first_row + i, k]·x[k]` for `y.len()` rows, fp32 accumulation.
     fn matvec_rows(&self, packed: &Packed, first_row: usize, x: &[f32], y: &mut [f32]);
+    /// Returns true where [`product`](Self::product) computes.
+    fn has_own_product(&self, _packed: &Packed) -> bool {
+        false
+    }
     /// Writes `x · Wᵀ` into `out` (`[m, n_rows]`) and returns true where the scheme's product is more than that of its decoded
     /// weights: activations are quantized too. `x` is `[m, n_cols]`.
     fn product(&self, _packed: &Packed, _x: &[f32], _m: usize, _out: &mut [f32]) -> bool {
