@@ -15,6 +15,10 @@ thread_local! {
     static STRIPS: RefCell<Vec<f32>> = const { RefCell::new(Vec::new()) };
 }
 
+/// How far ahead of the codes in use the next ones are asked for.
+#[cfg(target_arch = "x86_64")]
+const PREFETCH_BYTES: usize = 4096;
+
 /// Consecutive rows of packed 4-bit codes with one scale a block of the flattened matrix.
 #[derive(Debug, Clone, Copy)]
 pub struct StripRows<'a> {
@@ -72,7 +76,7 @@ fn in_code_order(x: &[f32], out: &mut [f32]) {
 
 #[cfg(target_arch = "x86_64")]
 mod x86 {
-    use super::{ROWS, STRIP, StripRows};
+    use super::{PREFETCH_BYTES, ROWS, STRIP, StripRows};
     use std::arch::x86_64::*;
 
     /// Multiplies rows with `x`, which lies in code order.
@@ -83,6 +87,9 @@ mod x86 {
     #[target_feature(enable = "avx512f,avx512bw,avx512vl,fma")]
     pub unsafe fn matvec(rows: StripRows<'_>, x: &[f32], y: &mut [f32]) {
         let n_cols = x.len();
+        for ahead in (0..PREFETCH_BYTES.min(rows.codes.len())).step_by(64) {
+            _mm_prefetch::<_MM_HINT_T0>(rows.codes.as_ptr().wrapping_add(ahead).cast());
+        }
         let block_shift = (rows.block / STRIP).trailing_zeros();
         let (groups, rest) = y.as_chunks_mut::<ROWS>();
         let n_grouped = groups.len() * ROWS;
@@ -112,6 +119,11 @@ mod x86 {
             let strips: [usize; N] = std::array::from_fn(|row| (rows.start + at + row * x.len()) / STRIP);
             let mut sums = [_mm512_setzero_ps(); N];
             for strip in 0..n_strips {
+                // Rows lie one behind the other: what the processor's own prefetching takes for several streams is one.
+                for line in 0..N / 2 {
+                    let ahead = (at + strip * N * STRIP) / 2 + PREFETCH_BYTES + 64 * line;
+                    _mm_prefetch::<_MM_HINT_T0>(rows.codes.as_ptr().wrapping_add(ahead).cast());
+                }
                 let x: [__m512; 4] = std::array::from_fn(|i| _mm512_loadu_ps(x.as_ptr().add(strip * STRIP + 16 * i)));
                 for row in 0..N {
                     let words = _mm256_loadu_si256(codes[row].add(strip * STRIP / 2).cast());

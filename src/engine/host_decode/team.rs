@@ -6,7 +6,7 @@
 
 use rayon::Scope;
 use std::cell::UnsafeCell;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 
 /// Rounds of waiting before a thread offers its processor to others: some 100 µs.
 const SPINS: u32 = 1 << 12;
@@ -16,8 +16,9 @@ type Work<'a> = &'a (dyn Fn(usize) + Sync);
 
 /// Threads that run phases together.
 pub struct Team {
-    /// Chunks of the current phase that nobody has claimed: who lowers it from n has claimed chunk n − 1.
-    n_unclaimed: AtomicUsize,
+    /// Chunks of the current phase that nobody has claimed, as a range: its start in the lower half, its end in the upper one. The
+    /// leader takes the first, helpers take the last, so that each reads memory that lies together.
+    unclaimed: AtomicU64,
     /// Chunks of the current phase that are done.
     n_done: AtomicUsize,
     /// What the current phase does.
@@ -33,7 +34,7 @@ impl Team {
     /// Runs `body` as the leader of a team of as many threads as the pool has.
     pub fn lead<R>(body: impl FnOnce(&mut Leader<'_, '_>) -> R) -> R {
         let team = Team {
-            n_unclaimed: AtomicUsize::new(0),
+            unclaimed: AtomicU64::new(0),
             n_done: AtomicUsize::new(0),
             work: UnsafeCell::new(&|_| {}),
             is_over: AtomicBool::new(false),
@@ -41,9 +42,22 @@ impl Team {
         rayon::in_place_scope(|scope| body(&mut Leader { team: &team, scope, has_helpers: false }))
     }
 
-    fn claim(&self) -> Option<usize> {
-        let take = |n: usize| n.checked_sub(1);
-        self.n_unclaimed.fetch_update(Ordering::AcqRel, Ordering::Acquire, take).ok().map(|n| n - 1)
+    fn claim_first(&self) -> Option<usize> {
+        self.claim(|start, end| range(start + 1, end)).map(|(start, _)| start)
+    }
+
+    fn claim_last(&self) -> Option<usize> {
+        self.claim(|start, end| range(start, end - 1)).map(|(_, end)| end - 1)
+    }
+
+    /// Replaces the range of unclaimed chunks, unless it is empty, and returns what it was.
+    fn claim(&self, rest: impl Fn(usize, usize) -> u64) -> Option<(usize, usize)> {
+        let bounds = |range: u64| (range as u32 as usize, (range >> 32) as usize);
+        let take = |before| {
+            let (start, end) = bounds(before);
+            (start < end).then(|| rest(start, end))
+        };
+        self.unclaimed.fetch_update(Ordering::AcqRel, Ordering::Acquire, take).ok().map(bounds)
     }
 
     fn do_chunk(&self, chunk_idx: usize, work: Work<'_>) {
@@ -56,7 +70,7 @@ impl Team {
     fn help(&self) {
         let mut n_waited = 0;
         while !self.is_over.load(Ordering::Acquire) {
-            match self.claim() {
+            match self.claim_last() {
                 None => wait(&mut n_waited),
                 Some(chunk_idx) => {
                     n_waited = 0;
@@ -93,8 +107,8 @@ impl<'team> Leader<'_, 'team> {
         unsafe { *team.work.get() = std::mem::transmute::<Work<'_>, Work<'static>>(work) };
         team.n_done.store(0, Ordering::Relaxed);
         let _phase = Phase { team, n_chunks };
-        team.n_unclaimed.store(n_chunks, Ordering::Release);
-        while let Some(chunk_idx) = team.claim() {
+        team.unclaimed.store(range(0, n_chunks), Ordering::Release);
+        while let Some(chunk_idx) = team.claim_first() {
             team.do_chunk(chunk_idx, work);
         }
     }
@@ -142,12 +156,18 @@ struct Phase<'a> {
 impl Drop for Phase<'_> {
     fn drop(&mut self) {
         // Chunks are left only where the leader panicked.
-        let n_left = self.team.n_unclaimed.swap(0, Ordering::AcqRel);
+        let left = self.team.unclaimed.swap(0, Ordering::AcqRel);
+        let n_left = (left >> 32) as usize - left as u32 as usize;
         let mut n_waited = 0;
         while self.team.n_done.load(Ordering::Acquire) + n_left < self.n_chunks {
             wait(&mut n_waited);
         }
     }
+}
+
+/// Returns chunks `start..end` as one word; a phase has far fewer than 2³² of them.
+fn range(start: usize, end: usize) -> u64 {
+    (end as u64) << 32 | start as u64
 }
 
 fn wait(n_waited: &mut u32) {
