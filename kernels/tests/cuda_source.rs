@@ -78,11 +78,29 @@ fn matrix_vector_kernels_use_tensor_cores() {
         planes: 8,
         unroll: 3,
         copies: 32,
+        slots: 1,
     };
-    let plain = GemvSpec { nested: false, copies: 1, ..spec };
+    let plain = GemvSpec { nested: false, copies: 8, ..spec };
     let sources = [
         ("gemv-nf4", gemv_source::<Codebook4Pairs>(2, spec)),
         ("gemv-nf4-m8", gemv_source::<Codebook4Pairs>(2, GemvSpec { m: 8, epilogue: Epilogue::SiluMul, ..spec })),
+        (
+            "gemv-nf4-down",
+            gemv_source::<Codebook4Pairs>(2, GemvSpec { n_cols: 8192, planes: 16, unroll: 4, norm: false, ..spec }),
+        ),
+        ("gemv-nf4-16", gemv_source::<Codebook4Pairs>(4, GemvSpec { planes: 8, slots: 2, unroll: 3, ..spec })),
+        (
+            "gemv-nf4-gate",
+            gemv_source::<Codebook4Pairs>(
+                2,
+                GemvSpec { n_rows: 16384, planes: 16, epilogue: Epilogue::SiluMul, ..spec },
+            ),
+        ),
+        ("gemv-f16-16", gemv_source::<F16Pairs>(4, GemvSpec { planes: 16, ..plain })),
+        (
+            "gemv-f16-down",
+            gemv_source::<F16Pairs>(4, GemvSpec { n_cols: 8192, planes: 16, unroll: 4, norm: false, ..plain }),
+        ),
         ("gemv-int8", gemv_source::<Int8Pairs>(4, plain)),
         ("gemv-f16", gemv_source::<F16Pairs>(4, plain)),
         ("gemv-bf16", gemv_source::<Bf16Pairs>(4, plain)),

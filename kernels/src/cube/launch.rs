@@ -568,7 +568,9 @@ impl DecodeScratch {
         let heads = layer.heads;
         let width = vector_width(layer.element);
         let heads_a_kv = heads.n_heads / heads.n_kv_heads;
-        let group = (1..=MAX_GROUP).rev().find(|group| heads_a_kv.is_multiple_of(*group))?;
+        // A plane turns the scores of a head into shares.
+        let n_planes = UNITS / client.properties().hardware.plane_size_max.max(1);
+        let group = (1..=MAX_GROUP.min(n_planes)).rev().find(|group| heads_a_kv.is_multiple_of(*group))?;
         let fits = !heads.qk_norm
             && layer.soft_cap.is_none()
             && heads.rotary_dim == heads.head_dim
@@ -576,8 +578,8 @@ impl DecodeScratch {
             && (UNITS * width).is_multiple_of(heads.head_dim)
             && client.properties().hardware.plane_size_min >= 8;
         let chunk = match layer.capacity {
-            0..=1024 => 64,
-            1025..=4096 => 128,
+            0..=2048 => 64,
+            2049..=16_384 => 128,
             _ => 256,
         };
         let n_splits = layer.capacity.div_ceil(chunk) as u32;
