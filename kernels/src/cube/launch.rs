@@ -327,6 +327,21 @@ pub fn gate(
     out: &Handle,
     [n, n_cols]: [usize; 2],
 ) {
+    gate_columns(client, element, gate, multiply, gate_up, out, [n, n_cols], [0, n_cols]);
+}
+
+/// As [`gate`], into columns `first..first + n_cols` of an output `out_stride` wide.
+#[expect(clippy::too_many_arguments, reason = "a kernel's buffers and sizes")]
+pub fn gate_columns(
+    client: &Client,
+    element: Element,
+    gate: Gate,
+    multiply: bool,
+    gate_up: &Handle,
+    out: &Handle,
+    [n, n_cols]: [usize; 2],
+    [first, out_stride]: [usize; 2],
+) {
     let n_values = n * n_cols;
     macro_rules! call {
         ($float:ty) => {
@@ -337,9 +352,11 @@ pub fn gate(
                     cube_count(n_values.div_ceil(256)),
                     CubeDim::new_1d(256),
                     buffer(gate_up, 2 * n_values),
-                    buffer(out, n_values),
+                    buffer(out, n * out_stride),
                     n_cols as u32,
                     n_values as u32,
+                    first as u32,
+                    out_stride as u32,
                     gate,
                     multiply,
                 )

@@ -120,10 +120,11 @@ pub enum Gate {
 pub fn activate(x: f32, #[comptime] gate: Gate) -> f32 {
     match gate {
         Gate::Silu => x / (1.0f32 + (-x).exp()),
-        Gate::Gelu => 0.5f32 * x * (1.0f32 + (x * core::f32::consts::FRAC_1_SQRT_2).erf()),
+        Gate::Gelu => 0.5f32 * x * (1.0f32 + cubecl::frontend::Erf::erf(x * core::f32::consts::FRAC_1_SQRT_2)),
         Gate::GeluTanh => {
             let inner = 0.797_884_6f32 * (x + 0.044_715f32 * x * x * x);
-            0.5f32 * x * (1.0f32 + inner.tanh())
+            // (1 + tanh u) / 2 is a logistic of 2u, and exp is exact where CUDA's tanh may be an approximation.
+            x / (1.0f32 + (-2.0f32 * inner).exp())
         }
     }
 }
@@ -131,25 +132,27 @@ pub fn activate(x: f32, #[comptime] gate: Gate) -> f32 {
 /// `out = act(gate) · up`; without `multiply`, `out = act(gate)` alone.
 ///
 /// # Shapes
-/// `gate_up` `[n, 2·n_cols]`, gate first; `out` `[n, n_cols]`.
+/// `gate_up` `[n, 2·n_cols]`, gate first; `out` columns `first..first + n_cols` of `[n, out_stride]`.
 #[cube(launch_unchecked)]
 pub fn gate_kernel<A: Float>(
     gate_up: &[A],
     out: &mut [A],
     n_cols: u32,
     n_values: u32,
+    first: u32,
+    out_stride: u32,
     #[comptime] gate: Gate,
     #[comptime] multiply: bool,
 ) {
     let at = ABSOLUTE_POS as u32;
     if at < n_values {
-        let row = at / n_cols;
-        let gate_at = row * 2u32 * n_cols + at % n_cols;
+        let (row, col) = (at / n_cols, at % n_cols);
+        let gate_at = row * 2u32 * n_cols + col;
         let mut value = activate(f32::cast_from(gate_up[gate_at as usize]), gate);
         if comptime!(multiply) {
             value *= f32::cast_from(gate_up[(gate_at + n_cols) as usize]);
         }
-        out[at as usize] = A::cast_from(value);
+        out[(row * out_stride + first + col) as usize] = A::cast_from(value);
     }
 }
 
