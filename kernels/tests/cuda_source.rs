@@ -92,8 +92,8 @@ fn matrix_vector_kernels_use_tensor_cores() {
         (
             "gemv-nf4-gate",
             gemv_source::<Codebook4Pairs>(
-                2,
-                GemvSpec { n_rows: 16384, planes: 16, epilogue: Epilogue::SiluMul, ..spec },
+                4,
+                GemvSpec { n_rows: 16384, slots: 2, unroll: 1, epilogue: Epilogue::SiluMul, ..spec },
             ),
         ),
         ("gemv-f16-16", gemv_source::<F16Pairs>(4, GemvSpec { planes: 16, ..plain })),

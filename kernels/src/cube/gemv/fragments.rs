@@ -76,9 +76,17 @@ impl Fragments for Codebook4Pairs {
         #[comptime] index: u32,
         #[comptime] copies: u32,
     ) -> u32 {
+        // A byte's place is computed in bytes, so that a shift, a mask and the load are all that a lookup takes.
         let word = word::<V>(codes, first, comptime!(index / 4));
-        let byte = (word >> comptime!((index % 4) * 8)) & 0xffu32;
-        table[(byte * copies + lane_copy) as usize]
+        let at = comptime!((index % 4) * 8);
+        let scale = comptime!((4 * copies).ilog2());
+        let shifted = if comptime!(at >= scale) {
+            word >> comptime!(at.saturating_sub(scale))
+        } else {
+            word << comptime!(scale.saturating_sub(at))
+        };
+        let place = (shifted & comptime!(255u32 << scale)) | (lane_copy * 4u32);
+        table[(place / 4u32) as usize]
     }
 }
 
@@ -178,6 +186,14 @@ fn read_word(word: u32) -> u32 {
 #[cube]
 fn read_float(value: f32) -> f32 {
     f32::reinterpret(u32::reinterpret(value))
+}
+
+/// Returns a word as one that the compiler knows nothing of: what it knows of a lane's number it would mask out again at every use.
+#[cube]
+pub(super) fn opaque(word: u32) -> u32 {
+    let out: u32;
+    gpu_asm!("mov.b32 {}, {};", out(_) out, in(_) word, options(pure, nomem));
+    read_word(out)
 }
 
 #[cube]

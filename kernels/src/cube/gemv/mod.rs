@@ -235,7 +235,7 @@ pub fn gemv_kernel<S: Fragments, V: Size>(
         Shared::<[f32]>::new_slice(comptime!(if layout.block_scale { (2 * half_scales) as usize } else { 1 }));
 
     let plane = UNIT_POS / 32u32;
-    let lane = UNIT_POS % 32u32;
+    let lane = fragments::opaque(UNIT_POS % 32u32);
     let n_words = comptime!((spec.unroll * vectors) as usize);
     let mut words_0 = Array::<Vector<u32, V>>::new(n_words);
     let mut words_1 = Array::<Vector<u32, V>>::new(n_words);

@@ -63,7 +63,10 @@ pub(super) fn multiply_batch<S: Fragments, V: Size>(
     let width = V::value().comptime() as u32;
     let vectors = comptime!(S::layout().words * spec.slots / width);
     let (group, quarter) = (lane / 4u32, lane % 4u32);
-    let lane_copy = lane % spec.copies;
+    let mut lane_copy = lane;
+    if comptime!(spec.copies < 32) {
+        lane_copy = lane % spec.copies;
+    }
     // Which row of x this lane's column of the product is, and whether the lane's columns lie in that column's block.
     let x_row = group % spec.m;
     let slot = (group / spec.m) % spec.slots;
