@@ -144,12 +144,12 @@ fn attention_kernels_are_lowered() {
         let text = source(&kernel);
         keep(&format!("flash-{head_dim}"), &text);
         assert!(text.contains("ldmatrix") && text.contains("mma.sync"));
-        let split = Split { heads: heads(head_dim), group: 3, chunk: 64, n_splits: 10, combines: true };
+        let split = Split { heads: heads(head_dim), group: 3, units: 256, chunk: 256, n_splits: 10, combines: true };
         let kernel = decode_attention_kernel::create_dummy_kernel::<half::f16>(
             properties.clone(),
             target.clone(),
             CubeCount::Static(1, 1, 1),
-            CubeDim::new_1d(128),
+            CubeDim::new_1d(256),
             8,
             buffer(),
             buffer(),

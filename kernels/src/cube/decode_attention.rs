@@ -7,9 +7,6 @@
 use super::ops::{Heads, STATE_POSITION};
 use cubecl::prelude::*;
 
-/// Units of a cube.
-pub const UNITS: u32 = 128;
-
 /// Lanes that score a key together.
 const LANES: u32 = 8;
 
@@ -22,6 +19,8 @@ pub struct Split {
     pub heads: Heads,
     /// Query heads of a cube.
     pub group: u32,
+    /// Units of a cube.
+    pub units: u32,
     /// Keys of a cube.
     pub chunk: u32,
     pub n_splits: u32,
@@ -59,7 +58,7 @@ fn combine(
         let at = (first_share + i / group) * stride + (first_head + i % group) * width + head_dim;
         stats[(2u32 * i) as usize] = partial[at as usize];
         stats[(2u32 * i + 1u32) as usize] = partial[(at + 1u32) as usize];
-        i += UNITS;
+        i += split.units;
     }
     sync_cube();
     let mut i = UNIT_POS_X;
@@ -80,7 +79,7 @@ fn combine(
             at += stride;
         }
         out[(first_head * head_dim + i) as usize] = sum / total;
-        i += UNITS;
+        i += split.units;
     }
 }
 
@@ -106,7 +105,7 @@ fn rotate_queries(
         let to = (i / half) * head_dim + i % half;
         query[to as usize] = (low * cos - high * sin) * scale;
         query[(to + half) as usize] = (high * cos + low * sin) * scale;
-        i += UNITS;
+        i += split.units;
     }
 }
 
@@ -147,7 +146,7 @@ fn append<C: Float, W: Size>(
         }
         keys[(to + v) as usize] = key;
         values[(to + v) as usize] = value;
-        v += UNITS;
+        v += split.units;
     }
 }
 
@@ -168,7 +167,7 @@ fn score_keys<C: Float, W: Size>(
     let group = comptime!(split.group);
     let row_vectors = comptime!(split.heads.head_dim / width);
     let lane_vectors = comptime!(row_vectors / LANES);
-    let rows = comptime!(UNITS / LANES);
+    let rows = comptime!(split.units / LANES);
     let n_steps = comptime!(split.chunk / rows);
     let n_batch = comptime!(n_steps.min(4));
     let lane = UNIT_POS_X % LANES;
@@ -288,7 +287,7 @@ fn load_values<C: Float, W: Size>(
 ) {
     let width = W::value().comptime() as u32;
     let row_vectors = comptime!(split.heads.head_dim / width);
-    let n_row_groups = comptime!(UNITS / row_vectors);
+    let n_row_groups = comptime!(split.units / row_vectors);
     #[unroll]
     for j in 0..n_batch {
         let key = start + comptime!((batch * n_batch + j) * n_row_groups) + UNIT_POS_X / row_vectors;
@@ -322,7 +321,7 @@ pub fn decode_attention_kernel<C: Float, W: Size>(
     let width = W::value().comptime() as u32;
     let row_vectors = comptime!(split.heads.head_dim / width);
     let cubes_a_kv = comptime!(split.heads.n_heads / split.heads.n_kv_heads / split.group);
-    let n_row_groups = comptime!(UNITS / row_vectors);
+    let n_row_groups = comptime!(split.units / row_vectors);
     let n_turns = comptime!(split.chunk / n_row_groups);
     let n_batch = comptime!(n_turns.min(8));
 
@@ -423,7 +422,7 @@ pub fn decode_attention_kernel<C: Float, W: Size>(
                 partial[(at + head_dim + 1u32) as usize] = totals[(2u32 * head + 1u32) as usize];
             }
         }
-        i += UNITS;
+        i += split.units;
     }
     if comptime!(split.combines) {
         if n_shares > 1u32 {

@@ -2,7 +2,7 @@
 
 use super::attention::{ATTENTION_UNITS, Scoring, attention_kernel};
 use super::decode::{Affine4, Codebook4, DenseBf16, DenseF16, DenseF32, Int8};
-use super::decode_attention::{MAX_GROUP, Split, UNITS, combine_kernel, decode_attention_kernel};
+use super::decode_attention::{MAX_GROUP, Split, combine_kernel, decode_attention_kernel};
 use super::dequantize::{VECTOR_VALUES, dequantize_kernel, dequantize_vectors_kernel};
 use super::linear::{CUBE_UNITS, TILE_ROWS, linear_kernel};
 use super::ops::{
@@ -585,23 +585,28 @@ impl DecodeScratch {
         let heads = layer.heads;
         let width = vector_width(layer.element);
         let heads_a_kv = heads.n_heads / heads.n_kv_heads;
+        // Where the last cube combines, few long chunks beat many short ones: handing over costs more than keys do. Elsewhere cubes
+        // are small, for the sake of devices with 16 KiB of shared memory.
+        let hands_over = client.features().device_memory_scope;
+        let units = if hands_over { 256 } else { 128 };
         // A plane turns the scores of a head into shares.
-        let n_planes = UNITS / client.properties().hardware.plane_size_max.max(1);
+        let n_planes = units / client.properties().hardware.plane_size_max.max(1);
         let group = (1..=MAX_GROUP.min(n_planes)).rev().find(|group| heads_a_kv.is_multiple_of(*group))?;
         let fits = !heads.qk_norm
             && layer.soft_cap.is_none()
             && heads.rotary_dim == heads.head_dim
             && heads.head_dim.is_multiple_of(8 * width)
-            && (UNITS * width).is_multiple_of(heads.head_dim)
+            && (units * width).is_multiple_of(heads.head_dim)
             && client.properties().hardware.plane_size_min >= 8;
         let chunk = match layer.capacity {
+            _ if hands_over => 256,
             0..=2048 => 64,
             2049..=16_384 => 128,
             _ => 256,
         };
         let n_splits = layer.capacity.div_ceil(chunk) as u32;
-        let combines = n_splits > 1 && client.features().device_memory_scope;
-        let split = Split { heads, group, chunk: chunk as u32, n_splits, combines };
+        let combines = n_splits > 1 && hands_over;
+        let split = Split { heads, group, units, chunk: chunk as u32, n_splits, combines };
         let n_partial = n_splits * heads.n_heads * (heads.head_dim + 2);
         let n_cubes = heads.n_heads / group;
         fits.then(|| DecodeScratch {
@@ -639,7 +644,7 @@ pub fn decode_attention(
                 decode_attention_kernel::launch_unchecked::<$c>(
                     client,
                     CubeCount::Static(n_cubes, split.n_splits, 1),
-                    CubeDim::new_1d(UNITS),
+                    CubeDim::new_1d(split.units),
                     $width,
                     buffer(qkv, ((heads.n_heads + 2 * heads.n_kv_heads) * heads.head_dim) as usize),
                     buffer(layer.rope, layer.capacity * heads.rotary_dim as usize),
@@ -668,7 +673,7 @@ pub fn decode_attention(
             combine_kernel::launch_unchecked(
                 client,
                 CubeCount::Static(n_cubes, 1, 1),
-                CubeDim::new_1d(UNITS),
+                CubeDim::new_1d(split.units),
                 buffer(&scratch.partial, n_partial),
                 buffer(out, n_out),
                 split,

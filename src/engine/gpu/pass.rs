@@ -13,6 +13,9 @@ use cubecl::server::Handle;
 use labpipe_kernels::cube::ops::{Gate, Heads, STATE_POSITION};
 use labpipe_kernels::cube::{self, Element, LayerCache, Residual};
 
+/// Bytes of gate and up rows beyond which a pass computes them panel by panel.
+const GATED_BYTES: usize = 32 << 20;
+
 /// Keys and values of the tokens seen so far, and the tables that go with their positions.
 pub struct GpuCache {
     /// Keys and values of each layer, `[n_kv_heads, capacity, head_dim]`.
@@ -160,7 +163,9 @@ impl Passes {
         state[4 * STATE_POSITION as usize..][..4].copy_from_slice(&(n_past as u32).to_le_bytes());
         let widths: Option<Vec<usize>> =
             self.weights.blocks.iter().map(|block| self.products.gated_width(&block.gate_up)).collect();
-        let gated_width = widths.filter(|_| is_unseen).and_then(|widths| widths.into_iter().max());
+        // Panels mean more launches: short passes have no need of them.
+        let is_large = n * 2 * ffn * size > GATED_BYTES;
+        let gated_width = widths.filter(|_| is_unseen && is_large).and_then(|widths| widths.into_iter().max());
         Buffers {
             n,
             x: client.empty(n * hidden * 4),
