@@ -2,7 +2,8 @@
 
 use super::flash::{self, flash_attention_kernel};
 use super::gemv::{
-    Affine4Pairs, Bf16Pairs, Codebook4Pairs, Epilogue, F16Pairs, GemvSpec, Int8Pairs, MAX_ROWS, STEP, gemv_kernel,
+    Affine4Pairs, Bf16Pairs, Codebook4Pairs, Epilogue, F16Pairs, GemvSpec, Int8Pairs, MAX_ROWS, SCALE_STRIDE, STEP,
+    gemv_kernel,
 };
 use super::{DeviceMatrix, Element, Kind, LayerCache};
 use cubecl::client::Client;
@@ -60,8 +61,19 @@ impl Tuning {
     }
 }
 
-/// Bytes of shared memory that a cube may ask for.
-const MAX_SHARED_BYTES: usize = 96 << 10;
+/// Bytes of shared memory that a launch takes: x, the table of pairs and the map, two tiles' scales, their zero points and sums.
+fn shared_bytes(matrix: &DeviceMatrix, m: usize) -> usize {
+    let tuning = Tuning::of(matrix);
+    let n_blocks = matrix.n_cols.div_ceil((matrix.format.block_size as usize).min(matrix.n_cols));
+    let scales = 2 * SCALE_STRIDE as usize * n_blocks;
+    let statistics = match matrix.kind {
+        Kind::Codebook4 => 256 * (tuning.copies as usize + 1) + scales,
+        Kind::Affine4 => 2 * scales + m * matrix.n_cols / STEP as usize,
+        _ => 0,
+    };
+    let sums = 2 * tuning.planes as usize * 16 * 2 * m;
+    2 * m * matrix.n_cols + 4 * (statistics + sums) + 64
+}
 
 /// Returns true where [`gemv`] takes this matrix on this device.
 pub fn gemv_fits(client: &Client, matrix: &DeviceMatrix, m: usize, paired: bool) -> bool {
@@ -79,7 +91,7 @@ pub fn gemv_fits(client: &Client, matrix: &DeviceMatrix, m: usize, paired: bool)
         && (1..=MAX_ROWS as usize).contains(&m)
         && matrix.n_cols.is_multiple_of(STEP as usize)
         && rows.is_multiple_of(tile_rows)
-        && m * matrix.n_cols * 2 + (33 << 10) + matrix.n_cols * 2 <= MAX_SHARED_BYTES
+        && shared_bytes(matrix, m) <= client.properties().hardware.max_shared_memory_size
 }
 
 /// Writes `y = epilogue(W · norm(x) + bias)`; the caller has asked [`gemv_fits`].

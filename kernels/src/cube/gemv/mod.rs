@@ -20,11 +20,13 @@ pub use fragments::{
     Affine4Pairs, Bf16Pairs, Codebook4Pairs, F16Pairs, Fragments, Int8Pairs, Layout, mma_16x8x16, pack_pair,
 };
 
+pub(super) use stage::SCALE_STRIDE;
+
 use cubecl::prelude::*;
 use multiply::{load_batch, multiply_batch};
 use stage::{
-    SCALE_STRIDE, fetch_map, fetch_row, fetch_scales, fetch_table, inverse_norm, pack_row, start_norm, tile_scales,
-    turns, write_map, write_scales, write_sums, write_table,
+    fetch_map, fetch_row, fetch_scales, fetch_table, inverse_norm, pack_row, start_norm, tile_scales, turns, write_map,
+    write_scales, write_sums, write_table,
 };
 
 /// Columns that a plane handles in one step; block sizes are multiples of it.

@@ -14,7 +14,7 @@ const UNIT_COLUMNS: u32 = 8;
 const TABLE_PART: u32 = 8;
 
 /// Distance of the scales of two blocks in shared memory: odd, so that neither writing nor reading meets in a bank.
-pub(super) const SCALE_STRIDE: u32 = 17;
+pub(in crate::cube) const SCALE_STRIDE: u32 = 17;
 
 /// Returns how often each unit takes a share of `n` things.
 pub(super) fn turns(n: u32, spec: GemvSpec) -> u32 {
