@@ -12,7 +12,7 @@ use labpipe_kernels::cube::flash::flash_attention_kernel;
 use labpipe_kernels::cube::gemv::{
     Affine4Pairs, Bf16Pairs, Codebook4Pairs, Epilogue, F16Pairs, Fragments, GemvSpec, Int8Pairs, gemv_kernel,
 };
-use labpipe_kernels::cube::ops::Heads;
+use labpipe_kernels::cube::ops::{Heads, choose_kernel, stamp_kernel};
 use std::sync::Arc;
 
 fn source(kernel: &dyn CubeKernel) -> String {
@@ -167,5 +167,32 @@ fn attention_kernels_are_lowered() {
         let text = source(&kernel);
         keep(&format!("decode-attention-{head_dim}"), &text);
         assert!(text.contains("__threadfence"));
+    }
+}
+
+#[test]
+fn steps_read_the_device_s_clock() {
+    let client = cubecl::Device::default().client();
+    let handle = client.empty(1 << 20);
+    let buffer = || unsafe { BufferArg::from_raw_parts(handle.clone(), 1024) };
+    let target = Arc::new(CudaRuntime::target_properties());
+    let count = CubeCount::Static(1, 1, 1);
+    let (properties, dim) = (client.properties_shared(), CubeDim::new_1d(32));
+    let stamp = stamp_kernel::create_dummy_kernel(properties.clone(), target.clone(), count.clone(), dim, buffer());
+    let choose = choose_kernel::create_dummy_kernel(
+        properties,
+        target,
+        count,
+        CubeDim::new_1d(1024),
+        buffer(),
+        buffer(),
+        buffer(),
+        1024,
+        1024,
+        true,
+    );
+    for (name, text) in [("stamp", source(&stamp)), ("choose", source(&choose))] {
+        keep(name, &text);
+        assert!(text.contains("%globaltimer"), "{name}");
     }
 }

@@ -7,7 +7,7 @@ use super::dequantize::{VECTOR_VALUES, dequantize_kernel, dequantize_vectors_ker
 use super::linear::{CUBE_UNITS, TILE_ROWS, linear_kernel};
 use super::ops::{
     AddNorm, Gate, Heads, ROW_UNITS, add_bias_kernel, add_norm_kernel, choose_kernel, embed_kernel, gate_kernel,
-    nll_kernel, rope_append_kernel, soft_cap_kernel,
+    nll_kernel, rope_append_kernel, soft_cap_kernel, stamp_kernel,
 };
 use super::{DeviceMatrix, Kind};
 use cubecl::client::Client;
@@ -477,10 +477,27 @@ pub fn attention(
 /// Units that look for the largest logit.
 const CHOOSE_UNITS: u32 = 256;
 
-/// Chooses the next token greedily and moves the state on.
-pub fn choose(client: &Client, logits: &Handle, vocab: usize, state: &Handle, n_state: usize) {
+/// Returns true where steps can be timed by the device's own clock.
+pub fn has_clock(client: &Client) -> bool {
+    client.name() == "cuda"
+}
+
+/// Starts a clock: its first reading is now. The caller asked [`has_clock`].
+///
+/// # Shapes
+/// `clock` two words a reading, `n_clock` words.
+pub fn stamp(client: &Client, clock: &Handle, n_clock: usize) {
+    // SAFETY: the buffer has room for a reading.
+    unsafe {
+        stamp_kernel::launch_unchecked(client, CubeCount::Static(1, 1, 1), CubeDim::new_1d(32), buffer(clock, n_clock))
+    }
+}
+
+/// Chooses the next token greedily and moves the state on; with a clock, whose buffer has room for as many readings as the state for
+/// tokens, it reads that too.
+pub fn choose(client: &Client, logits: &Handle, vocab: usize, state: &Handle, n_state: usize, clock: Option<&Handle>) {
     let units = if client.name() == "cuda" { 1024 } else { CHOOSE_UNITS };
-    // SAFETY: the buffers have the lengths given.
+    // SAFETY: the buffers have the lengths given; without a clock, none is touched.
     unsafe {
         choose_kernel::launch_unchecked(
             client,
@@ -488,8 +505,10 @@ pub fn choose(client: &Client, logits: &Handle, vocab: usize, state: &Handle, n_
             CubeDim::new_1d(units),
             buffer(logits, vocab),
             buffer(state, n_state),
+            buffer(clock.unwrap_or(logits), if clock.is_some() { 2 * n_state } else { 1 }),
             vocab as u32,
             units,
+            clock.is_some(),
         )
     }
 }

@@ -261,12 +261,37 @@ pub fn rope_append_kernel<A: Float, C: Float>(
     }
 }
 
+/// Writes the device's time as entry `entry` of a clock's readings, two words each.
+#[cube]
+fn read_clock(clock: &mut [u32], entry: u32) {
+    let nanoseconds: u64;
+    gpu_asm!("mov.u64 {}, %%globaltimer;", out(_) nanoseconds);
+    clock[(2u32 * entry) as usize] = u32::cast_from(nanoseconds & 0xffff_ffffu64);
+    clock[(2u32 * entry + 1u32) as usize] = u32::cast_from(nanoseconds >> 32u64);
+}
+
+/// Writes when it runs, in nanoseconds of the device's clock, as a clock's first reading. NVIDIA only.
+#[cube(launch_unchecked, create_dummy_kernel)]
+pub fn stamp_kernel(clock: &mut [u32]) {
+    if ABSOLUTE_POS == 0 {
+        read_clock(clock, 0u32);
+    }
+}
+
 /// Finds the largest logit of the last row, remembers it as the next token and moves the position on: the end of a recorded step.
+/// With a clock it writes when that was, behind the readings of the steps before.
 ///
 /// # Shapes
-/// `logits` `[n]`, `state` as the `STATE_` constants say.
-#[cube(launch_unchecked)]
-pub fn choose_kernel(logits: &[f32], state: &mut [u32], n: u32, #[comptime] units: u32) {
+/// `logits` `[n]`, `state` as the `STATE_` constants say, `clock` two words a reading.
+#[cube(launch_unchecked, create_dummy_kernel)]
+pub fn choose_kernel(
+    logits: &[f32],
+    state: &mut [u32],
+    clock: &mut [u32],
+    n: u32,
+    #[comptime] units: u32,
+    #[comptime] has_clock: bool,
+) {
     let mut best = Shared::<[f32]>::new_slice(comptime!(units as usize));
     let mut place = Shared::<[u32]>::new_slice(comptime!(units as usize));
     let (value, index) = best_of_row(logits, 0u32, n);
@@ -280,6 +305,9 @@ pub fn choose_kernel(logits: &[f32], state: &mut [u32], n: u32, #[comptime] unit
         state[(STATE_HISTORY + 1u32 + n_chosen) as usize] = place[0];
         state[STATE_HISTORY as usize] = n_chosen + 1u32;
         state[STATE_POSITION as usize] = position + 1u32;
+        if comptime!(has_clock) {
+            read_clock(clock, n_chosen + 1u32);
+        }
     }
 }
 

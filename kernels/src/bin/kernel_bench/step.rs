@@ -230,7 +230,7 @@ pub fn step_rows(client: &Client, copy: f64) {
     let attention = Attention::new(client, 1024, &mut random);
     let layer = attention.layer();
     let scratch = DecodeScratch::new(client, &layer).expect("heads that the kernel knows");
-    let choose = || cube::choose(client, &buffers.y, VOCAB, &attention.state, attention.capacity + 16);
+    let choose = || cube::choose(client, &buffers.y, VOCAB, &attention.state, attention.capacity + 16, None);
     attention.at(client, 0);
     println!("choose  {:7.2} us", us(time(client, 20, |_| choose())));
     let head = copies(client, "f16", HEAD, 1, &mut random);
