@@ -26,6 +26,8 @@ pub struct Split {
     pub n_splits: u32,
     /// The last cube combines.
     pub combines: bool,
+    /// Rows of cubes that read ahead what the next launch will read: attention alone leaves most of memory's bandwidth unused.
+    pub ahead: u32,
 }
 
 /// A value that no score reaches: what an empty chunk's maximum is.
@@ -296,10 +298,33 @@ fn load_values<C: Float, W: Size>(
     }
 }
 
+/// Vectors that a unit has in flight while it reads ahead.
+const AHEAD_IN_FLIGHT: u32 = 8;
+
+/// Reads a buffer, one vector a 32-byte sector, so that L2 holds it; `never` is false, and the compiler doesn't know.
+#[cube]
+fn read_ahead(next: &[Vector<u32, Const<4>>], partial: &mut [f32], n_next: u32, never: bool, #[comptime] split: Split) {
+    let row = CUBE_POS_Y - split.n_splits;
+    let stride = comptime!(2 * split.ahead * split.units) * CUBE_COUNT_X;
+    let mut at = 2u32 * ((row * CUBE_COUNT_X + CUBE_POS_X) * split.units + UNIT_POS_X);
+    let mut seen = 0u32;
+    while at < n_next {
+        #[unroll]
+        for i in 0..AHEAD_IN_FLIGHT {
+            let place = at + i * stride;
+            seen |= next[select(place < n_next, place, at) as usize].extract(0usize);
+        }
+        at += AHEAD_IN_FLIGHT * stride;
+    }
+    if never {
+        partial[0] = f32::cast_from(seen);
+    }
+}
+
 /// # Shapes
 /// `qkv` `[(n_heads + 2·n_kv_heads)·head_dim]` f32 before rotation, `table` `[capacity, head_dim / 2, 2]`, `keys`, `values`
 /// `[n_kv_heads, capacity, head_dim]` in vectors, `partial` as [`combine`] reads it, `out` `[n_heads·head_dim]`, `counters`
-/// `[cubes in x]`, zero before and after.
+/// `[cubes in x]`, zero before and after, `next` what the next launch reads, `n_next` vectors of it.
 #[cube(launch_unchecked, create_dummy_kernel)]
 #[expect(clippy::too_many_arguments, reason = "a kernel's buffers and sizes")]
 pub fn decode_attention_kernel<C: Float, W: Size>(
@@ -311,11 +336,19 @@ pub fn decode_attention_kernel<C: Float, W: Size>(
     out: &mut [f32],
     counters: &mut [Atomic<u32>],
     state: &[u32],
+    next: &[Vector<u32, Const<4>>],
+    n_next: u32,
     capacity: u32,
     window: u32,
     scale: f32,
     #[comptime] split: Split,
 ) {
+    if comptime!(split.ahead > 0) {
+        if CUBE_POS_Y >= split.n_splits {
+            read_ahead(next, partial, n_next, capacity == 0u32, split);
+            terminate!();
+        }
+    }
     let head_dim = comptime!(split.heads.head_dim);
     let group = comptime!(split.group);
     let width = W::value().comptime() as u32;
