@@ -7,12 +7,17 @@ use cubecl::{Compiler, CubeKernel};
 use cubecl_cpp::shared::{CompilationOptions, CppCompiler, CppSupportedFeatures};
 use cubecl_cpp::target::Cuda;
 use cubecl_server::runtime::Runtime;
+use labpipe_kernels::cube::Element;
 use labpipe_kernels::cube::decode_attention::{Split, decode_attention_kernel};
 use labpipe_kernels::cube::flash::flash_attention_kernel;
 use labpipe_kernels::cube::gemv::{
     Affine4Pairs, Bf16Pairs, Codebook4Pairs, Epilogue, F16Pairs, Fragments, GemvSpec, Int8Pairs, gemv_kernel,
 };
 use labpipe_kernels::cube::ops::{Heads, choose_kernel, stamp_kernel};
+use labpipe_kernels::cube::quantize::{
+    Book, Reading, absmax_kernel, codebook_codes_kernel, convert_kernel, int4_codes_kernel, int4_stats_kernel,
+    int8_codes_kernel, nested_codes_kernel,
+};
 use std::sync::Arc;
 
 fn source(kernel: &dyn CubeKernel) -> String {
@@ -168,6 +173,61 @@ fn attention_kernels_are_lowered() {
         keep(&format!("decode-attention-{head_dim}"), &text);
         assert!(text.contains("__threadfence"));
     }
+}
+
+/// Exactness rests on IEEE division and on comparisons with NaN: nothing here may be compiled to approximate instructions.
+#[test]
+fn quantizing_kernels_are_lowered() {
+    let client = cubecl::Device::default().client();
+    let handle = client.empty(1 << 20);
+    let buffer = || unsafe { BufferArg::from_raw_parts(handle.clone(), 1024) };
+    let properties = client.properties_shared();
+    let target = Arc::new(CudaRuntime::target_properties());
+    let (count, dim) = (CubeCount::Static(1, 1, 1), CubeDim::new_1d(256));
+    let reading = Reading { source: Element::Bf16, base: Element::F16 };
+    macro_rules! lowered {
+        ($name:literal, $kernel:ident, $($argument:expr),+) => {{
+            let (properties, target) = (properties.clone(), target.clone());
+            let kernel = $kernel::create_dummy_kernel(properties, target, count.clone(), dim, $($argument),+);
+            let text = source(&kernel);
+            keep($name, &text);
+            assert!(!text.contains("__fdividef") && !text.contains("fast_"), "{}", $name);
+        }};
+    }
+    lowered!("quantize-absmax", absmax_kernel, buffer(), buffer(), 1, 64, 0, 0.0, 8, reading);
+    lowered!(
+        "quantize-nf4",
+        codebook_codes_kernel,
+        buffer(),
+        buffer(),
+        buffer(),
+        buffer(),
+        1,
+        64,
+        0,
+        0,
+        Book::Nf4,
+        reading
+    );
+    lowered!(
+        "quantize-fp4",
+        codebook_codes_kernel,
+        buffer(),
+        buffer(),
+        buffer(),
+        buffer(),
+        1,
+        64,
+        0,
+        0,
+        Book::Fp4,
+        reading
+    );
+    lowered!("quantize-nested", nested_codes_kernel, buffer(), buffer(), buffer(), buffer(), 1, 0, 0, 0.0);
+    lowered!("quantize-int8", int8_codes_kernel, buffer(), buffer(), buffer(), 1, 64, 0, 0, reading);
+    lowered!("quantize-int4-stats", int4_stats_kernel, buffer(), buffer(), 1, 64, 32, 0, false, reading);
+    lowered!("quantize-int4", int4_codes_kernel, buffer(), buffer(), buffer(), 1, 64, 32, 0, 0, reading);
+    lowered!("quantize-convert", convert_kernel, buffer(), buffer(), 1, 0, reading);
 }
 
 #[test]
