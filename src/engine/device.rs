@@ -43,10 +43,13 @@ fn cuda(index: usize) -> Result<Arc<dyn Engine>, String> {
     use super::board::{BoardProbe, PERIOD};
     let identity = super::nvidia::probe(index)?;
     let client = cubecl::Device::cuda(index).map_err(|error| format!("open CUDA device {index}: {error}"))?.client();
-    let board = super::nvidia::board(index).map(Arc::new);
+    let physical = client.properties().identity.physical.clone();
+    let bus_id = physical.and_then(|card| card.pci_address).map(|address| address.to_string());
+    let place = super::nvidia::Place { index: index as u32, bus_id };
+    let board = super::nvidia::board(place.clone()).map(Arc::new);
     let free = board.clone();
     let senses = super::gpu::Senses {
-        memory: Box::new(move || Box::new(super::nvidia::GpuProbe::start(index))),
+        memory: Box::new(move || Box::new(super::nvidia::GpuProbe::start(place.clone()))),
         device: Box::new(move || Some(Box::new(BoardProbe::new(board.clone()?, Some(PERIOD))))),
         free_bytes: Arc::new(move || free.as_ref()?.free_bytes()),
     };

@@ -37,6 +37,28 @@ pub fn probe(index: usize) -> Result<String, String> {
     Ok(format!("cuda:{index}: {name}, driver {driver}{power}"))
 }
 
+/// Where NVML finds a device. CUDA counts devices in another order than NVML (the fastest first), and only those that
+/// `CUDA_VISIBLE_DEVICES` leaves: the address on the bus names the same one to both.
+#[derive(Debug, Clone)]
+pub struct Place {
+    /// CUDA's index; what is left where the address is not known.
+    pub index: u32,
+    /// `0000:3b:00.0`.
+    pub bus_id: Option<String>,
+}
+
+impl Place {
+    fn device<'nvml>(&self, nvml: &'nvml Nvml) -> Option<Device<'nvml>> {
+        match &self.bus_id {
+            Some(bus_id) => nvml.device_by_pci_bus_id(bus_id.as_str()).ok().or_else(|| {
+                // Of one there is no doubt.
+                nvml.device_count().is_ok_and(|n| n == 1).then(|| nvml.device_by_index(0).ok()).flatten()
+            }),
+            None => nvml.device_by_index(self.index).ok(),
+        }
+    }
+}
+
 /// Samples memory on a thread of its own.
 pub struct GpuProbe {
     peak_bytes: Arc<AtomicU64>,
@@ -47,7 +69,7 @@ pub struct GpuProbe {
 
 impl GpuProbe {
     /// Starts to sample.
-    pub fn start(index: usize) -> GpuProbe {
+    pub fn start(place: Place) -> GpuProbe {
         let peak_bytes = Arc::new(AtomicU64::new(0));
         let by_process = Arc::new(AtomicBool::new(false));
         let stop = Arc::new(AtomicBool::new(false));
@@ -55,7 +77,7 @@ impl GpuProbe {
         let sampler = std::thread::Builder::new().name("memory-probe".to_owned()).spawn(move || {
             let Ok(nvml) = Nvml::init() else { return };
             while !stopped.load(Ordering::Relaxed) {
-                if let Some((bytes, own)) = used_bytes(&nvml, index as u32) {
+                if let Some((bytes, own)) = used_bytes(&nvml, &place) {
                     is_own.store(own, Ordering::Relaxed);
                     peak.fetch_max(bytes, Ordering::Relaxed);
                 }
@@ -99,8 +121,8 @@ impl MemoryProbe for GpuProbe {
 }
 
 /// Returns bytes used, and whether they are this process's alone.
-fn used_bytes(nvml: &Nvml, index: u32) -> Option<(u64, bool)> {
-    let device = nvml.device_by_index(index).ok()?;
+fn used_bytes(nvml: &Nvml, place: &Place) -> Option<(u64, bool)> {
+    let device = place.device(nvml)?;
     let own = device.running_compute_processes().ok().and_then(|processes| {
         processes.into_iter().find(|process| process.pid == std::process::id()).and_then(|process| {
             match process.used_gpu_memory {
@@ -116,21 +138,21 @@ fn used_bytes(nvml: &Nvml, index: u32) -> Option<(u64, bool)> {
 }
 
 /// Opens NVML once; nothing where it is missing.
-pub fn board(index: usize) -> Option<NvmlBoard> {
+pub fn board(place: Place) -> Option<NvmlBoard> {
     let nvml = Nvml::init().ok()?;
-    let board = NvmlBoard { nvml, index: index as u32 };
+    let board = NvmlBoard { nvml, place };
     board.device().is_some().then_some(board)
 }
 
 /// One GPU's board.
 pub struct NvmlBoard {
     nvml: Nvml,
-    index: u32,
+    place: Place,
 }
 
 impl NvmlBoard {
     fn device(&self) -> Option<Device<'_>> {
-        self.nvml.device_by_index(self.index).ok()
+        self.place.device(&self.nvml)
     }
 
     /// Returns the bytes of device memory that nobody has.
