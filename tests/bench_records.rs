@@ -336,7 +336,7 @@ fn energy_is_told_for_each_case_over_its_tokens_with_clocks_limits_and_a_warning
     );
     assert_eq!(output.body["pool_peak_bytes"], 200, "asked after each of two cases");
     assert_eq!(output.body["pool_peak_method"], "scripted");
-    assert!(output.summary.contains("pp10 20 ± 0 t/s (n = 3, 20.00 J/token)"), "{}", output.summary);
+    assert!(output.summary.contains("pp10 20 ± 0 t/s (n = 3, 20.000 J/token)"), "{}", output.summary);
     let [(Level::Warning, note)] = notes.as_slice() else { panic!("one warning: {notes:?}") };
     assert!(note.starts_with("2 other process(es) used the device while it was measured and held 3.00 MiB"), "{note}");
 }
