@@ -179,12 +179,12 @@ fn decode_attention_agrees_with_the_generic_kernels_at_every_split() {
         let Some(scratch) = DecodeScratch::new(&client, &layer(1)) else {
             return eprintln!("left out: this device's planes are narrower than eight lanes");
         };
-        cube::decode_attention(&client, &layer(1), &scratch, &qkv, &got, &state);
+        cube::decode_attention(&client, &layer(1), &scratch, &qkv, &got, &state, None);
         let want = read(&client, want, n_out);
         let error = relative_error(&read(&client, got.clone(), n_out), &want);
         assert!(error < 1e-5, "{n_heads}/{n_kv_heads} x {head_dim} at {position} of {capacity}: {error:.2e}");
         // Again: the counters are as they were.
-        cube::decode_attention(&client, &layer(1), &scratch, &qkv, &got, &state);
+        cube::decode_attention(&client, &layer(1), &scratch, &qkv, &got, &state, None);
         assert!(relative_error(&read(&client, got, n_out), &want) < 1e-5);
         for (ours, theirs) in [(&caches[1].0, &caches[0].0), (&caches[1].1, &caches[0].1)] {
             let error = relative_error(&read(&client, ours.clone(), n_cache), &read(&client, theirs.clone(), n_cache));

@@ -12,7 +12,7 @@ use labpipe_kernels::cube::flash::flash_attention_kernel;
 use labpipe_kernels::cube::gemv::{
     Affine4Pairs, Bf16Pairs, Codebook4Pairs, Epilogue, F16Pairs, Fragments, GemvSpec, Int8Pairs, gemv_kernel,
 };
-use labpipe_kernels::cube::ops::Heads;
+use labpipe_kernels::cube::ops::{Heads, choose_kernel, stamp_kernel};
 use std::sync::Arc;
 
 fn source(kernel: &dyn CubeKernel) -> String {
@@ -78,11 +78,29 @@ fn matrix_vector_kernels_use_tensor_cores() {
         planes: 8,
         unroll: 3,
         copies: 32,
+        slots: 1,
     };
-    let plain = GemvSpec { nested: false, copies: 1, ..spec };
+    let plain = GemvSpec { nested: false, copies: 8, ..spec };
     let sources = [
         ("gemv-nf4", gemv_source::<Codebook4Pairs>(2, spec)),
         ("gemv-nf4-m8", gemv_source::<Codebook4Pairs>(2, GemvSpec { m: 8, epilogue: Epilogue::SiluMul, ..spec })),
+        (
+            "gemv-nf4-down",
+            gemv_source::<Codebook4Pairs>(2, GemvSpec { n_cols: 8192, planes: 16, unroll: 4, norm: false, ..spec }),
+        ),
+        ("gemv-nf4-16", gemv_source::<Codebook4Pairs>(4, GemvSpec { planes: 8, slots: 2, unroll: 3, ..spec })),
+        (
+            "gemv-nf4-gate",
+            gemv_source::<Codebook4Pairs>(
+                4,
+                GemvSpec { n_rows: 16384, slots: 2, unroll: 1, epilogue: Epilogue::SiluMul, ..spec },
+            ),
+        ),
+        ("gemv-f16-16", gemv_source::<F16Pairs>(4, GemvSpec { planes: 16, ..plain })),
+        (
+            "gemv-f16-down",
+            gemv_source::<F16Pairs>(4, GemvSpec { n_cols: 8192, planes: 16, unroll: 4, norm: false, ..plain }),
+        ),
         ("gemv-int8", gemv_source::<Int8Pairs>(4, plain)),
         ("gemv-f16", gemv_source::<F16Pairs>(4, plain)),
         ("gemv-bf16", gemv_source::<Bf16Pairs>(4, plain)),
@@ -126,12 +144,13 @@ fn attention_kernels_are_lowered() {
         let text = source(&kernel);
         keep(&format!("flash-{head_dim}"), &text);
         assert!(text.contains("ldmatrix") && text.contains("mma.sync"));
-        let split = Split { heads: heads(head_dim), group: 3, chunk: 64, n_splits: 10, combines: true };
+        let split =
+            Split { heads: heads(head_dim), group: 3, units: 256, chunk: 256, n_splits: 10, combines: true, ahead: 16 };
         let kernel = decode_attention_kernel::create_dummy_kernel::<half::f16>(
             properties.clone(),
             target.clone(),
             CubeCount::Static(1, 1, 1),
-            CubeDim::new_1d(128),
+            CubeDim::new_1d(256),
             8,
             buffer(),
             buffer(),
@@ -141,6 +160,8 @@ fn attention_kernels_are_lowered() {
             buffer(),
             buffer(),
             buffer(),
+            buffer(),
+            1,
             1,
             1,
             1.0,
@@ -149,5 +170,32 @@ fn attention_kernels_are_lowered() {
         let text = source(&kernel);
         keep(&format!("decode-attention-{head_dim}"), &text);
         assert!(text.contains("__threadfence"));
+    }
+}
+
+#[test]
+fn steps_read_the_device_s_clock() {
+    let client = cubecl::Device::default().client();
+    let handle = client.empty(1 << 20);
+    let buffer = || unsafe { BufferArg::from_raw_parts(handle.clone(), 1024) };
+    let target = Arc::new(CudaRuntime::target_properties());
+    let count = CubeCount::Static(1, 1, 1);
+    let (properties, dim) = (client.properties_shared(), CubeDim::new_1d(32));
+    let stamp = stamp_kernel::create_dummy_kernel(properties.clone(), target.clone(), count.clone(), dim, buffer());
+    let choose = choose_kernel::create_dummy_kernel(
+        properties,
+        target,
+        count,
+        CubeDim::new_1d(1024),
+        buffer(),
+        buffer(),
+        buffer(),
+        1024,
+        1024,
+        true,
+    );
+    for (name, text) in [("stamp", source(&stamp)), ("choose", source(&choose))] {
+        keep(name, &text);
+        assert!(text.contains("%globaltimer"), "{name}");
     }
 }
