@@ -236,6 +236,11 @@ pub trait Model: Send {
     /// Generates `n_gen` tokens greedily after what the cache holds, each one timed.
     fn decode(&mut self, n_gen: usize) -> Result<Vec<Decoded>, InferenceError>;
 
+    /// Names the clock that the last `decode` was timed with, where it is not the engine's.
+    fn decode_clock(&self) -> Option<&'static str> {
+        None
+    }
+
     /// Generates as `decode` does, and hands over the logits that each token was chosen from, `[vocab_size]`. Where `decode` runs
     /// several tokens in another way than one, the tokens returned are those of that way: [`check_decode`] holds both together.
     ///

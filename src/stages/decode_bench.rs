@@ -74,7 +74,8 @@ static DESCRIPTION: StageDescription = StageDescription {
     ],
 };
 
-const METHOD: &str = "each token is timed alone, from its id to the logits after it on the host; choosing the next token and filling the context stay outside";
+const METHOD: &str = "each token is timed alone, from its id to the logits after it; filling the context stays outside; on a CPU choosing \
+                      the next token does too, on a device it is the last step";
 
 impl Stage for DecodeBench {
     fn description(&self) -> &'static StageDescription {
@@ -133,7 +134,11 @@ impl Stage for DecodeBench {
         body.insert("decode_check_relative_error_max".to_owned(), json!(check.relative_error_max));
         body.insert("decode_check_budget".to_owned(), json!(check.budget));
         watch.describe(&mut body, context.progress);
+        let clock = model.decode_clock();
         describe(&mut body, probe.finish(), &**model, &context.engine.info(), METHOD);
+        if let Some(clock) = clock {
+            body.insert("clock".to_owned(), json!(clock));
+        }
         Ok(StageOutput { body, summary: summary.join(", ") })
     }
 }

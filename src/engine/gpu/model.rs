@@ -147,6 +147,13 @@ impl Model for GpuModel {
         Ok(decoded)
     }
 
+    fn decode_clock(&self) -> Option<&'static str> {
+        self.decoder.as_ref().filter(|decoder| decoder.is_timed_by_device()).map(|_| {
+            "the device's own clock, read at the end of each step; all steps of a sequence are queued at once, and choosing the next \
+             token is in them"
+        })
+    }
+
     /// Decodes twice from the same place: at once, as it is timed, then token by token for the logits.
     fn decode_keeping(&mut self, n_gen: usize, take: &mut TakeLogits<'_>) -> Result<Vec<Decoded>, InferenceError> {
         let (n_tokens, token) = (self.cache.as_ref().map_or(0, |cache| cache.n_tokens), self.next_token);
