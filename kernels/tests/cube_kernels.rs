@@ -150,6 +150,9 @@ fn decode_attention_agrees_with_the_generic_kernels_at_every_split() {
         (6, 2, 64, 200, 64, u32::MAX),
         (8, 1, 128, 300, 257, u32::MAX),
         (3, 1, 128, 300, 299, 70),
+        (6, 2, 64, 600, 513, u32::MAX),
+        (3, 1, 128, 5000, 4700, u32::MAX),
+        (3, 1, 128, 5000, 4700, 900),
     ] {
         let heads = Heads { n_heads, n_kv_heads, head_dim, qk_norm: false, rotary_dim: head_dim };
         let n_cache = (n_kv_heads * head_dim) as usize * capacity;
@@ -179,12 +182,12 @@ fn decode_attention_agrees_with_the_generic_kernels_at_every_split() {
         let Some(scratch) = DecodeScratch::new(&client, &layer(1)) else {
             return eprintln!("left out: this device's planes are narrower than eight lanes");
         };
-        cube::decode_attention(&client, &layer(1), &scratch, &qkv, &got, &state, None);
+        cube::decode_attention(&client, &layer(1), &scratch, &qkv, &got, &state);
         let want = read(&client, want, n_out);
         let error = relative_error(&read(&client, got.clone(), n_out), &want);
         assert!(error < 1e-5, "{n_heads}/{n_kv_heads} x {head_dim} at {position} of {capacity}: {error:.2e}");
         // Again: the counters are as they were.
-        cube::decode_attention(&client, &layer(1), &scratch, &qkv, &got, &state, None);
+        cube::decode_attention(&client, &layer(1), &scratch, &qkv, &got, &state);
         assert!(relative_error(&read(&client, got, n_out), &want) < 1e-5);
         for (ours, theirs) in [(&caches[1].0, &caches[0].0), (&caches[1].1, &caches[0].1)] {
             let error = relative_error(&read(&client, ours.clone(), n_cache), &read(&client, theirs.clone(), n_cache));

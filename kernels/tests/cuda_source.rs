@@ -144,8 +144,7 @@ fn attention_kernels_are_lowered() {
         let text = source(&kernel);
         keep(&format!("flash-{head_dim}"), &text);
         assert!(text.contains("ldmatrix") && text.contains("mma.sync"));
-        let split =
-            Split { heads: heads(head_dim), group: 3, units: 256, chunk: 256, n_splits: 10, combines: true, ahead: 16 };
+        let split = Split { heads: heads(head_dim), group: 3, units: 256, chunk: 256, n_splits: 10, combines: true };
         let kernel = decode_attention_kernel::create_dummy_kernel::<half::f16>(
             properties.clone(),
             target.clone(),
@@ -160,8 +159,6 @@ fn attention_kernels_are_lowered() {
             buffer(),
             buffer(),
             buffer(),
-            buffer(),
-            1,
             1,
             1,
             1.0,

@@ -26,8 +26,6 @@ pub struct Split {
     pub n_splits: u32,
     /// The last cube combines.
     pub combines: bool,
-    /// Rows of cubes that read ahead what the next launch will read: attention alone leaves most of memory's bandwidth unused.
-    pub ahead: u32,
 }
 
 /// A value that no score reaches: what an empty chunk's maximum is.
@@ -189,47 +187,50 @@ fn score_keys<C: Float, W: Size>(
     let mut loaded = Array::<Vector<C, W>>::new(comptime!((n_batch * lane_vectors) as usize));
     #[unroll]
     for batch in 0..comptime!(n_steps / n_batch) {
-        // All of a batch's keys are on their way before the first is used; what is not seen is read from a key that is.
-        #[unroll]
-        for step in 0..n_batch {
-            let key = start + comptime!((batch * n_batch + step) * rows) + row;
-            let safe = select(key >= begin && key < end, key, end - 1u32);
+        // Batches behind the last key are not looked at.
+        if start + comptime!(batch * n_batch * rows) < end {
+            // All of a batch's keys are on their way before the first is used; what is not seen is read from a key that is.
             #[unroll]
-            for v in 0..lane_vectors {
-                loaded[comptime!((step * lane_vectors + v) as usize)] =
-                    keys[(base + safe * row_vectors + lane + comptime!(v * LANES)) as usize];
-            }
-        }
-        #[unroll]
-        for step in 0..n_batch {
-            let key = start + comptime!((batch * n_batch + step) * rows) + row;
-            let is_seen = key >= begin && key < end;
-            let mut dots = Array::<f32>::new(comptime!(split.group as usize));
-            #[unroll]
-            for h in 0..group {
-                dots[h as usize] = 0.0;
-            }
-            #[unroll]
-            for v in 0..lane_vectors {
-                let vector = loaded[comptime!((step * lane_vectors + v) as usize)];
+            for step in 0..n_batch {
+                let key = start + comptime!((batch * n_batch + step) * rows) + row;
+                let safe = select(key >= begin && key < end, key, end - 1u32);
                 #[unroll]
-                for e in 0..width {
-                    let value = f32::cast_from(vector.extract(comptime!(e as usize)));
-                    #[unroll]
-                    for h in 0..group {
-                        dots[h as usize] += value * q[comptime!(((h * lane_vectors + v) * width + e) as usize)];
-                    }
+                for v in 0..lane_vectors {
+                    loaded[comptime!((step * lane_vectors + v) as usize)] =
+                        keys[(base + safe * row_vectors + lane + comptime!(v * LANES)) as usize];
                 }
             }
             #[unroll]
-            for h in 0..group {
-                let mut dot = dots[h as usize];
-                dot += plane_shuffle_xor(dot, 4u32);
-                dot += plane_shuffle_xor(dot, 2u32);
-                dot += plane_shuffle_xor(dot, 1u32);
-                if lane == 0u32 {
-                    let at = comptime!(h * split.chunk + (batch * n_batch + step) * rows) + row;
-                    scores[at as usize] = select(is_seen, dot, lowest());
+            for step in 0..n_batch {
+                let key = start + comptime!((batch * n_batch + step) * rows) + row;
+                let is_seen = key >= begin && key < end;
+                let mut dots = Array::<f32>::new(comptime!(split.group as usize));
+                #[unroll]
+                for h in 0..group {
+                    dots[h as usize] = 0.0;
+                }
+                #[unroll]
+                for v in 0..lane_vectors {
+                    let vector = loaded[comptime!((step * lane_vectors + v) as usize)];
+                    #[unroll]
+                    for e in 0..width {
+                        let value = f32::cast_from(vector.extract(comptime!(e as usize)));
+                        #[unroll]
+                        for h in 0..group {
+                            dots[h as usize] += value * q[comptime!(((h * lane_vectors + v) * width + e) as usize)];
+                        }
+                    }
+                }
+                #[unroll]
+                for h in 0..group {
+                    let mut dot = dots[h as usize];
+                    dot += plane_shuffle_xor(dot, 4u32);
+                    dot += plane_shuffle_xor(dot, 2u32);
+                    dot += plane_shuffle_xor(dot, 1u32);
+                    if lane == 0u32 {
+                        let at = comptime!(h * split.chunk + (batch * n_batch + step) * rows) + row;
+                        scores[at as usize] = select(is_seen, dot, lowest());
+                    }
                 }
             }
         }
@@ -248,10 +249,11 @@ fn share_out(
     #[comptime] split: Split,
 ) {
     let chunk = comptime!(split.chunk);
+    let n_keys = max(end, start) - start;
     let head = (UNIT_POS_X / PLANE_DIM) % split.group;
     let mut largest = lowest();
     let mut k = UNIT_POS_PLANE;
-    while k < chunk {
+    while k < n_keys {
         largest = max(largest, scores[(head * chunk + k) as usize]);
         k += PLANE_DIM;
     }
@@ -298,33 +300,10 @@ fn load_values<C: Float, W: Size>(
     }
 }
 
-/// Vectors that a unit has in flight while it reads ahead.
-const AHEAD_IN_FLIGHT: u32 = 8;
-
-/// Reads a buffer, one vector a 32-byte sector, so that L2 holds it; `never` is false, and the compiler doesn't know.
-#[cube]
-fn read_ahead(next: &[Vector<u32, Const<4>>], partial: &mut [f32], n_next: u32, never: bool, #[comptime] split: Split) {
-    let row = CUBE_POS_Y - split.n_splits;
-    let stride = comptime!(2 * split.ahead * split.units) * CUBE_COUNT_X;
-    let mut at = 2u32 * ((row * CUBE_COUNT_X + CUBE_POS_X) * split.units + UNIT_POS_X);
-    let mut seen = 0u32;
-    while at < n_next {
-        #[unroll]
-        for i in 0..AHEAD_IN_FLIGHT {
-            let place = at + i * stride;
-            seen |= next[select(place < n_next, place, at) as usize].extract(0usize);
-        }
-        at += AHEAD_IN_FLIGHT * stride;
-    }
-    if never {
-        partial[0] = f32::cast_from(seen);
-    }
-}
-
 /// # Shapes
 /// `qkv` `[(n_heads + 2·n_kv_heads)·head_dim]` f32 before rotation, `table` `[capacity, head_dim / 2, 2]`, `keys`, `values`
 /// `[n_kv_heads, capacity, head_dim]` in vectors, `partial` as [`combine`] reads it, `out` `[n_heads·head_dim]`, `counters`
-/// `[cubes in x]`, zero before and after, `next` what the next launch reads, `n_next` vectors of it.
+/// `[cubes in x]`, zero before and after.
 #[cube(launch_unchecked, create_dummy_kernel)]
 #[expect(clippy::too_many_arguments, reason = "a kernel's buffers and sizes")]
 pub fn decode_attention_kernel<C: Float, W: Size>(
@@ -336,19 +315,11 @@ pub fn decode_attention_kernel<C: Float, W: Size>(
     out: &mut [f32],
     counters: &mut [Atomic<u32>],
     state: &[u32],
-    next: &[Vector<u32, Const<4>>],
-    n_next: u32,
     capacity: u32,
     window: u32,
     scale: f32,
     #[comptime] split: Split,
 ) {
-    if comptime!(split.ahead > 0) {
-        if CUBE_POS_Y >= split.n_splits {
-            read_ahead(next, partial, n_next, capacity == 0u32, split);
-            terminate!();
-        }
-    }
     let head_dim = comptime!(split.heads.head_dim);
     let group = comptime!(split.group);
     let width = W::value().comptime() as u32;
@@ -409,20 +380,22 @@ pub fn decode_attention_kernel<C: Float, W: Size>(
     }
     #[unroll]
     for batch in 0..comptime!(n_turns / n_batch) {
-        if comptime!(batch > 0) {
-            load_values::<C, W>(values, &mut loaded, base, start, begin, end, batch, n_batch, split);
-        }
-        #[unroll]
-        for j in 0..n_batch {
-            let vector = loaded[j as usize];
-            let key = comptime!((batch * n_batch + j) * n_row_groups) + row_group;
+        if start + comptime!(batch * n_batch * n_row_groups) < end {
+            if comptime!(batch > 0) {
+                load_values::<C, W>(values, &mut loaded, base, start, begin, end, batch, n_batch, split);
+            }
             #[unroll]
-            for h in 0..group {
-                let share = shares[(comptime!(h * split.chunk) + key) as usize];
+            for j in 0..n_batch {
+                let vector = loaded[j as usize];
+                let key = comptime!((batch * n_batch + j) * n_row_groups) + row_group;
                 #[unroll]
-                for e in 0..width {
-                    acc[comptime!((h * width + e) as usize)] +=
-                        share * f32::cast_from(vector.extract(comptime!(e as usize)));
+                for h in 0..group {
+                    let share = shares[(comptime!(h * split.chunk) + key) as usize];
+                    #[unroll]
+                    for e in 0..width {
+                        acc[comptime!((h * width + e) as usize)] +=
+                            share * f32::cast_from(vector.extract(comptime!(e as usize)));
+                    }
                 }
             }
         }

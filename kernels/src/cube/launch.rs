@@ -585,9 +585,6 @@ pub fn add_bias(client: &Client, element: Element, y: &Handle, bias: &Handle, n:
     with_element!(element, call);
 }
 
-/// Cubes that read ahead.
-const AHEAD_CUBES: u32 = 128;
-
 /// Scratch of [`decode_attention`]: made once for a cache.
 #[derive(Debug, Clone)]
 pub struct DecodeScratch {
@@ -621,6 +618,7 @@ impl DecodeScratch {
             && (units * width).is_multiple_of(heads.head_dim)
             && client.properties().hardware.plane_size_min >= 8;
         let chunk = match layer.capacity {
+            0..=4096 if hands_over => 128,
             _ if hands_over => 256,
             0..=2048 => 64,
             2049..=16_384 => 128,
@@ -628,7 +626,7 @@ impl DecodeScratch {
         };
         let n_splits = layer.capacity.div_ceil(chunk) as u32;
         let combines = n_splits > 1 && hands_over;
-        let split = Split { heads, group, units, chunk: chunk as u32, n_splits, combines, ahead: 0 };
+        let split = Split { heads, group, units, chunk: chunk as u32, n_splits, combines };
         let n_partial = n_splits * heads.n_heads * (heads.head_dim + 2);
         let n_cubes = heads.n_heads / group;
         fits.then(|| DecodeScratch {
@@ -643,8 +641,7 @@ fn vector_width(element: Element) -> u32 {
     16 / element.size_bytes() as u32
 }
 
-/// Rotates, appends and attends for the one token at the state's position. Meanwhile cubes that attention has no use for read the
-/// codes of `next`, the matrix that is multiplied with next, into the device's cache.
+/// Rotates, appends and attends for the one token at the state's position.
 ///
 /// # Shapes
 /// `qkv` `[(n_heads + 2·n_kv_heads)·head_dim]`, `out` `[n_heads·head_dim]`, both f32.
@@ -655,14 +652,9 @@ pub fn decode_attention(
     qkv: &Handle,
     out: &Handle,
     state: &Handle,
-    next: Option<&DeviceMatrix>,
 ) {
-    let (heads, mut split) = (layer.heads, scratch.split);
+    let (heads, split) = (layer.heads, scratch.split);
     let n_cubes = heads.n_heads / split.group;
-    let n_next = next.map_or(0, |matrix| matrix.lens[0] / 4);
-    if n_next > 0 && client.name() == "cuda" {
-        split.ahead = AHEAD_CUBES.div_ceil(n_cubes);
-    }
     let n_out = (heads.n_heads * heads.head_dim) as usize;
     let n_partial = (split.n_splits * heads.n_heads * (heads.head_dim + 2)) as usize;
     macro_rules! call {
@@ -671,7 +663,7 @@ pub fn decode_attention(
             unsafe {
                 decode_attention_kernel::launch_unchecked::<$c>(
                     client,
-                    CubeCount::Static(n_cubes, split.n_splits + split.ahead, 1),
+                    CubeCount::Static(n_cubes, split.n_splits, 1),
                     CubeDim::new_1d(split.units),
                     $width,
                     buffer(qkv, ((heads.n_heads + 2 * heads.n_kv_heads) * heads.head_dim) as usize),
@@ -682,8 +674,6 @@ pub fn decode_attention(
                     buffer(out, n_out),
                     buffer(&scratch.counters, n_cubes as usize),
                     buffer(state, 1),
-                    buffer(next.map_or(state, |matrix| &matrix.codes), n_next.max(1)),
-                    n_next as u32,
                     layer.capacity as u32,
                     layer.window,
                     layer.scale,

@@ -47,8 +47,8 @@ impl Tuning {
         let is_tall = matrix.n_rows >= 8192;
         let (planes, unroll, cubes_a_processor) = match (matrix.kind, is_wide, is_tall) {
             (Kind::Codebook4 | Kind::Affine4, true, _) => (16, 2, 1),
-            (Kind::Codebook4 | Kind::Affine4, false, true) => (8, 3, 2),
-            (Kind::Codebook4 | Kind::Affine4, false, false) => (8, 3, 3),
+            (Kind::Codebook4 | Kind::Affine4, false, true) => (8, 1, 2),
+            (Kind::Codebook4 | Kind::Affine4, false, false) => (8, 2, 3),
             (Kind::Int8, true, _) => (16, 3, 1),
             (Kind::Int8, false, true) => (16, 1, 2),
             (Kind::Int8, false, false) => (8, 2, 3),

@@ -219,10 +219,7 @@ impl Decoder {
         let view = cache.layer(&passes.spec, block, layer_idx);
         self.project(passes, &self.x, Some(&block.attn_norm), &block.qkv, &self.qkv, Epilogue::Store);
         match &self.scratches[layer_idx] {
-            Some(scratch) => {
-                let next = self.fits(passes, &block.o, false);
-                cube::decode_attention(client, &view, scratch, &self.qkv, &self.attn, &self.state, next);
-            }
+            Some(scratch) => cube::decode_attention(client, &view, scratch, &self.qkv, &self.attn, &self.state),
             None => {
                 cube::rope_append(client, Element::F32, &view, &self.qkv, &self.q, &self.state, 1);
                 cube::attention(client, Element::F32, &view, &self.q, &self.attn, &self.state, 1);

@@ -208,10 +208,10 @@ fn attention_rows(client: &Client, buffers: &Buffers, random: &mut Random) {
             cube::rope_append(client, Element::F32, &layer, &attention.qkv, &buffers.normed, &attention.state, 1);
             cube::attention(client, Element::F32, &layer, &buffers.normed, &buffers.want, &attention.state, 1);
             let want = read(client, &buffers.want)[..HIDDEN].to_vec();
-            cube::decode_attention(client, &layer, &scratch, &attention.qkv, &buffers.y, &attention.state, None);
+            cube::decode_attention(client, &layer, &scratch, &attention.qkv, &buffers.y, &attention.state);
             let error = relative_error(&read(client, &buffers.y)[..HIDDEN], &want);
             let seconds = time(client, 56, |_| {
-                cube::decode_attention(client, &layer, &scratch, &attention.qkv, &buffers.y, &attention.state, None);
+                cube::decode_attention(client, &layer, &scratch, &attention.qkv, &buffers.y, &attention.state);
             });
             let us = seconds.map_or(f64::NAN, |s| s * 1e6);
             println!("attention at {position:5} of {capacity:5}  {us:7.2} us  error {error:.1e}");
@@ -261,7 +261,7 @@ pub fn step_rows(client: &Client, copy: f64) {
                 100.0 * rate / copy
             );
         }
-        for (position, ahead) in [(0, false), (0, true), (512, false), (512, true)] {
+        for position in [0, 512] {
             attention.at(client, position);
             let step = time(client, 1, |_| {
                 for i in 0..LAYERS {
@@ -269,17 +269,8 @@ pub fn step_rows(client: &Client, copy: f64) {
                         let matrix = &matrices[u][i];
                         buffers.launch(client, matrix, USES[u], y, Tuning::of(matrix));
                     };
-                    let next = ahead.then_some(&matrices[1][i]);
                     launch(0, &buffers.wide);
-                    cube::decode_attention(
-                        client,
-                        &layer,
-                        &scratch,
-                        &buffers.wide,
-                        &buffers.normed,
-                        &attention.state,
-                        next,
-                    );
+                    cube::decode_attention(client, &layer, &scratch, &buffers.wide, &buffers.normed, &attention.state);
                     launch(1, &buffers.y);
                     launch(2, &buffers.want);
                     launch(3, &buffers.y);
@@ -287,11 +278,7 @@ pub fn step_rows(client: &Client, copy: f64) {
                 buffers.launch(client, &head[0], HEAD, &buffers.wide, Tuning::of(&head[0]));
                 choose();
             });
-            println!(
-                "{kind:11} a token from {position}, read ahead {ahead}: {:.3} ms, {:.0} tokens/s",
-                us(step) / 1e3,
-                1e6 / us(step)
-            );
+            println!("{kind:11} a token from {position}: {:.3} ms, {:.0} tokens/s", us(step) / 1e3, 1e6 / us(step));
         }
     }
 }

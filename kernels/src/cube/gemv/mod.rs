@@ -226,7 +226,7 @@ pub fn gemv_kernel<S: Fragments, V: Size>(
     let row_turns = comptime!(turns(spec.n_cols / 8, spec));
     let scale_turns = comptime!(turns(tile_scales(spec), spec));
 
-    let mut pairs = Shared::<[Vector<u32, Const<4>>]>::new_slice(comptime!((spec.m * spec.n_cols / 8 + 1) as usize));
+    let mut pairs = Shared::<[Vector<u32, Const<4>>]>::new_slice(comptime!((spec.m * spec.n_cols / 8) as usize));
     let mut partial = Shared::<[f32]>::new_slice(comptime!((2 * half_sums) as usize));
     let mut table =
         Shared::<[u32]>::new_slice(comptime!(if layout.has_table { (256 * spec.copies) as usize } else { 1 }));
@@ -267,10 +267,6 @@ pub fn gemv_kernel<S: Fragments, V: Size>(
         let mut values = Array::<f32>::new(comptime!(turns(256, spec) as usize));
         fetch_map(tables, &mut offsets, &mut values, spec);
         write_map(&values, &mut map, spec);
-    }
-    if UNIT_POS == 0 {
-        // What a slot reads where its block is not.
-        pairs[comptime!((spec.m * spec.n_cols / 8) as usize)] = Vector::<u32, Const<4>>::new(0u32);
     }
     #[unroll]
     for x_row in 0..spec.m {

@@ -67,10 +67,11 @@ pub(super) fn multiply_batch<S: Fragments, V: Size>(
     if comptime!(spec.copies < 32) {
         lane_copy = lane % spec.copies;
     }
-    // Which row of x this lane's column of the product is, and whether the lane's columns lie in that column's block.
+    // Which row of x this lane's column of the product is. The lane has something for it where its columns lie in the column's block;
+    // all other lanes read nothing, which is most of what reading x would cost.
     let x_row = group % spec.m;
     let slot = (group / spec.m) % spec.slots;
-    let is_mine = quarter / comptime!(4 / spec.slots) == slot;
+    let is_mine = group < comptime!(spec.n_columns()) && quarter / comptime!(4 / spec.slots) == slot;
     #[unroll]
     for u in 0..spec.unroll {
         let step = comptime!((batch * spec.unroll + u) * spec.planes) + plane;
@@ -83,11 +84,10 @@ pub(super) fn multiply_batch<S: Fragments, V: Size>(
                 + quarter * comptime!(2 * spec.slots);
             #[unroll]
             for half in 0..comptime!(2 * spec.slots) {
-                let mut place = x_base + half;
-                if comptime!(spec.slots > 1) {
-                    place = select(is_mine, place, comptime!(spec.m * spec.n_cols / 8));
+                let mut x_words = Vector::<u32, Const<4>>::new(0u32);
+                if is_mine {
+                    x_words = pairs[(x_base + half) as usize];
                 }
-                let x_words = pairs[place as usize];
                 #[unroll]
                 for j in 0..2u32 {
                     let p0 = comptime!(4 * half + 2 * j);
