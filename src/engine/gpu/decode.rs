@@ -149,6 +149,11 @@ impl Decoder {
         Ok(durations)
     }
 
+    /// Returns true where steps are timed by the device's clock: for records.
+    pub fn is_timed_by_device(&self) -> bool {
+        self.clock.is_some() && self.graph.is_some()
+    }
+
     fn check_logits(&self, client: &Client, vocab_size: usize) -> Result<(), InferenceError> {
         let logits = super::rows::read(client, &self.logits, Element::F32, vocab_size)?;
         match logits.iter().find(|logit| !logit.is_finite()) {

@@ -32,12 +32,22 @@ impl GpuCache {
         let n_bytes = capacity * spec.kv_width() * compute.size_bytes();
         let layers = (0..spec.n_layers).map(|_| (client.empty(n_bytes), client.empty(n_bytes))).collect();
         let ropes = spec.attentions.iter().map(|kind| RopeTable::new(client, &kind.rope, capacity)).collect();
-        let n_bytes = (2 * spec.n_layers * n_bytes) as u64;
+        let n_bytes = GpuCache::bytes_of(spec, compute, capacity);
         GpuCache { layers, ropes, element: element(compute), capacity, n_tokens: 0, n_bytes }
+    }
+
+    /// Returns the bytes that keys and values of `capacity` tokens take.
+    pub fn bytes_of(spec: &ModelSpec, compute: DType, capacity: usize) -> u64 {
+        2 * spec.n_layers as u64 * capacity as u64 * (spec.kv_width() * compute.size_bytes()) as u64
     }
 
     pub fn n_bytes(&self) -> u64 {
         self.n_bytes
+    }
+
+    /// Returns every buffer of keys and values.
+    pub fn handles(&self) -> impl Iterator<Item = &Handle> {
+        self.layers.iter().flat_map(|(keys, values)| [keys, values])
     }
 
     /// Returns what the attention of one layer reads.
