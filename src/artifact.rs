@@ -106,8 +106,11 @@ pub struct MemoryFigures {
     pub weights_bytes: Option<u64>,
     /// Bytes of the key-value cache as allocated.
     pub kv_cache_bytes: Option<u64>,
-    /// What the device allocator reserved at the stage's end, cleaned at its start.
+    /// The most that the device's allocator held when asked, cleaned at the stage's start.
     pub pool_peak_bytes: Option<u64>,
+    /// How `pool_peak_bytes` was measured, in words; null where it was not.
+    #[serde(default)]
+    pub pool_peak_method: Option<String>,
     pub process_peak_bytes: Option<u64>,
     /// How `process_peak_bytes` was measured, in words.
     pub process_peak_method: String,
@@ -273,6 +276,33 @@ pub struct DecodeResult {
     /// n_gen / Σ latencies, averaged over sequences.
     pub tokens_per_second: f64,
     pub tokens_per_second_stdev: Option<f64>,
+}
+
+/// One row of a benchmark record's `power`: the device's board over the timed regions of the row of `results` that has the same
+/// label. Null where the board does not tell.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct PowerResult {
+    /// `pp512`, `tg128 @ d512`.
+    pub label: String,
+    /// Tokens read or generated in the timed regions.
+    pub n_tokens: usize,
+    pub energy_per_token_j: Option<f64>,
+    pub energy_j: Option<f64>,
+    /// Duration of the timed regions together.
+    pub window_s: f64,
+    /// energy_j / window_s.
+    pub power_w_mean: Option<f64>,
+    pub power_limit_w: Option<f64>,
+    pub sm_clock_mhz_min: Option<f64>,
+    pub sm_clock_mhz_median: Option<f64>,
+    pub memory_clock_mhz_min: Option<f64>,
+    pub memory_clock_mhz_median: Option<f64>,
+    /// Samples of clocks, power and throttling.
+    pub n_samples: usize,
+    /// Why clocks were lower than they could be, as NVML names it, in any sample.
+    pub throttle_reasons: Vec<String>,
+    /// Where `energy_j` comes from, or why there is none.
+    pub energy_method: String,
 }
 
 /// One row of a `quantize` record's `modules`.

@@ -3,8 +3,14 @@
 //! Whole sequences go in, small results come out; logits stay on the device unless asked for. The engine owns the
 //! clock that it times with and names it. Module names are Hugging Face's (`model.layers.4.mlp.down_proj`).
 
+mod decode_check;
+mod device_probe;
+mod error;
 mod log_probs;
 
+pub use decode_check::{CHECKED_POSITIONS, DecodeCheck, check_decode, decode_budget};
+pub use device_probe::{DeviceFigures, DeviceProbe, OtherProcesses};
+pub use error::InferenceError;
 pub use log_probs::{LogProbFormat, LogProbRows, LogProbSink, LogProbSource, argmax, diverge_logits, score_logits};
 
 use crate::artifact::{MemoryFigures, QuantizedModule};
@@ -201,6 +207,9 @@ pub trait CaptureSink {
 
 /// Samples memory while a stage measures.
 pub trait MemoryProbe: Send {
+    /// Notes what the device's allocator holds now: called between what a stage measures, never in a timed region.
+    fn mark(&mut self) {}
+
     /// Stops sampling and returns what was seen; `weights_bytes` and `kv_cache_bytes` are the model's to fill in.
     fn finish(self: Box<Self>) -> MemoryFigures;
 }
@@ -226,6 +235,18 @@ pub trait Model: Send {
 
     /// Generates `n_gen` tokens greedily after what the cache holds, each one timed.
     fn decode(&mut self, n_gen: usize) -> Result<Vec<Decoded>, InferenceError>;
+
+    /// Names the clock that the last `decode` was timed with, where it is not the engine's.
+    fn decode_clock(&self) -> Option<&'static str> {
+        None
+    }
+
+    /// Generates as `decode` does, and hands over the logits that each token was chosen from, `[vocab_size]`. Where `decode` runs
+    /// several tokens in another way than one, the tokens returned are those of that way: [`check_decode`] holds both together.
+    ///
+    /// # Errors
+    /// Those of `decode`, and what `take` returns.
+    fn decode_keeping(&mut self, n_gen: usize, take: &mut TakeLogits<'_>) -> Result<Vec<Decoded>, InferenceError>;
 
     /// Returns the logits of the last position of `tokens`, `[vocab_size]`. The cache is emptied first.
     fn last_logits(&mut self, tokens: &[u32]) -> Result<Vec<f32>, InferenceError>;
@@ -358,47 +379,14 @@ pub trait Engine: Send + Sync {
 
     /// Starts to watch memory.
     fn memory_probe(&self) -> Box<dyn MemoryProbe>;
-}
 
-/// Why an engine could not do what was asked.
-#[derive(Debug, thiserror::Error)]
-#[non_exhaustive]
-pub enum InferenceError {
-    #[error("read model file {path}: {reason}")]
-    File { path: PathBuf, reason: String },
-    #[error("write model file {path}: {reason}")]
-    Write { path: PathBuf, reason: String },
-    #[error("read {path}: architecture {found:?} is not known; labpipe knows {known}")]
-    UnknownArchitecture { path: PathBuf, found: String, known: String },
-    #[error("load tensor {tensor}: expected {expected}, found {found} in {path}")]
-    Tensor { path: PathBuf, tensor: String, expected: String, found: String },
-    #[error(
-        "load tensor {tensor} from {path}: value {value} at index {index}; the file is damaged or was saved from a diverged run"
-    )]
-    NotFinite { path: PathBuf, tensor: String, index: usize, value: f32 },
-    #[error("compute {what}: the result is not finite")]
-    NotFiniteResult { what: String },
-    #[error("quantize {module}: {reason}")]
-    Quantize { module: String, reason: String },
-    #[error("run {asked} tokens: the model's context holds {n_ctx_max}")]
-    ContextTooLong { asked: usize, n_ctx_max: usize },
-    #[error("run token id {token}: the vocabulary has {vocab_size} entries; does the tokenizer belong to this model?")]
-    TokenOutOfRange { token: u32, vocab_size: usize },
-    #[error("allocate {asked_bytes} bytes on {device}: {free_bytes:?} free")]
-    OutOfMemory { device: String, asked_bytes: u64, free_bytes: Option<u64> },
-    #[error("use device {device}: {reason}")]
-    Device { device: String, reason: String },
-    #[error("{0}")]
-    Unsupported(String),
-    #[error("pass values on: {0}")]
-    Sink(String),
-    #[error("cancelled")]
-    Cancelled,
-}
+    /// Returns what watches the device's energy and clocks; nothing where the device tells of neither.
+    fn device_probe(&self) -> Option<Box<dyn DeviceProbe>> {
+        None
+    }
 
-impl InferenceError {
-    /// Returns true where the device is missing or out of memory (exit code 4).
-    pub fn is_device(&self) -> bool {
-        matches!(self, InferenceError::OutOfMemory { .. } | InferenceError::Device { .. })
+    /// Returns the bytes of device memory that could still be allocated; nothing where the device does not tell.
+    fn free_bytes(&self) -> Option<u64> {
+        None
     }
 }

@@ -5,7 +5,7 @@ use labpipe::engine;
 use labpipe::event::NullProgress;
 use labpipe::inference::{
     CaptureFilter, CaptureSink, CaptureSite, InferenceError, LogProbFormat, LogProbRows, LogProbSink, LogProbSource,
-    Model, ModelRecipe, ModelSource, TokenScore,
+    Model, ModelRecipe, ModelSource, TokenScore, check_decode, decode_budget,
 };
 use labpipe::metrics::ActivationDiff;
 use labpipe::units::DType;
@@ -250,6 +250,49 @@ fn half_precision_compute_stays_near_f32() {
 }
 
 #[test]
+fn decode_is_prefill_within_the_budget_at_64_positions_and_goes_on_where_it_was() {
+    let int8 = labpipe::quantization::parse("scheme: int8\noutlier_threshold: 6.0\n", "int8", "int8");
+    let int8 = Some(int8.expect("a config"));
+    let half = ModelRecipe { compute_dtype: Some(DType::F16), ..recipe() };
+    let cases = [
+        (recipe(), false, 1e-4),
+        (nf4(true), false, 1e-4),
+        (half, false, 2e-2),
+        (ModelRecipe { quantization: int8, ..recipe() }, true, 3e-2),
+    ];
+    for (recipe, quantizes, reached) in cases {
+        // wgpu computes in f32 alone, and no GPU kernel quantizes activations.
+        let is_half = recipe.compute_dtype == Some(DType::F16);
+        if (is_half && device() == "wgpu") || (quantizes && device() != "cpu") {
+            continue;
+        }
+        let mut model = open(&recipe);
+        let budget = decode_budget(model.info().compute_dtype, quantizes);
+        model.reserve(80).expect("room");
+        let check = check_decode(model.as_mut(), &[1], 64, budget).expect("decode is prefill");
+        assert_eq!((check.n_positions, check.budget), (64, budget));
+        assert!(check.relative_error_max < reached, "{:.2e} is over {reached:.0e}", check.relative_error_max);
+        // What is kept are the tokens that are generated anyway.
+        let greedy = |model: &mut dyn Model| {
+            model.prefill(&[1, 20]).expect("a prefill");
+            model.decode(16).expect("tokens").iter().map(|token| token.token).collect::<Vec<u32>>()
+        };
+        let expected = greedy(model.as_mut());
+        model.prefill(&[1, 20]).expect("a prefill");
+        let mut n_rows = 0;
+        let mut kept = Vec::new();
+        for n_gen in [5, 11] {
+            let some = model.decode_keeping(n_gen, &mut |logits| {
+                n_rows += logits.len() / 512;
+                Ok(())
+            });
+            kept.extend(some.expect("tokens").iter().map(|token| token.token));
+        }
+        assert_eq!((kept, n_rows), (expected, 16));
+    }
+}
+
+#[test]
 fn bad_tokens_and_contexts_are_errors() {
     let mut model = open(&recipe());
     assert!(matches!(model.last_logits(&[600]), Err(InferenceError::TokenOutOfRange { token: 600, vocab_size: 512 })));
@@ -284,6 +327,14 @@ impl Model for Plain {
 
     fn decode(&mut self, n_gen: usize) -> Result<Vec<labpipe::inference::Decoded>, InferenceError> {
         self.0.decode(n_gen)
+    }
+
+    fn decode_keeping(
+        &mut self,
+        n_gen: usize,
+        take: &mut labpipe::inference::TakeLogits<'_>,
+    ) -> Result<Vec<labpipe::inference::Decoded>, InferenceError> {
+        self.0.decode_keeping(n_gen, take)
     }
 
     fn last_logits(&mut self, tokens: &[u32]) -> Result<Vec<f32>, InferenceError> {

@@ -4,7 +4,7 @@ use labpipe::artifact::{MemoryFigures, QuantizedModule};
 use labpipe::event::{NullSink, Progress};
 use labpipe::inference::{
     CaptureFilter, CaptureSink, Decoded, Engine, EngineInfo, InferenceError, MemoryProbe, Model, ModelInfo,
-    ModelRecipe, ModelSource, Prefilled, TokenScore,
+    ModelRecipe, ModelSource, Prefilled, TakeLogits, TokenScore,
 };
 use labpipe::pipeline::{ParseOptions, parse};
 use labpipe::plan::{Selection, build};
@@ -118,6 +118,10 @@ impl Engine for FakeEngine {
     fn memory_probe(&self) -> Box<dyn MemoryProbe> {
         Box::new(NoProbe)
     }
+
+    fn free_bytes(&self) -> Option<u64> {
+        Some(5 << 20)
+    }
 }
 
 impl FakeModel {
@@ -150,6 +154,12 @@ impl Model for FakeModel {
 
     fn decode(&mut self, n_gen: usize) -> Result<Vec<Decoded>, InferenceError> {
         Ok((0..n_gen).map(|_| Decoded { token: 1, duration_s: self.latency_s() }).collect())
+    }
+
+    fn decode_keeping(&mut self, n_gen: usize, take: &mut TakeLogits<'_>) -> Result<Vec<Decoded>, InferenceError> {
+        let decoded = self.decode(n_gen)?;
+        decoded.iter().try_for_each(|_| take(&[0.0; 32]))?;
+        Ok(decoded)
     }
 
     fn last_logits(&mut self, _tokens: &[u32]) -> Result<Vec<f32>, InferenceError> {
@@ -193,7 +203,7 @@ const SEED: ParamDesc = ParamDesc {
 };
 const NEEDS: ParamDesc = ParamDesc {
     name: "needs",
-    ty: ParamType::StageRef(&["make", "use", "measure", "fail", "panic", "cancel", "gather"]),
+    ty: ParamType::StageRef(&["make", "use", "measure", "full", "fail", "panic", "cancel", "gather"]),
     unit: None,
     default: ParamDefault::Absent,
     help: "an input",
@@ -210,10 +220,11 @@ const fn kind(kind: &'static str, measures: bool, computes: bool, params: &'stat
     StageDescription { kind, summary: "Pretends.", version: 1, measures, computes, params }
 }
 
-static KINDS: [StageDescription; 7] = [
+static KINDS: [StageDescription; 8] = [
     kind("make", false, true, &[SEED]),
     kind("use", false, true, &[MODEL, SEED]),
     kind("measure", true, true, &[MODEL]),
+    kind("full", true, true, &[MODEL]),
     kind("fail", false, false, &[NEEDS]),
     kind("panic", false, false, &[NEEDS]),
     kind("cancel", false, false, &[NEEDS]),
@@ -252,6 +263,10 @@ impl Fake {
                 if self.description.measures && beside > 0 {
                     self.seen.disturbed.fetch_add(1, Ordering::SeqCst);
                 }
+            }
+            "full" => {
+                let _lease = context.models.acquire(&context.recipe("model")?, context.progress)?;
+                return Err(InferenceError::out_of_memory("a cache", 7 << 30, None).into());
             }
             "fail" => return Err(StageError::Other("do what it should".to_owned())),
             "panic" => panic!("a bug of the test's own"),
@@ -388,6 +403,20 @@ fn a_failure_skips_what_needs_it_and_nothing_else_and_gathering_goes_on_without_
         ("failed", "skipped", "done", "done", "skipped")
     );
     assert_eq!(outcome.results["all"].record.body["missing"], json!(["f"]));
+}
+
+#[test]
+fn a_device_without_room_ends_the_stage_with_sizes_and_exit_code_4_and_the_next_stage_has_a_new_model() {
+    let bench = Bench::new();
+    let stages = "  a: { kind: make, seed: 1 }\n  f: { kind: full, model: a }\n  z: { kind: use, model: a }\n";
+    let outcome = bench.run(stages, 1);
+    let found = outcomes(&outcome);
+    assert_eq!((found["f"], found["z"], outcome.exit_code), ("failed", "done", 4));
+    let error = outcome.stages.iter().find(|stage| stage.stage == "f").and_then(|stage| stage.error.clone());
+    let error = error.expect("an error");
+    assert!(error.contains("a cache on fake device: 7.00 GiB asked for, 5.00 MiB free; close other"), "{error}");
+    assert_eq!(*bench.seen.opened.lock().expect("the list"), ["m1", "m1"]);
+    assert_eq!(outcomes(&bench.run("  a: { kind: make, seed: 1 }\n  z: { kind: use, model: a }\n", 1))["z"], "cached");
 }
 
 #[test]

@@ -33,6 +33,12 @@ impl SharedBytes {
         SharedBytes { owner: Arc::new(Values(values)), range: 0..n_bytes }
     }
 
+    /// Returns a part of these bytes, of the same owner; less where `range` reaches past their end.
+    pub fn slice(&self, range: Range<usize>) -> SharedBytes {
+        let (start, end) = (self.range.start.saturating_add(range.start), self.range.start.saturating_add(range.end));
+        SharedBytes { owner: Arc::clone(&self.owner), range: start.min(self.range.end)..end.min(self.range.end) }
+    }
+
     pub fn as_slice(&self) -> &[u8] {
         &(*self.owner).as_ref()[self.range.clone()]
     }

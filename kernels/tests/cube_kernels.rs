@@ -150,6 +150,9 @@ fn decode_attention_agrees_with_the_generic_kernels_at_every_split() {
         (6, 2, 64, 200, 64, u32::MAX),
         (8, 1, 128, 300, 257, u32::MAX),
         (3, 1, 128, 300, 299, 70),
+        (6, 2, 64, 600, 513, u32::MAX),
+        (3, 1, 128, 5000, 4700, u32::MAX),
+        (3, 1, 128, 5000, 4700, 900),
     ] {
         let heads = Heads { n_heads, n_kv_heads, head_dim, qk_norm: false, rotary_dim: head_dim };
         let n_cache = (n_kv_heads * head_dim) as usize * capacity;

@@ -7,12 +7,17 @@ use cubecl::{Compiler, CubeKernel};
 use cubecl_cpp::shared::{CompilationOptions, CppCompiler, CppSupportedFeatures};
 use cubecl_cpp::target::Cuda;
 use cubecl_server::runtime::Runtime;
+use labpipe_kernels::cube::Element;
 use labpipe_kernels::cube::decode_attention::{Split, decode_attention_kernel};
 use labpipe_kernels::cube::flash::flash_attention_kernel;
 use labpipe_kernels::cube::gemv::{
     Affine4Pairs, Bf16Pairs, Codebook4Pairs, Epilogue, F16Pairs, Fragments, GemvSpec, Int8Pairs, gemv_kernel,
 };
-use labpipe_kernels::cube::ops::Heads;
+use labpipe_kernels::cube::ops::{Heads, choose_kernel, stamp_kernel};
+use labpipe_kernels::cube::quantize::{
+    Book, Reading, absmax_kernel, codebook_codes_kernel, convert_kernel, int4_codes_kernel, int4_stats_kernel,
+    int8_codes_kernel, nested_codes_kernel,
+};
 use std::sync::Arc;
 
 fn source(kernel: &dyn CubeKernel) -> String {
@@ -78,11 +83,29 @@ fn matrix_vector_kernels_use_tensor_cores() {
         planes: 8,
         unroll: 3,
         copies: 32,
+        slots: 1,
     };
-    let plain = GemvSpec { nested: false, copies: 1, ..spec };
+    let plain = GemvSpec { nested: false, copies: 8, ..spec };
     let sources = [
         ("gemv-nf4", gemv_source::<Codebook4Pairs>(2, spec)),
         ("gemv-nf4-m8", gemv_source::<Codebook4Pairs>(2, GemvSpec { m: 8, epilogue: Epilogue::SiluMul, ..spec })),
+        (
+            "gemv-nf4-down",
+            gemv_source::<Codebook4Pairs>(2, GemvSpec { n_cols: 8192, planes: 16, unroll: 4, norm: false, ..spec }),
+        ),
+        ("gemv-nf4-16", gemv_source::<Codebook4Pairs>(4, GemvSpec { planes: 8, slots: 2, unroll: 3, ..spec })),
+        (
+            "gemv-nf4-gate",
+            gemv_source::<Codebook4Pairs>(
+                4,
+                GemvSpec { n_rows: 16384, slots: 2, unroll: 1, epilogue: Epilogue::SiluMul, ..spec },
+            ),
+        ),
+        ("gemv-f16-16", gemv_source::<F16Pairs>(4, GemvSpec { planes: 16, ..plain })),
+        (
+            "gemv-f16-down",
+            gemv_source::<F16Pairs>(4, GemvSpec { n_cols: 8192, planes: 16, unroll: 4, norm: false, ..plain }),
+        ),
         ("gemv-int8", gemv_source::<Int8Pairs>(4, plain)),
         ("gemv-f16", gemv_source::<F16Pairs>(4, plain)),
         ("gemv-bf16", gemv_source::<Bf16Pairs>(4, plain)),
@@ -126,12 +149,12 @@ fn attention_kernels_are_lowered() {
         let text = source(&kernel);
         keep(&format!("flash-{head_dim}"), &text);
         assert!(text.contains("ldmatrix") && text.contains("mma.sync"));
-        let split = Split { heads: heads(head_dim), group: 3, chunk: 64, n_splits: 10, combines: true };
+        let split = Split { heads: heads(head_dim), group: 3, units: 256, chunk: 256, n_splits: 10, combines: true };
         let kernel = decode_attention_kernel::create_dummy_kernel::<half::f16>(
             properties.clone(),
             target.clone(),
             CubeCount::Static(1, 1, 1),
-            CubeDim::new_1d(128),
+            CubeDim::new_1d(256),
             8,
             buffer(),
             buffer(),
@@ -149,5 +172,87 @@ fn attention_kernels_are_lowered() {
         let text = source(&kernel);
         keep(&format!("decode-attention-{head_dim}"), &text);
         assert!(text.contains("__threadfence"));
+    }
+}
+
+/// Exactness rests on IEEE division and on comparisons with NaN: nothing here may be compiled to approximate instructions.
+#[test]
+fn quantizing_kernels_are_lowered() {
+    let client = cubecl::Device::default().client();
+    let handle = client.empty(1 << 20);
+    let buffer = || unsafe { BufferArg::from_raw_parts(handle.clone(), 1024) };
+    let properties = client.properties_shared();
+    let target = Arc::new(CudaRuntime::target_properties());
+    let (count, dim) = (CubeCount::Static(1, 1, 1), CubeDim::new_1d(256));
+    let reading = Reading { source: Element::Bf16, base: Element::F16 };
+    macro_rules! lowered {
+        ($name:literal, $kernel:ident, $($argument:expr),+) => {{
+            let (properties, target) = (properties.clone(), target.clone());
+            let kernel = $kernel::create_dummy_kernel(properties, target, count.clone(), dim, $($argument),+);
+            let text = source(&kernel);
+            keep($name, &text);
+            assert!(!text.contains("__fdividef") && !text.contains("fast_"), "{}", $name);
+        }};
+    }
+    lowered!("quantize-absmax", absmax_kernel, buffer(), buffer(), 1, 64, 0, 0.0, 8, reading);
+    lowered!(
+        "quantize-nf4",
+        codebook_codes_kernel,
+        buffer(),
+        buffer(),
+        buffer(),
+        buffer(),
+        1,
+        64,
+        0,
+        0,
+        Book::Nf4,
+        reading
+    );
+    lowered!(
+        "quantize-fp4",
+        codebook_codes_kernel,
+        buffer(),
+        buffer(),
+        buffer(),
+        buffer(),
+        1,
+        64,
+        0,
+        0,
+        Book::Fp4,
+        reading
+    );
+    lowered!("quantize-nested", nested_codes_kernel, buffer(), buffer(), buffer(), buffer(), 1, 0, 0, 0.0);
+    lowered!("quantize-int8", int8_codes_kernel, buffer(), buffer(), buffer(), 1, 64, 0, 0, reading);
+    lowered!("quantize-int4-stats", int4_stats_kernel, buffer(), buffer(), 1, 64, 32, 0, false, reading);
+    lowered!("quantize-int4", int4_codes_kernel, buffer(), buffer(), buffer(), 1, 64, 32, 0, 0, reading);
+    lowered!("quantize-convert", convert_kernel, buffer(), buffer(), 1, 0, reading);
+}
+
+#[test]
+fn steps_read_the_device_s_clock() {
+    let client = cubecl::Device::default().client();
+    let handle = client.empty(1 << 20);
+    let buffer = || unsafe { BufferArg::from_raw_parts(handle.clone(), 1024) };
+    let target = Arc::new(CudaRuntime::target_properties());
+    let count = CubeCount::Static(1, 1, 1);
+    let (properties, dim) = (client.properties_shared(), CubeDim::new_1d(32));
+    let stamp = stamp_kernel::create_dummy_kernel(properties.clone(), target.clone(), count.clone(), dim, buffer());
+    let choose = choose_kernel::create_dummy_kernel(
+        properties,
+        target,
+        count,
+        CubeDim::new_1d(1024),
+        buffer(),
+        buffer(),
+        buffer(),
+        1024,
+        1024,
+        true,
+    );
+    for (name, text) in [("stamp", source(&stamp)), ("choose", source(&choose))] {
+        keep(name, &text);
+        assert!(text.contains("%globaltimer"), "{name}");
     }
 }

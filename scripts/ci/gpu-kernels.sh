@@ -7,6 +7,6 @@ if ! ls /usr/share/vulkan/icd.d/*.json >/dev/null 2>&1 && command -v apt-get >/d
 fi
 export XDG_RUNTIME_DIR=${XDG_RUNTIME_DIR:-/tmp}
 export LABPIPE_TEST_DEVICE=wgpu
-cargo test --release --locked --package labpipe-kernels --features wgpu --test cube_kernels
-cargo test --release --locked --features wgpu --test families
+cargo test --release --locked --package labpipe-kernels --features wgpu --test cube_kernels --test cube_quantize
+cargo test --release --locked --features wgpu --test families --test damaged_weights
 cargo test --release --locked --features wgpu --test engine_reference -- logits greedy longer

@@ -1,7 +1,8 @@
 //! The sampling loop: warm-up, then samples, each timed by whoever owns the clock. It knows no engine.
 
-use crate::artifact::{DecodeResult, PrefillResult};
+use crate::artifact::{DecodeResult, PowerResult, PrefillResult};
 use crate::event::Progress;
+use crate::inference::DeviceFigures;
 use crate::metrics::statistics;
 
 /// How often something is measured.
@@ -12,7 +13,7 @@ pub struct SamplePlan {
     pub samples: usize,
 }
 
-/// Runs `measure` for warm-up and samples, returning what the samples gave.
+/// Runs `measure` for warm-up and samples, telling it which counts, and returns what the samples gave.
 ///
 /// # Errors
 /// What `measure` returns, and `cancelled()` once the user asked to stop.
@@ -20,20 +21,52 @@ pub fn sample<T, E>(
     plan: SamplePlan,
     progress: &dyn Progress,
     cancelled: impl Fn() -> E,
-    mut measure: impl FnMut() -> Result<T, E>,
+    mut measure: impl FnMut(bool) -> Result<T, E>,
 ) -> Result<Vec<T>, E> {
     let mut samples = Vec::with_capacity(plan.samples);
     for run in 0..plan.warmup + plan.samples {
         if progress.is_cancelled() {
             return Err(cancelled());
         }
-        let result = measure()?;
-        if run >= plan.warmup {
+        let counts = run >= plan.warmup;
+        let result = measure(counts)?;
+        if counts {
             samples.push(result);
         }
         progress.advance(1);
     }
     Ok(samples)
+}
+
+/// Returns what names a prefill: `pp512`.
+pub fn prefill_label(n_prompt: usize) -> String {
+    format!("pp{n_prompt}")
+}
+
+/// Returns what names a decode: `tg128`, `tg128 @ d512`.
+pub fn decode_label(n_gen: usize, n_depth: usize) -> String {
+    if n_depth == 0 { format!("tg{n_gen}") } else { format!("tg{n_gen} @ d{n_depth}") }
+}
+
+/// Builds a power row of what was seen while `n_tokens` tokens were timed.
+pub fn power_result(label: &str, n_tokens: usize, seen: DeviceFigures) -> PowerResult {
+    let over = |divisor: f64| seen.energy_j.filter(|_| divisor > 0.0).map(|joules| joules / divisor);
+    PowerResult {
+        label: label.to_owned(),
+        n_tokens,
+        energy_per_token_j: over(n_tokens as f64),
+        energy_j: seen.energy_j,
+        window_s: seen.window_s,
+        power_w_mean: over(seen.window_s),
+        power_limit_w: seen.power_limit_w,
+        sm_clock_mhz_min: seen.sm_clock_mhz_min,
+        sm_clock_mhz_median: seen.sm_clock_mhz_median,
+        memory_clock_mhz_min: seen.memory_clock_mhz_min,
+        memory_clock_mhz_median: seen.memory_clock_mhz_median,
+        n_samples: seen.n_samples,
+        throttle_reasons: seen.throttle_reasons,
+        energy_method: seen.energy_method,
+    }
 }
 
 /// Builds a prefill row from samples in seconds; nothing where there are none.
@@ -42,7 +75,7 @@ pub fn prefill_result(n_prompt: usize, samples_s: Vec<f64>) -> Option<PrefillRes
     let rates: Vec<f64> = samples_s.iter().map(|sample_s| n_prompt as f64 / sample_s).collect();
     let rate = statistics(&rates)?;
     Some(PrefillResult {
-        label: format!("pp{n_prompt}"),
+        label: prefill_label(n_prompt),
         n_prompt,
         n_samples: samples_s.len(),
         samples_s,
@@ -67,7 +100,7 @@ pub fn decode_result(n_gen: usize, n_depth: usize, sequences_s: Vec<Vec<f64>>) -
     let samples_s: Vec<f64> = sequences_s.concat();
     let latency = statistics(&samples_s)?;
     Some(DecodeResult {
-        label: if n_depth == 0 { format!("tg{n_gen}") } else { format!("tg{n_gen} @ d{n_depth}") },
+        label: decode_label(n_gen, n_depth),
         n_gen,
         n_depth,
         n_sequences: sequences_s.len(),
@@ -94,10 +127,30 @@ mod tests {
     fn warm_up_runs_do_not_count() {
         let mut latencies = [9.0, 8.0, 1.0, 3.0].into_iter();
         let plan = SamplePlan { warmup: 2, samples: 2 };
-        let samples = sample(plan, &NullProgress, || (), || latencies.next().ok_or(())).expect("samples");
+        let samples = sample(plan, &NullProgress, || (), |_| latencies.next().ok_or(())).expect("samples");
         let row = prefill_result(10, samples).expect("a row");
         assert_eq!((row.label.as_str(), row.ttft_s_mean, row.n_samples), ("pp10", 2.0, 2));
         assert!((row.tokens_per_second_mean - (10.0 + 10.0 / 3.0) / 2.0).abs() < 1e-12);
+    }
+
+    #[test]
+    fn warm_up_is_told_from_what_counts() {
+        let (mut told, plan) = (Vec::new(), SamplePlan { warmup: 1, samples: 2 });
+        let record = |counts: bool| {
+            told.push(counts);
+            Ok::<_, ()>(())
+        };
+        sample(plan, &NullProgress, || (), record).expect("samples");
+        assert_eq!(told, [false, true, true]);
+    }
+
+    #[test]
+    fn energy_a_token_is_that_of_the_timed_regions_over_their_tokens() {
+        let seen = DeviceFigures { window_s: 2.0, energy_j: Some(600.0), ..DeviceFigures::default() };
+        let row = power_result("tg128", 384, seen.clone());
+        assert_eq!((row.energy_per_token_j, row.power_w_mean), (Some(1.5625), Some(300.0)));
+        let silent = power_result("tg128", 384, DeviceFigures { energy_j: None, ..seen });
+        assert_eq!((silent.energy_per_token_j, silent.power_w_mean), (None, None));
     }
 
     #[test]

@@ -106,6 +106,10 @@ fn rows_table(rows: &[Value]) -> String {
 
 fn cell(value: &Value) -> String {
     match value {
+        Value::Array(items) if items.is_empty() => "none".to_owned(),
+        Value::Array(items) if items.iter().all(Value::is_string) => {
+            items.iter().filter_map(Value::as_str).collect::<Vec<_>>().join(", ")
+        }
         Value::Array(items) => format!("{} values", items.len()),
         Value::Object(_) => "…".to_owned(),
         Value::String(text) => text.chars().take(48).collect(),

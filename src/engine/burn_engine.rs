@@ -119,7 +119,8 @@ fn check_memory(
     let asked_bytes = whole.saturating_mul(dtype.size_bytes() as u64).max(largest.saturating_mul(4));
     match total_memory_bytes() {
         Some(total) if asked_bytes > total => {
-            Err(InferenceError::OutOfMemory { device: "this machine".to_owned(), asked_bytes, free_bytes: Some(total) })
+            let (what, device) = ("the model's weights".to_owned(), "this machine, with all of its memory".to_owned());
+            Err(InferenceError::OutOfMemory { what, device, asked_bytes, free_bytes: Some(total) })
         }
         _ => Ok(()),
     }

@@ -40,10 +40,20 @@ fn unavailable(device: &str, reason: &str) -> InferenceError {
 
 #[cfg(feature = "cuda")]
 fn cuda(index: usize) -> Result<Arc<dyn Engine>, String> {
-    let probe = super::nvidia::probe(index)?;
+    use super::board::{BoardProbe, PERIOD};
+    let identity = super::nvidia::probe(index)?;
     let client = cubecl::Device::cuda(index).map_err(|error| format!("open CUDA device {index}: {error}"))?.client();
-    let memory = move || -> Box<dyn crate::inference::MemoryProbe> { Box::new(super::nvidia::GpuProbe::start(index)) };
-    Ok(Arc::new(super::gpu::GpuEngine::new(client, probe, Box::new(memory))))
+    let physical = client.properties().identity.physical.clone();
+    let bus_id = physical.and_then(|card| card.pci_address).map(|address| address.to_string());
+    let place = super::nvidia::Place { index: index as u32, bus_id };
+    let board = super::nvidia::board(place.clone()).map(Arc::new);
+    let free = board.clone();
+    let senses = super::gpu::Senses {
+        memory: Box::new(move || Box::new(super::nvidia::GpuProbe::start(place.clone()))),
+        device: Box::new(move || Some(Box::new(BoardProbe::new(board.clone()?, Some(PERIOD))))),
+        free_bytes: Arc::new(move || free.as_ref()?.free_bytes()),
+    };
+    Ok(Arc::new(super::gpu::GpuEngine::new(client, identity, senses)))
 }
 
 #[cfg(not(feature = "cuda"))]
@@ -57,8 +67,13 @@ fn wgpu() -> Result<Arc<dyn Engine>, String> {
         .map_err(|error| format!("open a wgpu device: {error}"))?
         .client();
     let device = format!("wgpu: {}", client.properties().identity.name);
-    let memory = || -> Box<dyn crate::inference::MemoryProbe> { Box::new(super::memory::HostProbe::start()) };
-    Ok(Arc::new(super::gpu::GpuEngine::new(client, device, Box::new(memory))))
+    // wgpu tells neither energy nor what is free.
+    let senses = super::gpu::Senses {
+        memory: Box::new(|| Box::new(super::memory::HostProbe::start())),
+        device: Box::new(|| None),
+        free_bytes: Arc::new(|| None),
+    };
+    Ok(Arc::new(super::gpu::GpuEngine::new(client, device, senses)))
 }
 
 #[cfg(not(feature = "wgpu"))]

@@ -4,10 +4,14 @@
 //! stored form and are multiplied by the kernels crate's backend extension.
 
 mod attention;
+#[cfg(any(feature = "cuda", test))]
+mod board;
 mod burn_engine;
 mod checkpoint;
 mod device;
 mod families;
+#[cfg(any(feature = "cuda", feature = "wgpu", test))]
+mod footprint;
 mod forward;
 #[cfg(any(feature = "cuda", feature = "wgpu"))]
 mod gpu;

@@ -107,6 +107,10 @@ impl Model for BurnModel {
     }
 
     fn decode(&mut self, n_gen: usize) -> Result<Vec<Decoded>, InferenceError> {
+        self.decode_keeping(n_gen, &mut |_| Ok(()))
+    }
+
+    fn decode_keeping(&mut self, n_gen: usize, take: &mut TakeLogits<'_>) -> Result<Vec<Decoded>, InferenceError> {
         let Some(mut token) = self.next_token else {
             return Err(InferenceError::Unsupported("decode before any prefill".to_owned()));
         };
@@ -142,6 +146,7 @@ impl Model for BurnModel {
             let duration_s = start.elapsed().as_secs_f64();
             token = greedy(&logits)?;
             decoded.push(Decoded { token, duration_s });
+            take(&logits)?;
         }
         self.next_token = Some(token);
         Ok(decoded)

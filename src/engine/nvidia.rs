@@ -1,10 +1,14 @@
 //! An NVIDIA GPU as its management library (NVML) tells of it: identity, memory of this process, energy, clocks.
 
+use super::board::{Board, BoardSample};
 use crate::artifact::MemoryFigures;
-use crate::inference::MemoryProbe;
+use crate::inference::{MemoryProbe, OtherProcesses};
 use labpipe_kernels::cube::nvidia::CudaParts;
-use nvml_wrapper::Nvml;
+use nvml_wrapper::bitmasks::device::ThrottleReasons;
+use nvml_wrapper::enum_wrappers::device::Clock;
 use nvml_wrapper::enums::device::UsedGpuMemory;
+use nvml_wrapper::struct_wrappers::device::ProcessInfo;
+use nvml_wrapper::{Device, Nvml};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread::JoinHandle;
@@ -33,6 +37,28 @@ pub fn probe(index: usize) -> Result<String, String> {
     Ok(format!("cuda:{index}: {name}, driver {driver}{power}"))
 }
 
+/// Where NVML finds a device. CUDA counts devices in another order than NVML (the fastest first), and only those that
+/// `CUDA_VISIBLE_DEVICES` leaves: the address on the bus names the same one to both.
+#[derive(Debug, Clone)]
+pub struct Place {
+    /// CUDA's index; what is left where the address is not known.
+    pub index: u32,
+    /// `0000:3b:00.0`.
+    pub bus_id: Option<String>,
+}
+
+impl Place {
+    fn device<'nvml>(&self, nvml: &'nvml Nvml) -> Option<Device<'nvml>> {
+        match &self.bus_id {
+            Some(bus_id) => nvml.device_by_pci_bus_id(bus_id.as_str()).ok().or_else(|| {
+                // Of one there is no doubt.
+                nvml.device_count().is_ok_and(|n| n == 1).then(|| nvml.device_by_index(0).ok()).flatten()
+            }),
+            None => nvml.device_by_index(self.index).ok(),
+        }
+    }
+}
+
 /// Samples memory on a thread of its own.
 pub struct GpuProbe {
     peak_bytes: Arc<AtomicU64>,
@@ -43,7 +69,7 @@ pub struct GpuProbe {
 
 impl GpuProbe {
     /// Starts to sample.
-    pub fn start(index: usize) -> GpuProbe {
+    pub fn start(place: Place) -> GpuProbe {
         let peak_bytes = Arc::new(AtomicU64::new(0));
         let by_process = Arc::new(AtomicBool::new(false));
         let stop = Arc::new(AtomicBool::new(false));
@@ -51,7 +77,7 @@ impl GpuProbe {
         let sampler = std::thread::Builder::new().name("memory-probe".to_owned()).spawn(move || {
             let Ok(nvml) = Nvml::init() else { return };
             while !stopped.load(Ordering::Relaxed) {
-                if let Some((bytes, own)) = used_bytes(&nvml, index as u32) {
+                if let Some((bytes, own)) = used_bytes(&nvml, &place) {
                     is_own.store(own, Ordering::Relaxed);
                     peak.fetch_max(bytes, Ordering::Relaxed);
                 }
@@ -95,8 +121,8 @@ impl MemoryProbe for GpuProbe {
 }
 
 /// Returns bytes used, and whether they are this process's alone.
-fn used_bytes(nvml: &Nvml, index: u32) -> Option<(u64, bool)> {
-    let device = nvml.device_by_index(index).ok()?;
+fn used_bytes(nvml: &Nvml, place: &Place) -> Option<(u64, bool)> {
+    let device = place.device(nvml)?;
     let own = device.running_compute_processes().ok().and_then(|processes| {
         processes.into_iter().find(|process| process.pid == std::process::id()).and_then(|process| {
             match process.used_gpu_memory {
@@ -108,5 +134,105 @@ fn used_bytes(nvml: &Nvml, index: u32) -> Option<(u64, bool)> {
     match own {
         Some(bytes) => Some((bytes, true)),
         None => device.memory_info().ok().map(|info| (info.used, false)),
+    }
+}
+
+/// Opens NVML once; nothing where it is missing.
+pub fn board(place: Place) -> Option<NvmlBoard> {
+    let nvml = Nvml::init().ok()?;
+    let board = NvmlBoard { nvml, place };
+    board.device().is_some().then_some(board)
+}
+
+/// One GPU's board.
+pub struct NvmlBoard {
+    nvml: Nvml,
+    place: Place,
+}
+
+impl NvmlBoard {
+    fn device(&self) -> Option<Device<'_>> {
+        self.place.device(&self.nvml)
+    }
+
+    /// Returns the bytes of device memory that nobody has.
+    pub fn free_bytes(&self) -> Option<u64> {
+        self.device()?.memory_info().ok().map(|info| info.free)
+    }
+}
+
+impl Board for NvmlBoard {
+    fn energy_mj(&self) -> Option<u64> {
+        self.device()?.total_energy_consumption().ok()
+    }
+
+    fn sample(&self) -> BoardSample {
+        let Some(device) = self.device() else { return BoardSample::default() };
+        let watts = |milliwatts: u32| f64::from(milliwatts) / 1e3;
+        BoardSample {
+            power_w: device.power_usage().ok().map(watts),
+            power_limit_w: device.enforced_power_limit().ok().map(watts),
+            sm_clock_mhz: device.clock_info(Clock::SM).ok().map(f64::from),
+            memory_clock_mhz: device.clock_info(Clock::Memory).ok().map(f64::from),
+            throttle_reasons: device.current_throttle_reasons().map_or_else(|_| Vec::new(), throttle_names),
+            others: device.running_compute_processes().ok().and_then(|all| others(&all, std::process::id())),
+        }
+    }
+}
+
+/// Names what lowers clocks. An idle device is not throttled.
+fn throttle_names(reasons: ThrottleReasons) -> Vec<&'static str> {
+    let known = [
+        (ThrottleReasons::APPLICATIONS_CLOCKS_SETTING, "applications_clocks_setting"),
+        (ThrottleReasons::SW_POWER_CAP, "sw_power_cap"),
+        (ThrottleReasons::HW_SLOWDOWN, "hw_slowdown"),
+        (ThrottleReasons::SYNC_BOOST, "sync_boost"),
+        (ThrottleReasons::SW_THERMAL_SLOWDOWN, "sw_thermal_slowdown"),
+        (ThrottleReasons::HW_THERMAL_SLOWDOWN, "hw_thermal_slowdown"),
+        (ThrottleReasons::HW_POWER_BRAKE_SLOWDOWN, "hw_power_brake_slowdown"),
+        (ThrottleReasons::DISPLAY_CLOCK_SETTING, "display_clock_setting"),
+    ];
+    known.into_iter().filter(|(reason, _)| reasons.contains(*reason)).map(|(_, name)| name).collect()
+}
+
+/// Returns who computes on the device beside this process. Where no process has its id, as in a container with ids of its own, one
+/// of them is taken for this process, and what the others hold is not known; a single one tells nothing then.
+fn others(all: &[ProcessInfo], own_pid: u32) -> Option<OtherProcesses> {
+    let bytes = |process: &ProcessInfo| match process.used_gpu_memory {
+        UsedGpuMemory::Used(bytes) => Some(bytes),
+        UsedGpuMemory::Unavailable => None,
+    };
+    let others: Vec<&ProcessInfo> = all.iter().filter(|process| process.pid != own_pid).collect();
+    if others.len() < all.len() {
+        return Some(OtherProcesses { n: others.len(), bytes: others.into_iter().map(bytes).sum() });
+    }
+    (all.len() > 1).then(|| OtherProcesses { n: all.len() - 1, bytes: None })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn process(pid: u32, bytes: Option<u64>) -> ProcessInfo {
+        let used_gpu_memory = bytes.map_or(UsedGpuMemory::Unavailable, UsedGpuMemory::Used);
+        ProcessInfo { pid, used_gpu_memory, gpu_instance_id: None, compute_instance_id: None }
+    }
+
+    #[test]
+    fn other_processes_are_those_that_are_not_this_one() {
+        let all = [process(7, Some(100)), process(8, Some(20)), process(9, Some(3))];
+        assert_eq!(others(&all, 7), Some(OtherProcesses { n: 2, bytes: Some(23) }));
+        assert_eq!(others(&all[..1], 7), Some(OtherProcesses { n: 0, bytes: Some(0) }));
+        assert_eq!(others(&[process(7, None), process(8, None)], 7), Some(OtherProcesses { n: 1, bytes: None }));
+        // Ids of another namespace.
+        assert_eq!(others(&all, 1), Some(OtherProcesses { n: 2, bytes: None }));
+        assert_eq!((others(&all[..1], 1), others(&[], 1)), (None, None));
+    }
+
+    #[test]
+    fn reasons_have_names_and_idleness_is_none() {
+        assert!(throttle_names(ThrottleReasons::GPU_IDLE | ThrottleReasons::NONE).is_empty());
+        let reasons = ThrottleReasons::SW_POWER_CAP | ThrottleReasons::HW_SLOWDOWN;
+        assert_eq!(throttle_names(reasons), ["sw_power_cap", "hw_slowdown"]);
     }
 }

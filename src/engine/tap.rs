@@ -57,6 +57,11 @@ impl<'a> Tap<'a> {
         Tap { capture: None }
     }
 
+    /// Returns true where nothing is captured.
+    pub fn is_closed(&self) -> bool {
+        self.capture.is_none()
+    }
+
     /// Captures what `filter` chooses.
     ///
     /// # Errors

@@ -1,5 +1,7 @@
 //! A model's weights on the device: linears in stored form, norms and biases as tensors.
 
+#[cfg(any(feature = "cuda", feature = "wgpu"))]
+use super::checkpoint::first_beyond;
 use super::checkpoint::{Checkpoint, StoredTensor, dense_type, first_not_finite, to_dtype, to_f32};
 use super::spec::{LinearRole, ModelSpec, NormRole};
 use crate::event::Progress;
@@ -117,17 +119,14 @@ impl WeightReader<'_> {
     /// Whatever is wrong with a tensor.
     pub fn block(&self, layer_idx: usize, stored_bytes: &mut u64) -> Result<Block, InferenceError> {
         let prefix = format!("model.layers.{layer_idx}");
-        let (linear_specs, norm_specs) = (self.spec.block_linears(), self.spec.block_norms());
-        let mut norm = |role| {
-            let spec = norm_specs.iter().find(|norm| norm.role == role)?;
-            Some(self.norm(&format!("{prefix}.{}.weight", spec.name), spec.width, stored_bytes))
-        };
+        let linear_specs = self.spec.block_linears();
+        let mut norm = |role| self.block_norm(layer_idx, role, stored_bytes);
         // Every block has these two; the others depend on the family.
-        let required = |norm: Option<Result<Tensor<2>, InferenceError>>| norm.expect("a block's spec has this norm");
-        let attn_norm = required(norm(NormRole::Attn))?;
-        let mlp_norm = required(norm(NormRole::Mlp))?;
+        let required = |norm: Option<Tensor<2>>| norm.expect("a block's spec has this norm");
+        let attn_norm = required(norm(NormRole::Attn)?);
+        let mlp_norm = required(norm(NormRole::Mlp)?);
         let [q_norm, k_norm, attn_out_norm, mlp_out_norm] =
-            [NormRole::Q, NormRole::K, NormRole::AttnOut, NormRole::MlpOut].map(|role| norm(role).transpose());
+            [NormRole::Q, NormRole::K, NormRole::AttnOut, NormRole::MlpOut].map(norm);
         let mut read = |role| {
             let spec = linear_specs.iter().find(|linear| linear.role == role).expect("a block's spec has this linear");
             self.linear(&format!("{prefix}.{}", spec.name), (spec.n_out, spec.n_in), spec.bias, stored_bytes)
@@ -158,13 +157,54 @@ impl WeightReader<'_> {
         })
     }
 
-    /// Loads the embedding, `[vocab, hidden]`.
+    /// Loads one norm of a block, `[1, width]`, where the family has it.
+    ///
+    /// # Errors
+    /// Whatever is wrong with the tensor.
+    pub fn block_norm(
+        &self,
+        layer_idx: usize,
+        role: NormRole,
+        stored_bytes: &mut u64,
+    ) -> Result<Option<Tensor<2>>, InferenceError> {
+        let norms = self.spec.block_norms();
+        let Some(spec) = norms.iter().find(|norm| norm.role == role) else { return Ok(None) };
+        self.norm(&format!("model.layers.{layer_idx}.{}.weight", spec.name), spec.width, stored_bytes).map(Some)
+    }
+
+    /// Loads a linear's bias, `[1, n_out]`.
     ///
     /// # Errors
     /// Whatever is wrong with the tensor.
     #[cfg(any(feature = "cuda", feature = "wgpu"))]
-    pub fn embedding(&self) -> Result<HostWeight, InferenceError> {
-        self.dense(self.embedding_name(), &[self.spec.vocab_size, self.spec.hidden_size])
+    pub fn bias(&self, module: &str, n_out: usize) -> Result<Tensor<2>, InferenceError> {
+        self.row(&format!("{module}.bias"), n_out, &mut 0)
+    }
+
+    /// Finds the embedding, `[vocab, hidden]`.
+    ///
+    /// # Errors
+    /// Whatever is wrong with the tensor, its values apart.
+    #[cfg(any(feature = "cuda", feature = "wgpu"))]
+    pub fn unread_embedding(&self) -> Result<UnreadWeight, InferenceError> {
+        let name = self.embedding_name();
+        let tensor = self.checkpoint.unread(name, &[self.spec.vocab_size, self.spec.hidden_size])?;
+        Ok(UnreadWeight { name: name.to_owned(), base: self.base_dtype(tensor.dtype), tensor, scheme: None })
+    }
+
+    /// Finds a linear's weight; nothing where it is stored packed.
+    ///
+    /// # Errors
+    /// Whatever is wrong with the tensor, its values apart.
+    #[cfg(any(feature = "cuda", feature = "wgpu"))]
+    pub fn unread_weight(&self, module: &str, shape: &[usize; 2]) -> Result<Option<UnreadWeight>, InferenceError> {
+        let name = format!("{module}.weight");
+        if self.checkpoint.is_packed(&name) {
+            return Ok(None);
+        }
+        let tensor = self.checkpoint.unread(&name, shape)?;
+        let scheme = self.recipe.quantization.as_ref().and_then(|config| config.scheme_for(module)).cloned();
+        Ok(Some(UnreadWeight { name, base: self.base_dtype(tensor.dtype), tensor, scheme }))
     }
 
     /// Loads the norm before the head, `[1, hidden]`.
@@ -174,16 +214,6 @@ impl WeightReader<'_> {
     #[cfg(any(feature = "cuda", feature = "wgpu"))]
     pub fn final_norm(&self) -> Result<Tensor<2>, InferenceError> {
         self.norm("model.norm.weight", self.spec.hidden_size, &mut 0)
-    }
-
-    /// Loads the head, `[vocab, hidden]`, where it is a matrix of its own.
-    ///
-    /// # Errors
-    /// Whatever is wrong with the tensor or the scheme.
-    #[cfg(any(feature = "cuda", feature = "wgpu"))]
-    pub fn untied_head(&self) -> Result<Option<HostWeight>, InferenceError> {
-        let (vocab, hidden) = (self.spec.vocab_size, self.spec.hidden_size);
-        if self.spec.tied_embeddings { Ok(None) } else { self.module_weight("lm_head", vocab, hidden).map(Some) }
     }
 
     /// Returns the tensor that holds the embedding: with tied weights a file may keep it under either name.
@@ -291,9 +321,40 @@ impl WeightReader<'_> {
 fn check_range(name: &str, dtype: DType, bytes: &[u8]) -> Result<(), InferenceError> {
     match first_not_finite(dtype, bytes) {
         None => Ok(()),
-        Some((index, _)) => Err(InferenceError::Unsupported(format!(
-            "store {name} as {dtype}: the value at index {index} is beyond its range; use dtype: bf16 or f32"
-        ))),
+        Some((index, _)) => Err(beyond_range(name, dtype, index)),
+    }
+}
+
+fn beyond_range(name: &str, dtype: DType, index: usize) -> InferenceError {
+    InferenceError::Unsupported(format!(
+        "store {name} as {dtype}: the value at index {index} is beyond its range; use dtype: bf16 or f32"
+    ))
+}
+
+/// A matrix that a device takes from its file piece by piece.
+#[cfg(any(feature = "cuda", feature = "wgpu"))]
+pub struct UnreadWeight {
+    pub name: String,
+    pub tensor: StoredTensor,
+    /// What values are rounded to first.
+    pub base: DType,
+    pub scheme: Option<SchemeSpec>,
+}
+
+#[cfg(any(feature = "cuda", feature = "wgpu"))]
+impl UnreadWeight {
+    /// Checks values from byte `at` of the tensor on.
+    ///
+    /// # Errors
+    /// `NotFinite`; `Unsupported` where the base type does not reach as far.
+    pub fn check(&self, at: usize, bytes: &[u8]) -> Result<(), InferenceError> {
+        let StoredTensor { dtype, path, .. } = &self.tensor;
+        let Some((index, value)) = first_beyond(*dtype, self.base, bytes) else { return Ok(()) };
+        let index = at / dtype.size_bytes() + index;
+        if value.is_finite() {
+            return Err(beyond_range(&self.name, self.base, index));
+        }
+        Err(InferenceError::NotFinite { path: path.clone(), tensor: self.name.clone(), index, value })
     }
 }
 

@@ -20,6 +20,7 @@ pub fn comparison(evidence: &Evidence<'_>) -> (Table, Vec<String>) {
     header.extend(["model", "stored as", "weights", "bits/weight", "process peak"].map(str::to_owned));
     header.extend(columns.prefill.iter().map(|label| format!("prefill {label} (tokens/s)")));
     header.extend(columns.decode.iter().map(|label| format!("decode {label} (tokens/s)")));
+    header.extend(columns.energy.iter().map(|label| format!("energy {label} (J/token)")));
     header.extend(columns.perplexity.iter().map(|label| format!("perplexity {label}")));
     header.extend(columns.kl.iter().map(|label| format!("KL from base {label} (nats/token)")));
     let mut table = Table::new(header);
@@ -42,6 +43,7 @@ pub fn comparison(evidence: &Evidence<'_>) -> (Table, Vec<String>) {
 struct Columns<'a> {
     prefill: Vec<&'a str>,
     decode: Vec<&'a str>,
+    energy: Vec<&'a str>,
     perplexity: Vec<&'a str>,
     kl: Vec<&'a str>,
 }
@@ -51,6 +53,7 @@ impl<'a> Columns<'a> {
         Columns {
             prefill: evidence.labels("prefill_tokens_per_second"),
             decode: evidence.labels("decode_tokens_per_second"),
+            energy: evidence.labels("energy_per_token_j"),
             perplexity: evidence.labels("perplexity"),
             kl: evidence.labels("kl_mean"),
         }
@@ -60,6 +63,7 @@ impl<'a> Columns<'a> {
         let groups = [
             ("prefill_tokens_per_second", &self.prefill, "n"),
             ("decode_tokens_per_second", &self.decode, "n"),
+            ("energy_per_token_j", &self.energy, "n tokens"),
             ("perplexity", &self.perplexity, "n_scored"),
             ("kl_mean", &self.kl, "n_scored"),
         ];
@@ -133,6 +137,13 @@ fn notes(evidence: &Evidence<'_>, columns: &Columns<'_>) -> Vec<String> {
                 .to_owned(),
         );
     }
+    if !columns.energy.is_empty() {
+        notes.push(
+            "Energy: what the device's board used over the timed regions / the tokens in them; how, and the clocks, under \
+             [Energy and clocks](#energy-and-clocks)."
+                .to_owned(),
+        );
+    }
     if !columns.perplexity.is_empty() {
         notes.push(
             "Perplexity: value ± standard error over n_scored tokens, lower is better; `hf-strided 512/256` is \
@@ -149,4 +160,45 @@ fn notes(evidence: &Evidence<'_>, columns: &Columns<'_>) -> Vec<String> {
         );
     }
     notes
+}
+
+#[cfg(test)]
+mod tests {
+    use crate::artifact::PowerResult;
+    use crate::report::testing::{decode, load, rendered, text_of};
+    use serde_json::json;
+    use std::sync::Arc;
+
+    #[test]
+    fn energy_has_a_column_and_a_table_where_a_device_told_of_it() {
+        let model = load("fp16");
+        let mut stage = decode("decode", &model, 0.001, 1000);
+        let power = PowerResult {
+            label: "tg64".to_owned(),
+            n_tokens: 192,
+            energy_per_token_j: Some(1.5625),
+            energy_j: Some(300.0),
+            window_s: 1.0,
+            power_w_mean: Some(300.0),
+            power_limit_w: Some(700.0),
+            sm_clock_mhz_min: Some(1755.0),
+            sm_clock_mhz_median: Some(1980.0),
+            memory_clock_mhz_min: None,
+            memory_clock_mhz_median: None,
+            n_samples: 20,
+            throttle_reasons: vec!["sw_power_cap".to_owned()],
+            energy_method: "counted by a test".to_owned(),
+        };
+        let body = &mut Arc::make_mut(&mut stage).record.body;
+        body.insert("power".to_owned(), json!([power]));
+        let files = rendered(&[stage.clone()], &[], &["md", "csv"]).expect("a report");
+        let text = text_of(&files, "report.md");
+        assert!(text.contains("| energy tg64 (J/token) |"), "{text}");
+        assert!(text.contains("1.562 (n tokens = 192)"), "{text}");
+        assert!(text.contains("300 W | 700 W | 1980 MHz (1755) | not told | 20 | sw_power_cap |"), "{text}");
+        assert!(text.contains("Energy: counted by a test."), "{text}");
+        Arc::make_mut(&mut stage).record.body.insert("power".to_owned(), json!(null));
+        let files = rendered(&[stage], &[], &["md"]).expect("a report");
+        assert!(!text_of(&files, "report.md").contains("nergy"));
+    }
 }

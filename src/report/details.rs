@@ -7,6 +7,7 @@ use super::markdown::{Table, code};
 use super::numbers::{mib, significant, thousands, with_spread};
 use crate::metrics::short_text_note;
 use crate::units::format_seconds;
+use std::collections::BTreeSet;
 
 /// One heading's worth of a report.
 pub struct Section {
@@ -22,6 +23,7 @@ pub fn sections(evidence: &Evidence<'_>) -> Vec<Section> {
         perplexity(evidence),
         divergence(evidence),
         memory(evidence),
+        power(evidence),
         quantization(evidence),
     ];
     sections.into_iter().flatten().collect()
@@ -196,10 +198,56 @@ fn memory(evidence: &Evidence<'_>) -> Option<Section> {
             one.process_peak_bytes.map_or_else(|| "n/a".to_owned(), |_| one.process_peak_method.clone()),
         ]);
     }
-    let intro = "Each figure is one reading (n = 1). Weights: bytes of parameters as stored. Pool peak: what the \
-        device's allocator had reserved at the stage's end. Process \
+    let intro = "Each figure is one reading (n = 1). Weights: bytes of parameters as stored. Pool peak: the most that the \
+        device's allocator held when asked. Process \
                  peak: as the last column says.";
     section("Memory", intro, &table, &[])
+}
+
+fn power(evidence: &Evidence<'_>) -> Option<Section> {
+    let mut table = Table::new([
+        "stage",
+        "model",
+        "label",
+        "n tokens",
+        "J/token",
+        "energy",
+        "over",
+        "mean power",
+        "power limit",
+        "SM clock median (min)",
+        "memory clock median (min)",
+        "n samples",
+        "throttled by",
+    ]);
+    let watts = |watts: Option<f64>| watts.map_or_else(|| "not told".to_owned(), |watts| format!("{watts:.0} W"));
+    let clock = |median: Option<f64>, min: Option<f64>| match median.zip(min) {
+        Some((median, min)) => format!("{median:.0} MHz ({min:.0})"),
+        None => "not told".to_owned(),
+    };
+    for row in &evidence.powers {
+        let one = &row.result;
+        let joules = |joules: Option<f64>| joules.map_or_else(|| "not measured".to_owned(), significant);
+        table.row([
+            code(&row.stage),
+            code(&row.model),
+            one.label.clone(),
+            thousands(one.n_tokens),
+            joules(one.energy_per_token_j),
+            one.energy_j.map_or_else(|| "not measured".to_owned(), |energy| format!("{} J", significant(energy))),
+            format_seconds(one.window_s),
+            watts(one.power_w_mean),
+            watts(one.power_limit_w),
+            clock(one.sm_clock_mhz_median, one.sm_clock_mhz_min),
+            clock(one.memory_clock_mhz_median, one.memory_clock_mhz_min),
+            thousands(one.n_samples),
+            if one.throttle_reasons.is_empty() { "nothing".to_owned() } else { one.throttle_reasons.join(", ") },
+        ]);
+    }
+    let methods: BTreeSet<&str> = evidence.powers.iter().map(|row| row.result.energy_method.as_str()).collect();
+    let notes: Vec<String> = methods.into_iter().map(|method| format!("Energy: {method}.")).collect();
+    let intro = "What the device's board told over the timed regions of each measurement, warm-up left out.";
+    section("Energy and clocks", intro, &table, &notes)
 }
 
 fn quantization(evidence: &Evidence<'_>) -> Option<Section> {

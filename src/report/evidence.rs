@@ -3,7 +3,9 @@
 use super::measure::{Measure, Source};
 use super::model::{Model, compared_models, measured_model};
 use super::request::{ReportError, ReportRequest};
-use crate::artifact::{DecodeResult, DivergenceResult, MemoryFigures, ModuleDiff, PplResult, PrefillResult};
+use crate::artifact::{
+    DecodeResult, DivergenceResult, MemoryFigures, ModuleDiff, PowerResult, PplResult, PrefillResult,
+};
 use crate::stage::StageInput;
 use serde::de::DeserializeOwned;
 use serde_json::Value;
@@ -49,6 +51,7 @@ pub struct Evidence<'a> {
     pub ppls: Vec<Row<PplResult>>,
     pub divergences: Vec<Diverged>,
     pub memories: Vec<Row<MemoryFigures>>,
+    pub powers: Vec<Row<PowerResult>>,
     pub diffs: Vec<Diff<'a>>,
     pub measures: Vec<Measure>,
 }
@@ -71,6 +74,7 @@ impl<'a> Evidence<'a> {
             ppls: Vec::new(),
             divergences: Vec::new(),
             memories: Vec::new(),
+            powers: Vec::new(),
             diffs: Vec::new(),
             measures: Vec::new(),
         };
@@ -87,10 +91,12 @@ impl<'a> Evidence<'a> {
             "prefill-bench" => {
                 self.prefills.extend(rows(input, "results")?);
                 self.memories.push(memory(input)?);
+                self.powers.extend(powers(input)?);
             }
             "decode-bench" => {
                 self.decodes.extend(rows(input, "results")?);
                 self.memories.push(memory(input)?);
+                self.powers.extend(powers(input)?);
             }
             "ppl" => {
                 self.ppls.extend(rows(input, "results")?);
@@ -137,6 +143,7 @@ impl<'a> Evidence<'a> {
         measures.extend(self.memories.iter().flat_map(|row| row.source().memory(&row.result)));
         measures.extend(self.prefills.iter().flat_map(|row| row.source().prefill(&row.result)));
         measures.extend(self.decodes.iter().flat_map(|row| row.source().decode(&row.result)));
+        measures.extend(self.powers.iter().filter_map(|row| row.source().energy(&row.result)));
         measures.extend(self.ppls.iter().flat_map(|row| row.source().ppl(&row.result, &self.ppl_label(&row.result))));
         for diverged in &self.divergences {
             let row = &diverged.row;
@@ -265,10 +272,19 @@ fn memory(input: &StageInput) -> Result<Row<MemoryFigures>, ReportError> {
         weights_bytes: bytes("weights_bytes"),
         kv_cache_bytes: bytes("kv_cache_bytes"),
         pool_peak_bytes: bytes("pool_peak_bytes"),
+        pool_peak_method: body.get("pool_peak_method").and_then(Value::as_str).map(str::to_owned),
         process_peak_bytes: bytes("process_peak_bytes"),
         process_peak_method: method.to_owned(),
     };
     Ok(Row { stage: input.address.clone(), model: model_address(input), result })
+}
+
+/// Returns a benchmark's power rows: none where its device told nothing.
+fn powers(input: &StageInput) -> Result<Vec<Row<PowerResult>>, ReportError> {
+    match input.record.body.get("power") {
+        None | Some(Value::Null) => Ok(Vec::new()),
+        Some(_) => rows(input, "power"),
+    }
 }
 
 fn diff(input: &StageInput) -> Result<Diff<'_>, ReportError> {

@@ -1,7 +1,9 @@
 //! Measures: every number of a report in one shape, with unit, n, spread and method.
 
 use super::numbers::thousands;
-use crate::artifact::{DecodeResult, DivergenceResult, MemoryFigures, ModuleDiff, PplResult, PrefillResult};
+use crate::artifact::{
+    DecodeResult, DivergenceResult, MemoryFigures, ModuleDiff, PowerResult, PplResult, PrefillResult,
+};
 use serde::Serialize;
 
 /// What a measure's `spread` is.
@@ -91,6 +93,12 @@ impl Source<'_> {
         ]
     }
 
+    /// Returns the energy a token took, where the device told.
+    pub fn energy(&self, row: &PowerResult) -> Option<Measure> {
+        let joules = row.energy_per_token_j?;
+        Some(self.measure("energy_per_token_j", &row.label, joules, "J/token", row.n_tokens).method(&row.energy_method))
+    }
+
     /// Returns a perplexity and its mean NLL.
     pub fn ppl(&self, row: &PplResult, label: &str) -> Vec<Measure> {
         let method = format!(
@@ -154,7 +162,7 @@ impl Source<'_> {
         let known = [
             ("weights_bytes", figures.weights_bytes, "bytes of parameters as stored"),
             ("kv_cache_bytes", figures.kv_cache_bytes, "bytes of the key-value cache as allocated"),
-            ("pool_peak_bytes", figures.pool_peak_bytes, "what the device allocator reserved at the stage's end"),
+            ("pool_peak_bytes", figures.pool_peak_bytes, figures.pool_peak_method.as_deref().unwrap_or_default()),
             ("process_peak_bytes", figures.process_peak_bytes, figures.process_peak_method.as_str()),
         ];
         let measures = known.into_iter().filter_map(|(metric, bytes, method)| {

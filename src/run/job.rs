@@ -6,7 +6,7 @@ use super::residency::Residency;
 use super::run_file::timestamp;
 use crate::artifact::{FORMAT_VERSION, Record, RecordHead};
 use crate::event::{Level, Progress};
-use crate::inference::Engine;
+use crate::inference::{Engine, InferenceError};
 use crate::plan::{Key, KeyFields, PlanNode};
 use crate::stage::{Stage, StageContext, StageError, StageInput};
 use crate::store::{Artifact, ManifestDraft, Store};
@@ -68,7 +68,7 @@ impl Job<'_> {
             progress: self.progress,
         };
         let output = match catch_unwind(AssertUnwindSafe(|| self.stage.run(&context))) {
-            Ok(output) => output?,
+            Ok(output) => output.map_err(|error| self.device_failure(error))?,
             Err(payload) => return Err(JobError::Panic { message: message(payload.as_ref()) }),
         };
         if self.progress.is_cancelled() {
@@ -93,6 +93,20 @@ impl Job<'_> {
         body.insert("summary".to_owned(), output.summary.clone().into());
         let draft = ManifestDraft { record: Record { head, body }, fields: self.fields.clone() };
         Ok((staging.commit(draft)?, false, output.summary))
+    }
+
+    /// Names the device that failed a stage and what was free on it. The model goes: memory that a failed allocation left
+    /// half-filled must not be another stage's.
+    fn device_failure(&self, error: StageError) -> StageError {
+        match error {
+            StageError::Inference(error) if error.is_device() => {
+                let is_full = matches!(error, InferenceError::OutOfMemory { .. });
+                let free_bytes = if is_full { self.engine.free_bytes() } else { None };
+                self.models.retain(&[]);
+                error.located(&self.engine.info().device, free_bytes).into()
+            }
+            other => other,
+        }
     }
 }
 

@@ -71,6 +71,7 @@ pub fn describe(
     body.insert("weights_bytes".to_owned(), json!(model.weights_bytes()));
     body.insert("kv_cache_bytes".to_owned(), json!(model.kv_cache_bytes()));
     body.insert("pool_peak_bytes".to_owned(), json!(memory.pool_peak_bytes));
+    body.insert("pool_peak_method".to_owned(), json!(memory.pool_peak_method));
     body.insert("process_peak_bytes".to_owned(), json!(memory.process_peak_bytes));
     body.insert("process_peak_method".to_owned(), json!(memory.process_peak_method));
     body.insert("method".to_owned(), json!(method));

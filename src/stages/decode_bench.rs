@@ -1,9 +1,12 @@
 //! `decode-bench`: how fast tokens are generated one by one, each of them timed.
 
 use super::MODELS;
+use super::bench_power::Watch;
 use super::bench_tokens::{describe, size, sizes, tokens, too_long};
 use crate::artifact::DecodeResult;
-use crate::bench::{SamplePlan, decode_result, sample};
+use crate::bench::{SamplePlan, decode_label, decode_result, sample};
+use crate::event::Level;
+use crate::inference::{CHECKED_POSITIONS, ModelInfo, ModelRecipe, check_decode, decode_budget};
 use crate::stage::{
     ParamDefault, ParamDesc, ParamType, Stage, StageContext, StageDescription, StageError, StageOutput,
 };
@@ -15,7 +18,7 @@ pub struct DecodeBench;
 static DESCRIPTION: StageDescription = StageDescription {
     kind: "decode-bench",
     summary: "Times greedy generation token by token, after contexts of given depths.",
-    version: 1,
+    version: 2,
     measures: true,
     computes: true,
     params: &[
@@ -71,7 +74,8 @@ static DESCRIPTION: StageDescription = StageDescription {
     ],
 };
 
-const METHOD: &str = "each token is timed alone, from its id to the logits after it on the host; choosing the next token and filling the context stay outside";
+const METHOD: &str = "each token is timed alone, from its id to the logits after it; filling the context stays outside; on a CPU choosing \
+                      the next token does too, on a device it is the last step";
 
 impl Stage for DecodeBench {
     fn description(&self) -> &'static StageDescription {
@@ -89,34 +93,70 @@ impl Stage for DecodeBench {
         let tokens = tokens(context, &info, deepest)?;
         let plan = SamplePlan { warmup: size(context.params, "warmup"), samples: size(context.params, "samples") };
         let mut model = context.models.acquire(&recipe, context.progress)?;
-        // After loading: what quantizing took for a moment is not what running takes.
-        let probe = context.engine.memory_probe();
         model.reserve(deepest + n_gen)?;
+        // Right before fast. The cache that it fills is emptied by the first prefill.
+        let budget = decode_budget(info.compute_dtype, quantizes_activations(&recipe, &info));
+        let check = check_decode(&mut **model, &tokens[..1], n_gen.min(CHECKED_POSITIONS), budget)?;
+        let told = format!(
+            "decode's logits are within {:.1e} of prefill's at {} positions, {budget:.0e} allowed",
+            check.relative_error_max, check.n_positions
+        );
+        context.progress.note(Level::Debug, &told);
+        // After loading: what quantizing took for a moment is not what running takes.
+        let mut probe = context.engine.memory_probe();
+        let mut watch = Watch::start(context.engine);
         context.progress.begin(Some((depths.len() * (plan.warmup + plan.samples)) as u64), "sequences");
         let mut results: Vec<DecodeResult> = Vec::new();
         for n_depth in depths {
-            let prompt = &tokens[..n_depth.max(1)];
+            let (prompt, label) = (&tokens[..n_depth.max(1)], decode_label(n_gen, n_depth));
             let sequences = sample(
                 plan,
                 context.progress,
                 || StageError::Cancelled,
-                || {
-                    model.prefill(prompt)?;
-                    let decoded = model.decode(n_gen)?;
-                    Ok::<_, StageError>(decoded.iter().map(|token| token.duration_s).collect::<Vec<f64>>())
+                |counts| {
+                    model.prefill(prompt).map_err(|error| error.in_case(&label))?;
+                    if counts {
+                        watch.begin();
+                    }
+                    let decoded = model.decode(n_gen).map_err(|error| error.in_case(&label));
+                    watch.end();
+                    Ok::<_, StageError>(decoded?.iter().map(|token| token.duration_s).collect::<Vec<f64>>())
                 },
             )?;
+            watch.case(&label, n_gen * sequences.len());
+            probe.mark();
             results.extend(decode_result(n_gen, n_depth, sequences));
         }
-        let summary: Vec<String> = results.iter().map(summary).collect();
+        let summary: Vec<String> = results.iter().map(|row| summary(row, &watch)).collect();
         let mut body = Map::new();
         body.insert("results".to_owned(), json!(results));
+        body.insert("decode_check_n_positions".to_owned(), json!(check.n_positions));
+        body.insert("decode_check_relative_error_max".to_owned(), json!(check.relative_error_max));
+        body.insert("decode_check_budget".to_owned(), json!(check.budget));
+        watch.describe(&mut body, context.progress);
+        let clock = model.decode_clock();
         describe(&mut body, probe.finish(), &**model, &context.engine.info(), METHOD);
+        if let Some(clock) = clock {
+            body.insert("clock".to_owned(), json!(clock));
+        }
         Ok(StageOutput { body, summary: summary.join(", ") })
     }
 }
 
-fn summary(row: &DecodeResult) -> String {
+/// Returns true where a product quantizes what it is given, by this recipe or by the model's own files.
+fn quantizes_activations(recipe: &ModelRecipe, info: &ModelInfo) -> bool {
+    let of_config = recipe.quantization.as_ref().is_some_and(|config| {
+        info.linears
+            .iter()
+            .filter_map(|(module, _)| config.scheme_for(module))
+            .any(|spec| spec.outlier_threshold.is_some())
+    });
+    let stored = info.stored_quantization.iter().flat_map(|stored| &stored.schemes);
+    of_config || stored.into_iter().any(|spec| spec.outlier_threshold.is_some())
+}
+
+fn summary(row: &DecodeResult, watch: &Watch) -> String {
     let spread = row.tokens_per_second_stdev.map(|stdev| format!(" ± {stdev:.1}")).unwrap_or_default();
-    format!("{} {:.1}{spread} t/s (n = {} × {})", row.label, row.tokens_per_second, row.n_sequences, row.n_gen)
+    let energy = watch.summary(&row.label);
+    format!("{} {:.1}{spread} t/s (n = {} × {}{energy})", row.label, row.tokens_per_second, row.n_sequences, row.n_gen)
 }

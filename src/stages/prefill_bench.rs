@@ -1,9 +1,10 @@
 //! `prefill-bench`: how fast a prompt is read, in one pass to the first token's logits.
 
 use super::MODELS;
+use super::bench_power::Watch;
 use super::bench_tokens::{describe, size, sizes, tokens, too_long};
 use crate::artifact::PrefillResult;
-use crate::bench::{SamplePlan, prefill_result, sample};
+use crate::bench::{SamplePlan, prefill_label, prefill_result, sample};
 use crate::stage::{
     ParamDefault, ParamDesc, ParamType, Stage, StageContext, StageDescription, StageError, StageOutput,
 };
@@ -15,7 +16,7 @@ pub struct PrefillBench;
 static DESCRIPTION: StageDescription = StageDescription {
     kind: "prefill-bench",
     summary: "Times whole prompts in one pass to the first token's logits.",
-    version: 1,
+    version: 2,
     measures: true,
     computes: true,
     params: &[
@@ -84,29 +85,41 @@ impl Stage for PrefillBench {
         let plan = SamplePlan { warmup: size(context.params, "warmup"), samples: size(context.params, "samples") };
         let mut model = context.models.acquire(&recipe, context.progress)?;
         // After loading: what quantizing took for a moment is not what running takes.
-        let probe = context.engine.memory_probe();
+        let mut probe = context.engine.memory_probe();
+        let mut watch = Watch::start(context.engine);
         model.reserve(longest)?;
         context.progress.begin(Some((lengths.len() * (plan.warmup + plan.samples)) as u64), "passes");
         let mut results: Vec<PrefillResult> = Vec::new();
         for n_prompt in lengths {
-            let prompt = &tokens[..n_prompt];
+            let (prompt, label) = (&tokens[..n_prompt], prefill_label(n_prompt));
             let samples_s = sample(
                 plan,
                 context.progress,
                 || StageError::Cancelled,
-                || Ok::<_, StageError>(model.prefill(prompt)?.duration_s),
+                |counts| {
+                    // One region for all passes: they follow one another, and a counter of energy moves seldom.
+                    if counts {
+                        watch.begin();
+                    }
+                    let prefilled = model.prefill(prompt).map_err(|error| error.in_case(&label))?;
+                    Ok::<_, StageError>(prefilled.duration_s)
+                },
             )?;
+            watch.case(&label, n_prompt * samples_s.len());
+            probe.mark();
             results.extend(prefill_result(n_prompt, samples_s));
         }
-        let summary: Vec<String> = results.iter().map(summary).collect();
+        let summary: Vec<String> = results.iter().map(|row| summary(row, &watch)).collect();
         let mut body = Map::new();
         body.insert("results".to_owned(), json!(results));
+        watch.describe(&mut body, context.progress);
         describe(&mut body, probe.finish(), &**model, &context.engine.info(), METHOD);
         Ok(StageOutput { body, summary: summary.join(", ") })
     }
 }
 
-fn summary(row: &PrefillResult) -> String {
+fn summary(row: &PrefillResult, watch: &Watch) -> String {
     let spread = row.tokens_per_second_stdev.map(|stdev| format!(" ± {stdev:.0}")).unwrap_or_default();
-    format!("{} {:.0}{spread} t/s (n = {})", row.label, row.tokens_per_second_mean, row.n_samples)
+    let energy = watch.summary(&row.label);
+    format!("{} {:.0}{spread} t/s (n = {}{energy})", row.label, row.tokens_per_second_mean, row.n_samples)
 }

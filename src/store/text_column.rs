@@ -7,6 +7,7 @@ use parquet::arrow::ProjectionMask;
 use parquet::arrow::arrow_reader::ParquetRecordBatchReaderBuilder;
 use parquet::file::metadata::{ColumnChunkMetaData, RowGroupMetaData};
 use std::fs::File;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
 
 /// Rows that are in memory at once.
@@ -17,6 +18,16 @@ const BATCH_ROWS: usize = 1024;
 /// # Errors
 /// `Io`; `Format` where there is no such column, it holds no text, or the file is damaged.
 pub fn read_text_column(path: &Path, column: &str, take: &mut dyn FnMut(&str) -> bool) -> Result<(), StoreError> {
+    // The file is somebody else's, and the parquet crate (60.1) panics over some damaged levels and pages.
+    catch_unwind(AssertUnwindSafe(|| read_rows(path, column, take))).unwrap_or_else(|_| {
+        Err(StoreError::Format {
+            path: path.to_owned(),
+            reason: "its pages are damaged; fetch the file again".to_owned(),
+        })
+    })
+}
+
+fn read_rows(path: &Path, column: &str, take: &mut dyn FnMut(&str) -> bool) -> Result<(), StoreError> {
     let fail = |reason: String| StoreError::Format { path: path.to_owned(), reason };
     let file = File::open(path).map_err(StoreError::io("read", path))?;
     let n_bytes = file.metadata().map_err(StoreError::io("read", path))?.len();

@@ -37,7 +37,7 @@ pub trait Decode: Send + Sync + 'static {
 }
 
 /// Position of the values of `tables` that belong to the dynamic map, and of the offsets behind it.
-const MAP: u32 = 16;
+pub const MAP: u32 = 16;
 pub const OFFSETS: u32 = MAP + 256;
 
 /// f16 as its bits, in the low half of a word. Exact for all finite values: the exponent is moved by a multiplication.

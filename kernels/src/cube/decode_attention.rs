@@ -5,11 +5,7 @@
 //! Each group of eight lanes scores a key at a time for all query heads that share it, so that keys and values are read once.
 
 use super::ops::{Heads, STATE_POSITION};
-use super::reduce::{cube_max, cube_sum};
 use cubecl::prelude::*;
-
-/// Units of a cube.
-pub const UNITS: u32 = 128;
 
 /// Lanes that score a key together.
 const LANES: u32 = 8;
@@ -23,6 +19,8 @@ pub struct Split {
     pub heads: Heads,
     /// Query heads of a cube.
     pub group: u32,
+    /// Units of a cube.
+    pub units: u32,
     /// Keys of a cube.
     pub chunk: u32,
     pub n_splits: u32,
@@ -36,34 +34,269 @@ fn lowest() -> f32 {
     f32::reinterpret(0xff7f_ffffu32)
 }
 
-/// Writes the outputs of a cube's heads from all chunks' shares.
+/// Writes the outputs of a cube's heads from the shares of `n_shares` chunks, the first of them `first_share`.
 ///
 /// # Shapes
 /// `partial` `[n_splits, n_heads, head_dim + 2]`: a chunk's unnormalized sum, its maximum and its total; `out` `[n_heads·head_dim]`.
 #[cube]
-fn combine(partial: &mut [f32], out: &mut [f32], first_head: u32, #[comptime] split: Split) {
+fn combine(
+    partial: &mut [f32],
+    out: &mut [f32],
+    first_head: u32,
+    first_share: u32,
+    n_shares: u32,
+    #[comptime] split: Split,
+) {
     let head_dim = comptime!(split.heads.head_dim);
+    let group = comptime!(split.group);
     let width = comptime!(split.heads.head_dim + 2);
     let stride = comptime!(split.heads.n_heads * (split.heads.head_dim + 2));
+    // All maxima and totals at once: one after the other, each would cost a trip to memory.
+    let mut stats = Shared::<[f32]>::new_slice(comptime!((2 * split.n_splits * split.group) as usize));
+    let mut i = UNIT_POS_X;
+    while i < n_shares * group {
+        let at = (first_share + i / group) * stride + (first_head + i % group) * width + head_dim;
+        stats[(2u32 * i) as usize] = partial[at as usize];
+        stats[(2u32 * i + 1u32) as usize] = partial[(at + 1u32) as usize];
+        i += split.units;
+    }
+    sync_cube();
     let mut i = UNIT_POS_X;
     while i < comptime!(split.group * split.heads.head_dim) {
-        let head = first_head + i / head_dim;
-        let dim = i % head_dim;
-        let base = head * width;
+        let head = i / head_dim;
         let mut largest = lowest();
-        for s in 0..split.n_splits {
-            largest = max(largest, partial[(s * stride + base + head_dim) as usize]);
+        for s in 0..n_shares {
+            largest = max(largest, stats[(2u32 * (s * group + head)) as usize]);
         }
+        let mut at = first_share * stride + (first_head + head) * width + i % head_dim;
         let mut sum = 0.0f32;
         let mut total = 0.0f32;
-        for s in 0..split.n_splits {
-            let at = s * stride + base;
-            let weight = (partial[(at + head_dim) as usize] - largest).exp();
-            sum += weight * partial[(at + dim) as usize];
-            total += weight * partial[(at + head_dim + 1u32) as usize];
+        for s in 0..n_shares {
+            let stat = 2u32 * (s * group + head);
+            let weight = (stats[stat as usize] - largest).exp();
+            sum += weight * partial[at as usize];
+            total += weight * stats[(stat + 1u32) as usize];
+            at += stride;
         }
-        out[(head * head_dim + dim) as usize] = sum / total;
-        i += UNITS;
+        out[(first_head * head_dim + i) as usize] = sum / total;
+        i += split.units;
+    }
+}
+
+/// Rotates the cube's queries into shared memory, scaled.
+#[cube]
+fn rotate_queries(
+    qkv: &[f32],
+    table: &[f32],
+    query: &mut Shared<[f32]>,
+    first_head: u32,
+    position: u32,
+    scale: f32,
+    #[comptime] split: Split,
+) {
+    let head_dim = comptime!(split.heads.head_dim);
+    let half = comptime!(split.heads.head_dim / 2);
+    let mut i = UNIT_POS_X;
+    while i < comptime!(split.group * half) {
+        let from = (first_head + i / half) * head_dim + i % half;
+        let (low, high) = (qkv[from as usize], qkv[(from + half) as usize]);
+        let angle = (position * half + i % half) * 2u32;
+        let (cos, sin) = (table[angle as usize], table[(angle + 1u32) as usize]);
+        let to = (i / half) * head_dim + i % half;
+        query[to as usize] = (low * cos - high * sin) * scale;
+        query[(to + half) as usize] = (high * cos + low * sin) * scale;
+        i += split.units;
+    }
+}
+
+/// Appends the token's rotated key and its value to the cache.
+#[cube]
+#[expect(clippy::too_many_arguments, reason = "a kernel's buffers and sizes")]
+fn append<C: Float, W: Size>(
+    qkv: &[f32],
+    table: &[f32],
+    keys: &mut [Vector<C, W>],
+    values: &mut [Vector<C, W>],
+    kv_head: u32,
+    position: u32,
+    capacity: u32,
+    #[comptime] split: Split,
+) {
+    let head_dim = comptime!(split.heads.head_dim);
+    let half = comptime!(split.heads.head_dim / 2);
+    let width = W::value().comptime() as u32;
+    let row_vectors = comptime!(split.heads.head_dim / width);
+    let key_from = (comptime!(split.heads.n_heads) + kv_head) * head_dim;
+    let value_from = key_from + comptime!(split.heads.n_kv_heads * split.heads.head_dim);
+    let to = (kv_head * capacity + position) * row_vectors;
+    let mut v = UNIT_POS_X;
+    while v < row_vectors {
+        let mut key = Vector::<C, W>::empty();
+        let mut value = Vector::<C, W>::empty();
+        #[unroll]
+        for e in 0..width {
+            let dim = v * width + e;
+            let angle = (position * half + dim % half) * 2u32;
+            let (cos, sin) = (table[angle as usize], table[(angle + 1u32) as usize]);
+            let own = qkv[(key_from + dim) as usize];
+            let other = qkv[(key_from + (dim + half) % head_dim) as usize];
+            let rotated = own * cos + select(dim < half, -other, other) * sin;
+            key.insert(e as usize, C::cast_from(rotated));
+            value.insert(e as usize, C::cast_from(qkv[(value_from + dim) as usize]));
+        }
+        keys[(to + v) as usize] = key;
+        values[(to + v) as usize] = value;
+        v += split.units;
+    }
+}
+
+/// Scores the chunk's keys for all of the cube's heads; keys that are not seen score lowest.
+#[cube]
+#[expect(clippy::too_many_arguments, reason = "a kernel's buffers and sizes")]
+fn score_keys<C: Float, W: Size>(
+    keys: &mut [Vector<C, W>],
+    query: &Shared<[f32]>,
+    scores: &mut Shared<[f32]>,
+    base: u32,
+    start: u32,
+    begin: u32,
+    end: u32,
+    #[comptime] split: Split,
+) {
+    let width = W::value().comptime() as u32;
+    let group = comptime!(split.group);
+    let row_vectors = comptime!(split.heads.head_dim / width);
+    let lane_vectors = comptime!(row_vectors / LANES);
+    let rows = comptime!(split.units / LANES);
+    let n_steps = comptime!(split.chunk / rows);
+    let n_batch = comptime!(n_steps.min(4));
+    let lane = UNIT_POS_X % LANES;
+    let row = UNIT_POS_X / LANES;
+    let mut q = Array::<f32>::new(comptime!((split.group * lane_vectors * width) as usize));
+    #[unroll]
+    for h in 0..group {
+        #[unroll]
+        for v in 0..lane_vectors {
+            #[unroll]
+            for e in 0..width {
+                let from = comptime!(h * split.heads.head_dim) + (lane + comptime!(v * LANES)) * width + e;
+                q[comptime!(((h * lane_vectors + v) * width + e) as usize)] = query[from as usize];
+            }
+        }
+    }
+    let mut loaded = Array::<Vector<C, W>>::new(comptime!((n_batch * lane_vectors) as usize));
+    #[unroll]
+    for batch in 0..comptime!(n_steps / n_batch) {
+        // Batches behind the last key are not looked at.
+        if start + comptime!(batch * n_batch * rows) < end {
+            // All of a batch's keys are on their way before the first is used; what is not seen is read from a key that is.
+            #[unroll]
+            for step in 0..n_batch {
+                let key = start + comptime!((batch * n_batch + step) * rows) + row;
+                let safe = select(key >= begin && key < end, key, end - 1u32);
+                #[unroll]
+                for v in 0..lane_vectors {
+                    loaded[comptime!((step * lane_vectors + v) as usize)] =
+                        keys[(base + safe * row_vectors + lane + comptime!(v * LANES)) as usize];
+                }
+            }
+            #[unroll]
+            for step in 0..n_batch {
+                let key = start + comptime!((batch * n_batch + step) * rows) + row;
+                let is_seen = key >= begin && key < end;
+                let mut dots = Array::<f32>::new(comptime!(split.group as usize));
+                #[unroll]
+                for h in 0..group {
+                    dots[h as usize] = 0.0;
+                }
+                #[unroll]
+                for v in 0..lane_vectors {
+                    let vector = loaded[comptime!((step * lane_vectors + v) as usize)];
+                    #[unroll]
+                    for e in 0..width {
+                        let value = f32::cast_from(vector.extract(comptime!(e as usize)));
+                        #[unroll]
+                        for h in 0..group {
+                            dots[h as usize] += value * q[comptime!(((h * lane_vectors + v) * width + e) as usize)];
+                        }
+                    }
+                }
+                #[unroll]
+                for h in 0..group {
+                    let mut dot = dots[h as usize];
+                    dot += plane_shuffle_xor(dot, 4u32);
+                    dot += plane_shuffle_xor(dot, 2u32);
+                    dot += plane_shuffle_xor(dot, 1u32);
+                    if lane == 0u32 {
+                        let at = comptime!(h * split.chunk + (batch * n_batch + step) * rows) + row;
+                        scores[at as usize] = select(is_seen, dot, lowest());
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// Turns scores into unnormalized shares, a head a plane; planes beyond the heads do a head's work again.
+#[cube]
+fn share_out(
+    scores: &Shared<[f32]>,
+    shares: &mut Shared<[f32]>,
+    totals: &mut Shared<[f32]>,
+    start: u32,
+    begin: u32,
+    end: u32,
+    #[comptime] split: Split,
+) {
+    let chunk = comptime!(split.chunk);
+    let n_keys = max(end, start) - start;
+    let head = (UNIT_POS_X / PLANE_DIM) % split.group;
+    let mut largest = lowest();
+    let mut k = UNIT_POS_PLANE;
+    while k < n_keys {
+        largest = max(largest, scores[(head * chunk + k) as usize]);
+        k += PLANE_DIM;
+    }
+    let largest = plane_max(largest);
+    let mut total = 0.0f32;
+    let mut k = UNIT_POS_PLANE;
+    while k < chunk {
+        let at = (head * chunk + k) as usize;
+        let key = start + k;
+        let share = select(key >= begin && key < end, (scores[at] - largest).exp(), 0.0f32);
+        shares[at] = share;
+        total += share;
+        k += PLANE_DIM;
+    }
+    let total = plane_sum(total);
+    if UNIT_POS_PLANE == 0 {
+        totals[(2u32 * head) as usize] = largest;
+        totals[(2u32 * head + 1u32) as usize] = total;
+    }
+}
+
+/// Loads one batch of a unit's value vectors.
+#[cube]
+#[expect(clippy::too_many_arguments, reason = "a batch's buffers and where it lies")]
+fn load_values<C: Float, W: Size>(
+    values: &mut [Vector<C, W>],
+    loaded: &mut Array<Vector<C, W>>,
+    base: u32,
+    start: u32,
+    begin: u32,
+    end: u32,
+    #[comptime] batch: u32,
+    #[comptime] n_batch: u32,
+    #[comptime] split: Split,
+) {
+    let width = W::value().comptime() as u32;
+    let row_vectors = comptime!(split.heads.head_dim / width);
+    let n_row_groups = comptime!(split.units / row_vectors);
+    #[unroll]
+    for j in 0..n_batch {
+        let key = start + comptime!((batch * n_batch + j) * n_row_groups) + UNIT_POS_X / row_vectors;
+        let safe = select(key >= begin && key < end, key, end - 1u32);
+        loaded[j as usize] = values[(base + safe * row_vectors + UNIT_POS_X % row_vectors) as usize];
     }
 }
 
@@ -72,7 +305,7 @@ fn combine(partial: &mut [f32], out: &mut [f32], first_head: u32, #[comptime] sp
 /// `[n_kv_heads, capacity, head_dim]` in vectors, `partial` as [`combine`] reads it, `out` `[n_heads·head_dim]`, `counters`
 /// `[cubes in x]`, zero before and after.
 #[cube(launch_unchecked, create_dummy_kernel)]
-#[allow(clippy::too_many_arguments)]
+#[expect(clippy::too_many_arguments, reason = "a kernel's buffers and sizes")]
 pub fn decode_attention_kernel<C: Float, W: Size>(
     qkv: &[f32],
     table: &[f32],
@@ -88,171 +321,90 @@ pub fn decode_attention_kernel<C: Float, W: Size>(
     #[comptime] split: Split,
 ) {
     let head_dim = comptime!(split.heads.head_dim);
-    let half = comptime!(split.heads.head_dim / 2);
     let group = comptime!(split.group);
     let width = W::value().comptime() as u32;
     let row_vectors = comptime!(split.heads.head_dim / width);
-    let lane_vectors = comptime!(row_vectors / LANES);
-    let heads_a_kv = comptime!(split.heads.n_heads / split.heads.n_kv_heads);
-    let cubes_a_kv = comptime!(heads_a_kv / split.group);
+    let cubes_a_kv = comptime!(split.heads.n_heads / split.heads.n_kv_heads / split.group);
+    let n_row_groups = comptime!(split.units / row_vectors);
+    let n_turns = comptime!(split.chunk / n_row_groups);
+    let n_batch = comptime!(n_turns.min(8));
 
     let mut query = Shared::<[f32]>::new_slice(comptime!((split.group * split.heads.head_dim) as usize));
     let mut scores = Shared::<[f32]>::new_slice(comptime!((split.group * split.chunk) as usize));
-    let mut scratch = Shared::<[f32]>::new_slice(comptime!(UNITS as usize));
-    let n_row_groups = comptime!(UNITS / row_vectors);
+    let mut shares = Shared::<[f32]>::new_slice(comptime!((split.group * split.chunk) as usize));
     let mut sums = Shared::<[f32]>::new_slice(comptime!((n_row_groups * split.group * split.heads.head_dim) as usize));
     let mut totals = Shared::<[f32]>::new_slice(comptime!((2 * split.group) as usize));
 
     let kv_head = CUBE_POS_X / cubes_a_kv;
     let first_head = CUBE_POS_X * group;
+    let base = kv_head * capacity * row_vectors;
     let position = state[STATE_POSITION as usize];
     let start = CUBE_POS_Y * comptime!(split.chunk);
     let first_key = select(position + 1u32 > window, position + 1u32 - window, 0u32);
     let begin = max(start, first_key);
     let end = min(start + comptime!(split.chunk), position + 1u32);
-
-    let mut i = UNIT_POS_X;
-    while i < comptime!(split.group * half) {
-        let from = (first_head + i / half) * head_dim + i % half;
-        let (low, high) = (qkv[from as usize], qkv[(from + half) as usize]);
-        let angle = (position * half + i % half) * 2u32;
-        let (cos, sin) = (table[angle as usize], table[(angle + 1u32) as usize]);
-        let to = (i / half) * head_dim + i % half;
-        query[to as usize] = (low * cos - high * sin) * scale;
-        query[(to + half) as usize] = (high * cos + low * sin) * scale;
-        i += UNITS;
+    let mut first_share = 0u32;
+    let mut n_shares = comptime!(split.n_splits).runtime();
+    if comptime!(split.combines) {
+        // Chunks without keys take no part: a cache may be far longer than what is in it.
+        if begin >= end {
+            terminate!();
+        }
+        first_share = first_key / comptime!(split.chunk);
+        n_shares = position / comptime!(split.chunk) + 1u32 - first_share;
     }
+
+    rotate_queries(qkv, table, &mut query, first_head, position, scale, split);
     if position >= start && position < start + comptime!(split.chunk) {
-        let key_from = (comptime!(split.heads.n_heads) + kv_head) * head_dim;
-        let value_from = key_from + comptime!(split.heads.n_kv_heads * split.heads.head_dim);
-        let to = (kv_head * capacity + position) * row_vectors;
-        let mut v = UNIT_POS_X;
-        while v < row_vectors {
-            let mut key = Vector::<C, W>::empty();
-            let mut value = Vector::<C, W>::empty();
-            #[unroll]
-            for e in 0..width {
-                let dim = v * width + e;
-                let angle = (position * half + dim % half) * 2u32;
-                let (cos, sin) = (table[angle as usize], table[(angle + 1u32) as usize]);
-                let own = qkv[(key_from + dim) as usize];
-                let other = qkv[(key_from + (dim + half) % head_dim) as usize];
-                let rotated = own * cos + select(dim < half, -other, other) * sin;
-                key.insert(e as usize, C::cast_from(rotated));
-                value.insert(e as usize, C::cast_from(qkv[(value_from + dim) as usize]));
-            }
-            keys[(to + v) as usize] = key;
-            values[(to + v) as usize] = value;
-            v += UNITS;
-        }
+        append::<C, W>(qkv, table, keys, values, kv_head, position, capacity, split);
     }
-    sync_storage();
+    // On CUDA a barrier shows a cube its own writes; elsewhere storage has one of its own.
+    if comptime!(split.combines) {
+        sync_cube();
+    } else {
+        sync_storage();
+    }
 
-    let lane = UNIT_POS_X % LANES;
-    let row = UNIT_POS_X / LANES;
-    let rows = comptime!(UNITS / LANES);
-    let mut q = Array::<f32>::new(comptime!((split.group * lane_vectors * width) as usize));
-    #[unroll]
-    for h in 0..group {
-        #[unroll]
-        for v in 0..lane_vectors {
-            #[unroll]
-            for e in 0..width {
-                let from = comptime!(h * split.heads.head_dim) + (lane + comptime!(v * LANES)) * width + e;
-                q[comptime!(((h * lane_vectors + v) * width + e) as usize)] = query[from as usize];
-            }
-        }
-    }
-    #[unroll]
-    for step in 0..comptime!(split.chunk / rows) {
-        let key = start + comptime!(step * rows) + row;
-        let is_seen = key >= begin && key < end;
-        let base = (kv_head * capacity + select(is_seen, key, 0u32)) * row_vectors;
-        let mut dots = Array::<f32>::new(comptime!(split.group as usize));
-        #[unroll]
-        for h in 0..group {
-            dots[h as usize] = 0.0;
-        }
-        if is_seen {
-            #[unroll]
-            for v in 0..lane_vectors {
-                let vector = keys[(base + lane + comptime!(v * LANES)) as usize];
-                #[unroll]
-                for e in 0..width {
-                    let value = f32::cast_from(vector.extract(comptime!(e as usize)));
-                    #[unroll]
-                    for h in 0..group {
-                        dots[h as usize] += value * q[comptime!(((h * lane_vectors + v) * width + e) as usize)];
-                    }
-                }
-            }
-        }
-        #[unroll]
-        for h in 0..group {
-            let mut dot = dots[h as usize];
-            dot += plane_shuffle_xor(dot, 4u32);
-            dot += plane_shuffle_xor(dot, 2u32);
-            dot += plane_shuffle_xor(dot, 1u32);
-            if lane == 0u32 {
-                let at = comptime!(h * split.chunk + step * rows) + row;
-                scores[at as usize] = select(is_seen, dot, lowest());
-            }
-        }
-    }
+    score_keys::<C, W>(keys, &query, &mut scores, base, start, begin, end, split);
+    let mut loaded = Array::<Vector<C, W>>::new(n_batch as usize);
+    load_values::<C, W>(values, &mut loaded, base, start, begin, end, 0u32, n_batch, split);
     sync_cube();
-    #[unroll]
-    for h in 0..group {
-        let mut largest = lowest();
-        let mut k = UNIT_POS_X;
-        while k < comptime!(split.chunk) {
-            largest = max(largest, scores[(comptime!(h * split.chunk) + k) as usize]);
-            k += UNITS;
-        }
-        let largest = cube_max(largest, &mut scratch);
-        let mut total = 0.0f32;
-        let mut k = UNIT_POS_X;
-        while k < comptime!(split.chunk) {
-            let at = (comptime!(h * split.chunk) + k) as usize;
-            let key = start + k;
-            let share = select(key >= begin && key < end, (scores[at] - largest).exp(), 0.0f32);
-            scores[at] = share;
-            total += share;
-            k += UNITS;
-        }
-        let total = cube_sum(total, &mut scratch);
-        if UNIT_POS_X == 0 {
-            totals[comptime!((2 * h) as usize)] = largest;
-            totals[comptime!((2 * h + 1) as usize)] = total;
-        }
-    }
+    share_out(&scores, &mut shares, &mut totals, start, begin, end, split);
     sync_cube();
 
-    let column = UNIT_POS_X % row_vectors;
     let row_group = UNIT_POS_X / row_vectors;
     let mut acc = Array::<f32>::new(comptime!((split.group * width) as usize));
     #[unroll]
     for i in 0..comptime!(split.group * width) {
         acc[i as usize] = 0.0;
     }
-    let mut key = begin + row_group;
-    while key < end {
-        let vector = values[((kv_head * capacity + key) * row_vectors + column) as usize];
-        #[unroll]
-        for h in 0..group {
-            let share = scores[(comptime!(h * split.chunk) + key - start) as usize];
+    #[unroll]
+    for batch in 0..comptime!(n_turns / n_batch) {
+        if start + comptime!(batch * n_batch * n_row_groups) < end {
+            if comptime!(batch > 0) {
+                load_values::<C, W>(values, &mut loaded, base, start, begin, end, batch, n_batch, split);
+            }
             #[unroll]
-            for e in 0..width {
-                acc[comptime!((h * width + e) as usize)] +=
-                    share * f32::cast_from(vector.extract(comptime!(e as usize)));
+            for j in 0..n_batch {
+                let vector = loaded[j as usize];
+                let key = comptime!((batch * n_batch + j) * n_row_groups) + row_group;
+                #[unroll]
+                for h in 0..group {
+                    let share = shares[(comptime!(h * split.chunk) + key) as usize];
+                    #[unroll]
+                    for e in 0..width {
+                        acc[comptime!((h * width + e) as usize)] +=
+                            share * f32::cast_from(vector.extract(comptime!(e as usize)));
+                    }
+                }
             }
         }
-        key += n_row_groups;
     }
     #[unroll]
     for h in 0..group {
         #[unroll]
         for e in 0..width {
-            let at = (row_group * group + h) * head_dim + column * width + e;
+            let at = (row_group * group + h) * head_dim + UNIT_POS_X % row_vectors * width + e;
             sums[at as usize] = acc[comptime!((h * width + e) as usize)];
         }
     }
@@ -265,32 +417,34 @@ pub fn decode_attention_kernel<C: Float, W: Size>(
             sum += sums[(comptime!(r * split.group * split.heads.head_dim) + i) as usize];
         }
         let head = i / head_dim;
-        if comptime!(split.n_splits == 1) {
+        if n_shares == 1u32 {
             out[(first_head * head_dim + i) as usize] = sum / totals[(2u32 * head + 1u32) as usize];
         } else {
-            let base =
+            let at =
                 (CUBE_POS_Y * comptime!(split.heads.n_heads) + first_head + head) * comptime!(split.heads.head_dim + 2);
-            partial[(base + i % head_dim) as usize] = sum;
+            partial[(at + i % head_dim) as usize] = sum;
             if i % head_dim == 0u32 {
-                partial[(base + head_dim) as usize] = totals[(2u32 * head) as usize];
-                partial[(base + head_dim + 1u32) as usize] = totals[(2u32 * head + 1u32) as usize];
+                partial[(at + head_dim) as usize] = totals[(2u32 * head) as usize];
+                partial[(at + head_dim + 1u32) as usize] = totals[(2u32 * head + 1u32) as usize];
             }
         }
-        i += UNITS;
+        i += split.units;
     }
     if comptime!(split.combines) {
-        sync_storage();
-        let mut is_last = Shared::<[u32]>::new_slice(1usize);
-        if UNIT_POS_X == 0 {
-            let before = counters[CUBE_POS_X as usize].fetch_add(1u32);
-            is_last[0] = u32::cast_from(before + 1u32 == comptime!(split.n_splits));
-        }
-        sync_cube();
-        if is_last[0] == 1u32 {
+        if n_shares > 1u32 {
             sync_storage();
-            combine(partial, out, first_head, split);
+            let mut is_last = Shared::<[u32]>::new_slice(1usize);
             if UNIT_POS_X == 0 {
-                counters[CUBE_POS_X as usize].store(0u32);
+                let before = counters[CUBE_POS_X as usize].fetch_add(1u32);
+                is_last[0] = u32::cast_from(before + 1u32 == n_shares);
+            }
+            sync_cube();
+            if is_last[0] == 1u32 {
+                sync_storage();
+                combine(partial, out, first_head, first_share, n_shares, split);
+                if UNIT_POS_X == 0 {
+                    counters[CUBE_POS_X as usize].store(0u32);
+                }
             }
         }
     }
@@ -299,5 +453,6 @@ pub fn decode_attention_kernel<C: Float, W: Size>(
 /// Combines in a launch of its own, a cube as many heads as one of the other kernel serves.
 #[cube(launch_unchecked)]
 pub fn combine_kernel(partial: &mut [f32], out: &mut [f32], #[comptime] split: Split) {
-    combine(partial, out, CUBE_POS_X * comptime!(split.group), split);
+    let n_shares = comptime!(split.n_splits).runtime();
+    combine(partial, out, CUBE_POS_X * comptime!(split.group), 0u32, n_shares, split);
 }

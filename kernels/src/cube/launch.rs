@@ -2,12 +2,12 @@
 
 use super::attention::{ATTENTION_UNITS, Scoring, attention_kernel};
 use super::decode::{Affine4, Codebook4, DenseBf16, DenseF16, DenseF32, Int8};
-use super::decode_attention::{MAX_GROUP, Split, UNITS, combine_kernel, decode_attention_kernel};
+use super::decode_attention::{MAX_GROUP, Split, combine_kernel, decode_attention_kernel};
 use super::dequantize::{VECTOR_VALUES, dequantize_kernel, dequantize_vectors_kernel};
 use super::linear::{CUBE_UNITS, TILE_ROWS, linear_kernel};
 use super::ops::{
     AddNorm, Gate, Heads, ROW_UNITS, add_bias_kernel, add_norm_kernel, choose_kernel, embed_kernel, gate_kernel,
-    nll_kernel, rope_append_kernel, soft_cap_kernel,
+    nll_kernel, rope_append_kernel, soft_cap_kernel, stamp_kernel,
 };
 use super::{DeviceMatrix, Kind};
 use cubecl::client::Client;
@@ -327,6 +327,21 @@ pub fn gate(
     out: &Handle,
     [n, n_cols]: [usize; 2],
 ) {
+    gate_columns(client, element, gate, multiply, gate_up, out, [n, n_cols], [0, n_cols]);
+}
+
+/// As [`gate`], into columns `first..first + n_cols` of an output `out_stride` wide.
+#[expect(clippy::too_many_arguments, reason = "a kernel's buffers and sizes")]
+pub fn gate_columns(
+    client: &Client,
+    element: Element,
+    gate: Gate,
+    multiply: bool,
+    gate_up: &Handle,
+    out: &Handle,
+    [n, n_cols]: [usize; 2],
+    [first, out_stride]: [usize; 2],
+) {
     let n_values = n * n_cols;
     macro_rules! call {
         ($float:ty) => {
@@ -337,9 +352,11 @@ pub fn gate(
                     cube_count(n_values.div_ceil(256)),
                     CubeDim::new_1d(256),
                     buffer(gate_up, 2 * n_values),
-                    buffer(out, n_values),
+                    buffer(out, n * out_stride),
                     n_cols as u32,
                     n_values as u32,
+                    first as u32,
+                    out_stride as u32,
                     gate,
                     multiply,
                 )
@@ -460,10 +477,27 @@ pub fn attention(
 /// Units that look for the largest logit.
 const CHOOSE_UNITS: u32 = 256;
 
-/// Chooses the next token greedily and moves the state on.
-pub fn choose(client: &Client, logits: &Handle, vocab: usize, state: &Handle, n_state: usize) {
+/// Returns true where steps can be timed by the device's own clock.
+pub fn has_clock(client: &Client) -> bool {
+    client.name() == "cuda"
+}
+
+/// Starts a clock: its first reading is now. The caller asked [`has_clock`].
+///
+/// # Shapes
+/// `clock` two words a reading, `n_clock` words.
+pub fn stamp(client: &Client, clock: &Handle, n_clock: usize) {
+    // SAFETY: the buffer has room for a reading.
+    unsafe {
+        stamp_kernel::launch_unchecked(client, CubeCount::Static(1, 1, 1), CubeDim::new_1d(32), buffer(clock, n_clock))
+    }
+}
+
+/// Chooses the next token greedily and moves the state on; with a clock, whose buffer has room for as many readings as the state for
+/// tokens, it reads that too.
+pub fn choose(client: &Client, logits: &Handle, vocab: usize, state: &Handle, n_state: usize, clock: Option<&Handle>) {
     let units = if client.name() == "cuda" { 1024 } else { CHOOSE_UNITS };
-    // SAFETY: the buffers have the lengths given.
+    // SAFETY: the buffers have the lengths given; without a clock, none is touched.
     unsafe {
         choose_kernel::launch_unchecked(
             client,
@@ -471,8 +505,10 @@ pub fn choose(client: &Client, logits: &Handle, vocab: usize, state: &Handle, n_
             CubeDim::new_1d(units),
             buffer(logits, vocab),
             buffer(state, n_state),
+            buffer(clock.unwrap_or(logits), if clock.is_some() { 2 * n_state } else { 1 }),
             vocab as u32,
             units,
+            clock.is_some(),
         )
     }
 }
@@ -568,21 +604,29 @@ impl DecodeScratch {
         let heads = layer.heads;
         let width = vector_width(layer.element);
         let heads_a_kv = heads.n_heads / heads.n_kv_heads;
-        let group = (1..=MAX_GROUP).rev().find(|group| heads_a_kv.is_multiple_of(*group))?;
+        // Where the last cube combines, few long chunks beat many short ones: handing over costs more than keys do. Elsewhere cubes
+        // are small, for the sake of devices with 16 KiB of shared memory.
+        let hands_over = client.features().device_memory_scope;
+        let units = if hands_over { 256 } else { 128 };
+        // A plane turns the scores of a head into shares.
+        let n_planes = units / client.properties().hardware.plane_size_max.max(1);
+        let group = (1..=MAX_GROUP.min(n_planes)).rev().find(|group| heads_a_kv.is_multiple_of(*group))?;
         let fits = !heads.qk_norm
             && layer.soft_cap.is_none()
             && heads.rotary_dim == heads.head_dim
             && heads.head_dim.is_multiple_of(8 * width)
-            && (UNITS * width).is_multiple_of(heads.head_dim)
+            && (units * width).is_multiple_of(heads.head_dim)
             && client.properties().hardware.plane_size_min >= 8;
         let chunk = match layer.capacity {
-            0..=1024 => 64,
-            1025..=4096 => 128,
+            0..=4096 if hands_over => 128,
+            _ if hands_over => 256,
+            0..=2048 => 64,
+            2049..=16_384 => 128,
             _ => 256,
         };
         let n_splits = layer.capacity.div_ceil(chunk) as u32;
-        let combines = n_splits > 1 && client.features().device_memory_scope;
-        let split = Split { heads, group, chunk: chunk as u32, n_splits, combines };
+        let combines = n_splits > 1 && hands_over;
+        let split = Split { heads, group, units, chunk: chunk as u32, n_splits, combines };
         let n_partial = n_splits * heads.n_heads * (heads.head_dim + 2);
         let n_cubes = heads.n_heads / group;
         fits.then(|| DecodeScratch {
@@ -620,7 +664,7 @@ pub fn decode_attention(
                 decode_attention_kernel::launch_unchecked::<$c>(
                     client,
                     CubeCount::Static(n_cubes, split.n_splits, 1),
-                    CubeDim::new_1d(UNITS),
+                    CubeDim::new_1d(split.units),
                     $width,
                     buffer(qkv, ((heads.n_heads + 2 * heads.n_kv_heads) * heads.head_dim) as usize),
                     buffer(layer.rope, layer.capacity * heads.rotary_dim as usize),
@@ -649,7 +693,7 @@ pub fn decode_attention(
             combine_kernel::launch_unchecked(
                 client,
                 CubeCount::Static(n_cubes, 1, 1),
-                CubeDim::new_1d(UNITS),
+                CubeDim::new_1d(split.units),
                 buffer(&scratch.partial, n_partial),
                 buffer(out, n_out),
                 split,

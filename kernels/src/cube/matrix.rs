@@ -42,7 +42,7 @@ pub struct DeviceMatrix {
 }
 
 /// Block size that stands for "no blocks": larger than any row.
-const NO_BLOCKS: u32 = 1 << 30;
+pub(super) const NO_BLOCKS: u32 = 1 << 30;
 
 impl DeviceMatrix {
     /// Copies a matrix from the host in its stored form.

@@ -10,19 +10,26 @@ pub mod decode;
 pub mod decode_attention;
 mod dequantize;
 pub mod flash;
+mod form;
 pub mod gemv;
 mod launch;
 mod linear;
+mod loader;
 mod matrix;
 #[cfg(feature = "cuda")]
 pub mod nvidia;
 pub mod ops;
+pub mod quantize;
 mod reduce;
+mod staging;
 mod tensor_core;
+mod tile;
 
+pub use form::{FileMatrix, Form};
 pub use launch::{
     DecodeScratch, Element, LayerCache, Place, Residual, add_bias, add_norm, attention, choose, decode_attention,
-    dequantize, embed, gate, linear, rope_append, score, soft_cap,
+    dequantize, embed, gate, gate_columns, has_clock, linear, rope_append, score, soft_cap, stamp,
 };
+pub use loader::MatrixLoader;
 pub use matrix::{DeviceMatrix, Kind};
 pub use tensor_core::{Gemv, Norm, Tuning, flash_attention, flash_fits, gemv, gemv_fits};

@@ -120,10 +120,11 @@ pub enum Gate {
 pub fn activate(x: f32, #[comptime] gate: Gate) -> f32 {
     match gate {
         Gate::Silu => x / (1.0f32 + (-x).exp()),
-        Gate::Gelu => 0.5f32 * x * (1.0f32 + (x * core::f32::consts::FRAC_1_SQRT_2).erf()),
+        Gate::Gelu => 0.5f32 * x * (1.0f32 + cubecl::frontend::Erf::erf(x * core::f32::consts::FRAC_1_SQRT_2)),
         Gate::GeluTanh => {
             let inner = 0.797_884_6f32 * (x + 0.044_715f32 * x * x * x);
-            0.5f32 * x * (1.0f32 + inner.tanh())
+            // (1 + tanh u) / 2 is a logistic of 2u, and exp is exact where CUDA's tanh may be an approximation.
+            x / (1.0f32 + (-2.0f32 * inner).exp())
         }
     }
 }
@@ -131,25 +132,27 @@ pub fn activate(x: f32, #[comptime] gate: Gate) -> f32 {
 /// `out = act(gate) · up`; without `multiply`, `out = act(gate)` alone.
 ///
 /// # Shapes
-/// `gate_up` `[n, 2·n_cols]`, gate first; `out` `[n, n_cols]`.
+/// `gate_up` `[n, 2·n_cols]`, gate first; `out` columns `first..first + n_cols` of `[n, out_stride]`.
 #[cube(launch_unchecked)]
 pub fn gate_kernel<A: Float>(
     gate_up: &[A],
     out: &mut [A],
     n_cols: u32,
     n_values: u32,
+    first: u32,
+    out_stride: u32,
     #[comptime] gate: Gate,
     #[comptime] multiply: bool,
 ) {
     let at = ABSOLUTE_POS as u32;
     if at < n_values {
-        let row = at / n_cols;
-        let gate_at = row * 2u32 * n_cols + at % n_cols;
+        let (row, col) = (at / n_cols, at % n_cols);
+        let gate_at = row * 2u32 * n_cols + col;
         let mut value = activate(f32::cast_from(gate_up[gate_at as usize]), gate);
         if comptime!(multiply) {
             value *= f32::cast_from(gate_up[(gate_at + n_cols) as usize]);
         }
-        out[at as usize] = A::cast_from(value);
+        out[(row * out_stride + first + col) as usize] = A::cast_from(value);
     }
 }
 
@@ -258,12 +261,37 @@ pub fn rope_append_kernel<A: Float, C: Float>(
     }
 }
 
+/// Writes the device's time as entry `entry` of a clock's readings, two words each.
+#[cube]
+fn read_clock(clock: &mut [u32], entry: u32) {
+    let nanoseconds: u64;
+    gpu_asm!("mov.u64 {}, %%globaltimer;", out(_) nanoseconds);
+    clock[(2u32 * entry) as usize] = u32::cast_from(nanoseconds & 0xffff_ffffu64);
+    clock[(2u32 * entry + 1u32) as usize] = u32::cast_from(nanoseconds >> 32u64);
+}
+
+/// Writes when it runs, in nanoseconds of the device's clock, as a clock's first reading. NVIDIA only.
+#[cube(launch_unchecked, create_dummy_kernel)]
+pub fn stamp_kernel(clock: &mut [u32]) {
+    if ABSOLUTE_POS == 0 {
+        read_clock(clock, 0u32);
+    }
+}
+
 /// Finds the largest logit of the last row, remembers it as the next token and moves the position on: the end of a recorded step.
+/// With a clock it writes when that was, behind the readings of the steps before.
 ///
 /// # Shapes
-/// `logits` `[n]`, `state` as the `STATE_` constants say.
-#[cube(launch_unchecked)]
-pub fn choose_kernel(logits: &[f32], state: &mut [u32], n: u32, #[comptime] units: u32) {
+/// `logits` `[n]`, `state` as the `STATE_` constants say, `clock` two words a reading.
+#[cube(launch_unchecked, create_dummy_kernel)]
+pub fn choose_kernel(
+    logits: &[f32],
+    state: &mut [u32],
+    clock: &mut [u32],
+    n: u32,
+    #[comptime] units: u32,
+    #[comptime] has_clock: bool,
+) {
     let mut best = Shared::<[f32]>::new_slice(comptime!(units as usize));
     let mut place = Shared::<[u32]>::new_slice(comptime!(units as usize));
     let (value, index) = best_of_row(logits, 0u32, n);
@@ -277,6 +305,9 @@ pub fn choose_kernel(logits: &[f32], state: &mut [u32], n: u32, #[comptime] unit
         state[(STATE_HISTORY + 1u32 + n_chosen) as usize] = place[0];
         state[STATE_HISTORY as usize] = n_chosen + 1u32;
         state[STATE_POSITION as usize] = position + 1u32;
+        if comptime!(has_clock) {
+            read_clock(clock, n_chosen + 1u32);
+        }
     }
 }
 

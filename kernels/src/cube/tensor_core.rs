@@ -2,7 +2,8 @@
 
 use super::flash::{self, flash_attention_kernel};
 use super::gemv::{
-    Affine4Pairs, Bf16Pairs, Codebook4Pairs, Epilogue, F16Pairs, GemvSpec, Int8Pairs, MAX_ROWS, STEP, gemv_kernel,
+    Affine4Pairs, Bf16Pairs, Codebook4Pairs, Epilogue, F16Pairs, GemvSpec, Int8Pairs, MAX_ROWS, SCALE_STRIDE, STEP,
+    gemv_kernel,
 };
 use super::{DeviceMatrix, Element, Kind, LayerCache};
 use cubecl::client::Client;
@@ -40,17 +41,39 @@ pub struct Tuning {
 }
 
 impl Tuning {
-    /// Returns the settings for a matrix.
+    /// Returns the settings for a matrix: wide rows are split over more planes, and tall matrices keep few cubes busy for long.
     pub fn of(matrix: &DeviceMatrix) -> Tuning {
-        // Wide rows are split over more planes: the steps of a plane, one after the other, are what a tile waits for.
-        let planes = if matrix.n_cols >= 6144 { 16 } else { 8 };
-        let copies = if matrix.kind == Kind::Codebook4 { 32 } else { 1 };
-        Tuning { planes, unroll: 3, copies, cubes_a_processor: if planes == 16 { 2 } else { 4 } }
+        let is_wide = matrix.n_cols >= 6144;
+        let is_tall = matrix.n_rows >= 8192;
+        let (planes, unroll, cubes_a_processor) = match (matrix.kind, is_wide, is_tall) {
+            (Kind::Codebook4 | Kind::Affine4, true, _) => (16, 2, 1),
+            (Kind::Codebook4 | Kind::Affine4, false, true) => (8, 1, 2),
+            (Kind::Codebook4 | Kind::Affine4, false, false) => (8, 2, 3),
+            (Kind::Int8, true, _) => (16, 3, 1),
+            (Kind::Int8, false, true) => (16, 1, 2),
+            (Kind::Int8, false, false) => (8, 2, 3),
+            (_, true, _) => (16, 2, 1),
+            (_, false, true) => (8, 2, 2),
+            (_, false, false) => (16, 1, 2),
+        };
+        let copies = if matrix.kind == Kind::Codebook4 { 32 } else { 8 };
+        Tuning { planes, unroll, copies, cubes_a_processor }
     }
 }
 
-/// Bytes of shared memory that a cube may ask for.
-const MAX_SHARED_BYTES: usize = 96 << 10;
+/// Bytes of shared memory that a launch takes: x, the table of pairs and the map, two tiles' scales, their zero points and sums.
+fn shared_bytes(matrix: &DeviceMatrix, m: usize) -> usize {
+    let tuning = Tuning::of(matrix);
+    let n_blocks = matrix.n_cols.div_ceil((matrix.format.block_size as usize).min(matrix.n_cols));
+    let scales = 2 * SCALE_STRIDE as usize * n_blocks;
+    let statistics = match matrix.kind {
+        Kind::Codebook4 => 256 * (tuning.copies as usize + 1) + scales,
+        Kind::Affine4 => 2 * scales + m * matrix.n_cols / STEP as usize,
+        _ => 0,
+    };
+    let sums = 2 * tuning.planes as usize * 16 * 2 * m;
+    2 * m * matrix.n_cols + 4 * (statistics + sums) + 64
+}
 
 /// Returns true where [`gemv`] takes this matrix on this device.
 pub fn gemv_fits(client: &Client, matrix: &DeviceMatrix, m: usize, paired: bool) -> bool {
@@ -68,7 +91,7 @@ pub fn gemv_fits(client: &Client, matrix: &DeviceMatrix, m: usize, paired: bool)
         && (1..=MAX_ROWS as usize).contains(&m)
         && matrix.n_cols.is_multiple_of(STEP as usize)
         && rows.is_multiple_of(tile_rows)
-        && m * matrix.n_cols * 2 + (33 << 10) + matrix.n_cols * 2 <= MAX_SHARED_BYTES
+        && shared_bytes(matrix, m) <= client.properties().hardware.max_shared_memory_size
 }
 
 /// Writes `y = epilogue(W · norm(x) + bias)`; the caller has asked [`gemv_fits`].
@@ -80,6 +103,9 @@ pub fn gemv(client: &Client, matrix: &DeviceMatrix, call: &Gemv<'_>, tuning: Tun
     let n_tiles = (matrix.n_rows / 16) as u32;
     let processors = client.properties().hardware.num_streaming_multiprocessors.unwrap_or(64);
     let count = CubeCount::Static(n_tiles.min(processors * tuning.cubes_a_processor), 1, 1);
+    let four_bit = matches!(matrix.kind, Kind::Codebook4 | Kind::Affine4);
+    let slots = if four_bit && call.m <= 4 && matrix.n_cols.is_multiple_of(2 * STEP as usize) { 2 } else { 1 };
+    let n_steps = matrix.n_cols as u32 / (STEP * slots);
     let spec = GemvSpec {
         n_rows: matrix.n_rows as u32,
         n_cols: matrix.n_cols as u32,
@@ -90,8 +116,9 @@ pub fn gemv(client: &Client, matrix: &DeviceMatrix, call: &Gemv<'_>, tuning: Tun
         has_bias: call.bias.is_some(),
         epilogue: call.epilogue,
         planes: tuning.planes,
-        unroll: tuning.unroll.min((matrix.n_cols as u32 / STEP).div_ceil(tuning.planes)),
+        unroll: tuning.unroll.min(n_steps.div_ceil(tuning.planes)),
         copies: tuning.copies,
+        slots,
     };
     let [n_codes, n_scales, n_aux, n_tables] = matrix.lens;
     let n_outputs = call.m * if paired { matrix.n_rows / 2 } else { matrix.n_rows };
@@ -110,8 +137,8 @@ pub fn gemv(client: &Client, matrix: &DeviceMatrix, call: &Gemv<'_>, tuning: Tun
                     BufferArg::from_raw_parts(matrix.scales.clone(), n_scales),
                     BufferArg::from_raw_parts(matrix.aux.clone(), n_aux),
                     BufferArg::from_raw_parts(matrix.tables.clone(), n_tables),
-                    BufferArg::from_raw_parts(call.x.clone(), call.m * matrix.n_cols),
-                    BufferArg::from_raw_parts(norm_weight.clone(), matrix.n_cols),
+                    BufferArg::from_raw_parts(call.x.clone(), call.m * matrix.n_cols / 4),
+                    BufferArg::from_raw_parts(norm_weight.clone(), matrix.n_cols / 4),
                     BufferArg::from_raw_parts(call.bias.unwrap_or(call.x).clone(), matrix.n_rows),
                     BufferArg::from_raw_parts(call.y.clone(), n_outputs),
                     n_tiles,
@@ -124,7 +151,9 @@ pub fn gemv(client: &Client, matrix: &DeviceMatrix, call: &Gemv<'_>, tuning: Tun
         };
     }
     match matrix.kind {
+        Kind::Codebook4 if slots == 2 => launch!(Codebook4Pairs, 4),
         Kind::Codebook4 => launch!(Codebook4Pairs, 2),
+        Kind::Affine4 if slots == 2 => launch!(Affine4Pairs, 4),
         Kind::Affine4 => launch!(Affine4Pairs, 2),
         Kind::Int8 => launch!(Int8Pairs, 4),
         Kind::F16 => launch!(F16Pairs, 4),

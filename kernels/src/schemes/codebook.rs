@@ -148,10 +148,15 @@ fn block_size(spec: &SchemeSpec) -> usize {
     spec.block_size.unwrap_or(64)
 }
 
+/// Returns what second-level scales are relative to: the mean of all block scales.
+pub fn nested_offset(absmax: impl ExactSizeIterator<Item = f32>) -> f32 {
+    let n = absmax.len().max(1);
+    (absmax.map(f64::from).sum::<f64>() / n as f64) as f32
+}
+
 /// Quantizes block scales a second time.
 pub fn nest(absmax: &[f32]) -> Nested {
-    let mean = absmax.iter().map(|value| f64::from(*value)).sum::<f64>() / absmax.len().max(1) as f64;
-    let offset = mean as f32;
+    let offset = nested_offset(absmax.iter().copied());
     let mut nested = Nested { codes: Vec::with_capacity(absmax.len()), absmax: Vec::new(), offset };
     for block in absmax.chunks(NESTED_BLOCK) {
         let block_absmax = block.iter().fold(0.0f32, |max, value| max.max((value - offset).abs()));

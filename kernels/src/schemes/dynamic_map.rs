@@ -33,6 +33,12 @@ fn boundary(i: usize, n: usize) -> f32 {
     if i < n.div_ceil(2) { step.mul_add(i as f32, 0.1) } else { (-step).mul_add((n - i) as f32, 1.0) }
 }
 
+/// Returns the 255 points halfway between neighbours: an entry is the nearest one to what lies above as many of them as its index.
+pub fn middles() -> [f32; 255] {
+    let map = dynamic_map();
+    std::array::from_fn(|i| (map[i] + map[i + 1]) * 0.5)
+}
+
 /// Returns the index of the entry nearest to `value`.
 pub fn nearest(value: f32) -> u8 {
     let map = dynamic_map();
@@ -45,4 +51,21 @@ pub fn nearest(value: f32) -> u8 {
     }
     let middle = (map[upper - 1] + map[upper]) * 0.5;
     (if value > middle { upper } else { upper - 1 }) as u8
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_nearest_entry_is_the_number_of_middles_below() {
+        let by_middles = |value: f32| middles().iter().filter(|middle| **middle < value).count() as u8;
+        let mut probes = vec![0.0, -0.0, f32::NAN, f32::INFINITY, f32::NEG_INFINITY, 1.5, -1.5];
+        for value in dynamic_map().iter().chain(&middles()) {
+            probes.extend([*value, value.next_up(), value.next_down()]);
+        }
+        for value in probes {
+            assert_eq!(nearest(value), by_middles(value), "{value}");
+        }
+    }
 }

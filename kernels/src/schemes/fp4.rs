@@ -19,7 +19,7 @@ pub const TABLE: [f32; 16] = {
 };
 
 /// Magnitudes above the n-th of these, but not above the next, have the n-th of [`ORDER`] as their code.
-const THRESHOLDS: [f32; 7] =
+pub const THRESHOLDS: [f32; 7] =
     [0.002_604_17, 0.085_937_5, 0.208_333_33, 0.291_666_67, 0.416_666_7, 0.583_333, 0.833_333_3];
 
 /// Codes in the order of their magnitudes.

@@ -25,7 +25,7 @@ pub const TABLE: [f32; 16] = [
 ];
 
 /// A value's code is the number of these that are strictly smaller than it.
-const THRESHOLDS: [f32; 15] = [
+pub const THRESHOLDS: [f32; 15] = [
     -0.848_096_4,
     -0.610_632_9,
     -0.459_995_27,

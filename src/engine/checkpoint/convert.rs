@@ -83,9 +83,62 @@ pub fn first_not_finite(dtype: DType, bytes: &[u8]) -> Option<(usize, f32)> {
     Some((index, value[0]))
 }
 
+/// Returns the first value that is not finite in `base`: NaN, infinite, or beyond that type's range. One thread reads all bytes.
+#[cfg(any(feature = "cuda", feature = "wgpu"))]
+pub fn first_beyond(stored: DType, base: DType, bytes: &[u8]) -> Option<(usize, f32)> {
+    // The smallest magnitude, as bits, that rounds to infinity.
+    let limit = match (stored, base) {
+        (DType::F32, DType::F32) => 0x7f80_0000,
+        (DType::F32, DType::Bf16) => 0x7f7f_8000,
+        (DType::F32, DType::F16) => 0x477f_f000,
+        (DType::F16, _) => 0x7c00,
+        (DType::Bf16, DType::F16) => 0x4780,
+        (DType::Bf16, _) => 0x7f80,
+    };
+    let word = |raw: &[u8; 4]| i32::from_le_bytes(*raw) & 0x7fff_ffff;
+    let half = |raw: &[u8; 2]| i16::from_le_bytes(*raw) & 0x7fff;
+    // Signed maxima without an early exit vectorize on any x86-64.
+    let largest = match stored {
+        DType::F32 => bytes.as_chunks::<4>().0.iter().fold(0, |max, raw| max.max(word(raw))),
+        DType::F16 | DType::Bf16 => {
+            i32::from(bytes.as_chunks::<2>().0.iter().fold(0, |max: i16, raw| max.max(half(raw))))
+        }
+    };
+    if largest < limit {
+        return None;
+    }
+    let index = match stored {
+        DType::F32 => bytes.as_chunks::<4>().0.iter().position(|raw| word(raw) >= limit)?,
+        DType::F16 | DType::Bf16 => bytes.as_chunks::<2>().0.iter().position(|raw| i32::from(half(raw)) >= limit)?,
+    };
+    let size = stored.size_bytes();
+    let mut value = [0.0f32];
+    fill_f32(stored, &bytes[index * size..(index + 1) * size], &mut value);
+    Some((index, value[0]))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[cfg(any(feature = "cuda", feature = "wgpu"))]
+    #[test]
+    fn a_value_is_beyond_a_type_where_its_conversion_is_infinite() {
+        for stored in DType::ALL {
+            for base in DType::ALL {
+                for edge in [65_504.0f32, 65_519.996, 65_520.0, 65_536.0, 3.389e38, 3.3961e38, f32::MAX, f32::NAN] {
+                    for value in [edge, -edge] {
+                        let bytes = to_dtype(&[1.0, value], stored);
+                        let exact = to_f32(stored, bytes.as_slice());
+                        let want = first_not_finite(base, to_dtype(&exact, base).as_slice()).map(|(index, _)| index);
+                        let found = first_beyond(stored, base, bytes.as_slice());
+                        assert_eq!(found.map(|(index, _)| index), want, "{value} in {stored} as {base}");
+                        assert!(found.is_none_or(|(_, value)| value.to_bits() == exact[1].to_bits()));
+                    }
+                }
+            }
+        }
+    }
 
     #[test]
     fn the_first_value_that_is_not_finite_is_found_in_every_type() {

@@ -7,6 +7,8 @@ mod gguf_file;
 mod random;
 mod safetensors_file;
 
+#[cfg(any(feature = "cuda", feature = "wgpu"))]
+pub use convert::first_beyond;
 pub use convert::{dense_type, first_not_finite, to_dtype, to_f32};
 pub use gguf_file::{GgufCheckpoint, is_gguf};
 pub use random::random_values;
@@ -101,6 +103,11 @@ impl Checkpoint {
         }
     }
 
+    /// Returns true where a linear's weight is stored packed.
+    pub fn is_packed(&self, name: &str) -> bool {
+        matches!(self, Checkpoint::Folder(folder) if bitsandbytes::is_packed(folder, name))
+    }
+
     /// Returns a linear's weight that is stored packed; nothing where it is stored as plain floats.
     ///
     /// # Errors
@@ -145,9 +152,19 @@ impl Checkpoint {
     /// # Errors
     /// `Tensor` where it is missing or shaped otherwise, `NotFinite` where it holds NaN or an infinity.
     pub fn tensor(&self, name: &str, shape: &[usize]) -> Result<StoredTensor, InferenceError> {
+        let tensor = self.unread(name, shape)?;
+        if let Checkpoint::Random { .. } = self { Ok(tensor) } else { finite(name, tensor) }
+    }
+
+    /// Returns a tensor of the given shape in its stored type. Nobody has looked at its values: where it is mapped they may still lie
+    /// on the disk.
+    ///
+    /// # Errors
+    /// `Tensor` where it is missing or shaped otherwise.
+    pub fn unread(&self, name: &str, shape: &[usize]) -> Result<StoredTensor, InferenceError> {
         match self {
-            Checkpoint::Folder(folder) => finite(name, folder.checked(name, shape)?.clone()),
-            Checkpoint::Gguf(file) => finite(name, file.tensor(name, shape)?),
+            Checkpoint::Folder(folder) => folder.checked(name, shape).cloned(),
+            Checkpoint::Gguf(file) => file.tensor(name, shape),
             Checkpoint::Random { seed, dtype, config } => {
                 let values = random_values(*seed, name, shape.iter().product());
                 Ok(StoredTensor {

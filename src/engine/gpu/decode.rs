@@ -31,6 +31,8 @@ pub struct Decoder {
     state: Handle,
     /// For each layer, what the attention of one launch needs; nothing where the layer takes the generic kernels.
     scratches: Vec<Option<DecodeScratch>>,
+    /// When each step ended, by the device's clock, where it has one.
+    clock: Option<Handle>,
     /// Words of the state: position, token, and as many chosen tokens as the cache has room for.
     n_state: usize,
     graph: Option<Graph>,
@@ -66,15 +68,11 @@ impl Decoder {
             product: floats(spec.ffn_size),
             logits: floats(spec.vocab_size),
             state: client.create_from_slice(&vec![0u8; 4 * n_state]),
+            clock: cube::has_clock(client).then(|| client.empty(8 * n_state)),
             n_state,
             graph: None,
             is_settled: false,
         }
-    }
-
-    /// Says how steps run: for records.
-    pub fn is_recorded(&self) -> bool {
-        self.graph.is_some()
     }
 
     /// Generates `n_gen` tokens greedily after those in the cache, the first of them following `token`.
@@ -99,30 +97,61 @@ impl Decoder {
         }
         self.set_state(&client, cache.n_tokens, token);
         synchronize(&client)?;
-        let mut durations = Vec::with_capacity(n_gen);
+        let durations = match &self.clock {
+            Some(clock) if self.graph.is_some() => self.replay(&client, clock, n_gen)?,
+            _ => self.step_by_step(passes, cache, n_gen)?,
+        };
+        cache.n_tokens += n_gen;
+        self.check_logits(&client, passes.spec.vocab_size)?;
+        let words = read_words(&client, &self.state)?;
+        let chosen = &words[STATE_HISTORY as usize + 1..][..n_gen];
+        Ok(chosen.iter().zip(durations).map(|(&token, duration_s)| Decoded { token, duration_s }).collect())
+    }
+
+    /// Queues all steps, which need nothing of the host, and returns how long each took by the device's clock.
+    fn replay(&self, client: &Client, clock: &Handle, n_gen: usize) -> Result<Vec<f64>, InferenceError> {
+        cube::stamp(client, clock, 2 * self.n_state);
         for _ in 0..n_gen {
+            if let Some(graph) = &self.graph {
+                // SAFETY: the buffers of all recorded launches live as long as `self`, the cache and the weights; whoever replaces
+                // one of them makes a new decoder.
+                unsafe { graph.replay() }.map_err(device_error)?;
+            }
+        }
+        synchronize(client)?;
+        let words = read_words(client, clock)?;
+        let readings: Vec<u64> =
+            words[..2 * (n_gen + 1)].chunks_exact(2).map(|w| u64::from(w[0]) | u64::from(w[1]) << 32).collect();
+        Ok(readings.windows(2).map(|pair| pair[1].saturating_sub(pair[0]) as f64 * 1e-9).collect())
+    }
+
+    /// Runs steps one by one, each timed by the host around an idle device.
+    fn step_by_step(&self, passes: &Passes, cache: &mut GpuCache, n_gen: usize) -> Result<Vec<f64>, InferenceError> {
+        let client = passes.client();
+        let follows_length = cache.ropes.iter().any(super::rope::RopeTable::depends_on_length);
+        let mut durations = Vec::with_capacity(n_gen);
+        for i in 0..n_gen {
             if follows_length {
                 for rope in &mut cache.ropes {
-                    rope.prepare(&client, cache.n_tokens + 1);
+                    rope.prepare(client, cache.n_tokens + i + 1);
                 }
-                synchronize(&client)?;
+                synchronize(client)?;
             }
             let start = Instant::now();
             match &self.graph {
-                // SAFETY: the buffers of all recorded launches live as long as `self`, the cache and the weights; whoever replaces
-                // one of them makes a new decoder.
+                // SAFETY: as above.
                 Some(graph) => unsafe { graph.replay() }.map_err(device_error)?,
                 None => self.step(passes, cache),
             }
-            synchronize(&client)?;
+            synchronize(client)?;
             durations.push(start.elapsed().as_secs_f64());
-            cache.n_tokens += 1;
         }
-        self.check_logits(&client, passes.spec.vocab_size)?;
-        let state = client.read_one(self.state.clone()).map_err(device_error)?;
-        let words: Vec<u32> = state.chunks_exact(4).map(|b| u32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect();
-        let chosen = &words[STATE_HISTORY as usize + 1..][..n_gen];
-        Ok(chosen.iter().zip(durations).map(|(&token, duration_s)| Decoded { token, duration_s }).collect())
+        Ok(durations)
+    }
+
+    /// Returns true where steps are timed by the device's clock: for records.
+    pub fn is_timed_by_device(&self) -> bool {
+        self.clock.is_some() && self.graph.is_some()
     }
 
     fn check_logits(&self, client: &Client, vocab_size: usize) -> Result<(), InferenceError> {
@@ -182,7 +211,7 @@ impl Decoder {
         if let Some(cap) = spec.logit_softcap {
             cube::soft_cap(client, &self.logits, spec.vocab_size, cap as f32);
         }
-        cube::choose(client, &self.logits, spec.vocab_size, &self.state, self.n_state);
+        cube::choose(client, &self.logits, spec.vocab_size, &self.state, self.n_state, self.clock.as_ref());
     }
 
     fn attention(&self, passes: &Passes, cache: &GpuCache, layer_idx: usize, block: &GpuBlock) {
@@ -292,6 +321,11 @@ impl Decoder {
             self.gate(passes);
         }
     }
+}
+
+fn read_words(client: &Client, handle: &Handle) -> Result<Vec<u32>, InferenceError> {
+    let bytes = client.read_one(handle.clone()).map_err(device_error)?;
+    Ok(bytes.chunks_exact(4).map(|b| u32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect())
 }
 
 /// Waits until the device is idle.

@@ -3,12 +3,16 @@
 use super::model::GpuModel;
 use super::pass::Passes;
 use super::products::{Products, element};
+use super::room::{PoolProbe, Room, Senses};
 use super::weights::GpuWeights;
 use crate::artifact::QuantizedModule;
 use crate::engine::burn_engine::BurnEngine;
+use crate::engine::footprint::weights_bytes;
 use crate::engine::weights::{WeightReader, has_compute_dtype};
 use crate::event::Progress;
-use crate::inference::{Engine, EngineInfo, InferenceError, MemoryProbe, Model, ModelInfo, ModelRecipe, SavedModel};
+use crate::inference::{
+    DeviceProbe, Engine, EngineInfo, InferenceError, MemoryProbe, Model, ModelInfo, ModelRecipe, SavedModel,
+};
 use crate::units::DType;
 use burn::tensor::Device;
 use cubecl::client::Client;
@@ -23,16 +27,13 @@ pub struct GpuEngine {
     /// Reads files and surveys quantization on the host.
     host: BurnEngine,
     info: EngineInfo,
-    memory: Box<dyn Fn() -> Box<dyn MemoryProbe> + Send + Sync>,
+    senses: Senses,
+    room: Room,
 }
 
 impl GpuEngine {
     /// Takes a device that was found; `device` identifies it in records.
-    pub fn new(
-        client: Client,
-        device: String,
-        memory: Box<dyn Fn() -> Box<dyn MemoryProbe> + Send + Sync>,
-    ) -> GpuEngine {
+    pub fn new(client: Client, device: String, senses: Senses) -> GpuEngine {
         let info = EngineInfo {
             backend: format!("burn-{} 0.22 (cubecl 0.11)", client.name()),
             device,
@@ -40,7 +41,8 @@ impl GpuEngine {
             clock: "host monotonic clock around a synchronized device".to_owned(),
             is_host: false,
         };
-        GpuEngine { client, host: BurnEngine::cpu(), info, memory }
+        let room = Room::new(&client, &senses);
+        GpuEngine { client, host: BurnEngine::cpu(), info, senses, room }
     }
 
     /// Fills in what a GPU computes in where the recipe leaves it open: what weights are stored in, so far as the device can.
@@ -77,13 +79,14 @@ impl Engine for GpuEngine {
                 self.info.device
             )));
         }
+        self.room.check("the model's weights", weights_bytes(&info, &recipe)?)?;
         let (spec, checkpoint) = self.host.prepare(&recipe)?;
         let host = Device::flex();
         let reader = WeightReader { checkpoint: &checkpoint, spec: &spec, recipe: &recipe, device: &host };
         let weights = GpuWeights::load(&self.client, &reader, progress)?;
         super::decode::synchronize(&self.client)?;
         let products = Products::new(self.client.clone(), element(compute));
-        Ok(Box::new(GpuModel::new(info, Passes { spec, weights, products, compute })))
+        Ok(Box::new(GpuModel::new(info, Passes { spec, weights, products, compute }, self.room.clone())))
     }
 
     fn survey(
@@ -100,6 +103,14 @@ impl Engine for GpuEngine {
     }
 
     fn memory_probe(&self) -> Box<dyn MemoryProbe> {
-        (self.memory)()
+        Box::new(PoolProbe::start(&self.client, || (self.senses.memory)()))
+    }
+
+    fn device_probe(&self) -> Option<Box<dyn DeviceProbe>> {
+        (self.senses.device)()
+    }
+
+    fn free_bytes(&self) -> Option<u64> {
+        self.room.free_bytes()
     }
 }

@@ -9,8 +9,10 @@ mod engine;
 mod model;
 mod pass;
 mod products;
+mod room;
 mod rope;
 mod rows;
 mod weights;
 
 pub use engine::GpuEngine;
+pub use room::Senses;

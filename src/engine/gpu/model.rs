@@ -2,6 +2,7 @@
 
 use super::decode::{Decoder, synchronize};
 use super::pass::{GpuCache, Passes};
+use super::room::Room;
 use super::rows::{Rows, read};
 use crate::engine::tap::Tap;
 use crate::event::Progress;
@@ -23,13 +24,14 @@ pub struct GpuModel {
     passes: Passes,
     cache: Option<GpuCache>,
     decoder: Option<Decoder>,
+    room: Room,
     /// First token that `decode` will feed.
     next_token: Option<u32>,
 }
 
 impl GpuModel {
-    pub fn new(info: ModelInfo, passes: Passes) -> GpuModel {
-        GpuModel { info, passes, cache: None, decoder: None, next_token: None }
+    pub fn new(info: ModelInfo, passes: Passes, room: Room) -> GpuModel {
+        GpuModel { info, passes, cache: None, decoder: None, room, next_token: None }
     }
 
     /// Makes room for `n_ctx` tokens and empties the cache.
@@ -41,7 +43,10 @@ impl GpuModel {
         if self.cache.as_ref().is_none_or(|cache| cache.capacity < n_ctx) {
             // The old one goes first, and the recording that names its buffers.
             (self.decoder, self.cache) = (None, None);
+            let asked_bytes = GpuCache::bytes_of(&self.passes.spec, self.passes.compute, n_ctx);
+            self.room.check(&format!("a key-value cache of {n_ctx} tokens"), asked_bytes)?;
             let cache = GpuCache::new(self.passes.client(), &self.passes.spec, self.passes.compute, n_ctx);
+            self.room.check_allocated(cache.handles())?;
             self.cache = Some(cache);
         }
         if let Some(cache) = &mut self.cache {
@@ -132,8 +137,38 @@ impl Model for GpuModel {
         }
         let passes = &self.passes;
         let decoder = self.decoder.get_or_insert_with(|| Decoder::new(passes, cache));
-        let decoded = decoder.decode(passes, cache, token, n_gen)?;
+        let decoded = decoder.decode(passes, cache, token, n_gen);
+        if decoded.is_err() {
+            // Its buffers may never have been allocated: the next decode starts with new ones.
+            self.decoder = None;
+        }
+        let decoded = decoded?;
         self.next_token = decoded.last().map_or(Some(token), |last| Some(last.token));
+        Ok(decoded)
+    }
+
+    fn decode_clock(&self) -> Option<&'static str> {
+        self.decoder.as_ref().filter(|decoder| decoder.is_timed_by_device()).map(|_| {
+            "the device's own clock, read at the end of each step; all steps of a sequence are queued at once, and choosing the next \
+             token is in them"
+        })
+    }
+
+    /// Decodes twice from the same place: at once, as it is timed, then token by token for the logits.
+    fn decode_keeping(&mut self, n_gen: usize, take: &mut TakeLogits<'_>) -> Result<Vec<Decoded>, InferenceError> {
+        let (n_tokens, token) = (self.cache.as_ref().map_or(0, |cache| cache.n_tokens), self.next_token);
+        let decoded = self.decode(n_gen)?;
+        self.next_token = token;
+        if let Some(cache) = &mut self.cache {
+            cache.n_tokens = n_tokens;
+        }
+        let client = self.passes.client().clone();
+        for _ in 0..n_gen {
+            self.decode(1)?;
+            if let Some(decoder) = &self.decoder {
+                take(&read(&client, &decoder.logits, Element::F32, self.info.vocab_size)?)?;
+            }
+        }
         Ok(decoded)
     }
 

@@ -13,6 +13,9 @@ use cubecl::server::Handle;
 use labpipe_kernels::cube::ops::{Gate, Heads, STATE_POSITION};
 use labpipe_kernels::cube::{self, Element, LayerCache, Residual};
 
+/// Bytes of gate and up rows beyond which a pass computes them panel by panel.
+const GATED_BYTES: usize = 32 << 20;
+
 /// Keys and values of the tokens seen so far, and the tables that go with their positions.
 pub struct GpuCache {
     /// Keys and values of each layer, `[n_kv_heads, capacity, head_dim]`.
@@ -29,12 +32,22 @@ impl GpuCache {
         let n_bytes = capacity * spec.kv_width() * compute.size_bytes();
         let layers = (0..spec.n_layers).map(|_| (client.empty(n_bytes), client.empty(n_bytes))).collect();
         let ropes = spec.attentions.iter().map(|kind| RopeTable::new(client, &kind.rope, capacity)).collect();
-        let n_bytes = (2 * spec.n_layers * n_bytes) as u64;
+        let n_bytes = GpuCache::bytes_of(spec, compute, capacity);
         GpuCache { layers, ropes, element: element(compute), capacity, n_tokens: 0, n_bytes }
+    }
+
+    /// Returns the bytes that keys and values of `capacity` tokens take.
+    pub fn bytes_of(spec: &ModelSpec, compute: DType, capacity: usize) -> u64 {
+        2 * spec.n_layers as u64 * capacity as u64 * (spec.kv_width() * compute.size_bytes()) as u64
     }
 
     pub fn n_bytes(&self) -> u64 {
         self.n_bytes
+    }
+
+    /// Returns every buffer of keys and values.
+    pub fn handles(&self) -> impl Iterator<Item = &Handle> {
+        self.layers.iter().flat_map(|(keys, values)| [keys, values])
     }
 
     /// Returns what the attention of one layer reads.
@@ -84,14 +97,14 @@ pub struct Passes {
 struct Buffers {
     n: usize,
     x: Handle,       // [n, hidden] f32, the residual stream
-    normed: Handle,  // [n, hidden]
+    normed: Handle,  // [n, hidden]; what attention puts out too, once the norm's rows are used
     qkv: Handle,     // [n, q + 2 kv]
-    q: Handle,       // [n, q]
-    attn: Handle,    // [n, q]
-    delta: Handle,   // [n, hidden]
-    gate_up: Handle, // [n, 2 ffn]
+    q: Handle,       // [n, q]; what a half-block adds too, once the queries are used
+    gate_up: Handle, // [n, 2 ffn], or narrower where the MLP runs panel by panel
     product: Handle, // [n, ffn]
     state: Handle,   // position of the first token
+    /// The MLP runs panel by panel: nobody looks at what is before the activation.
+    is_gated: bool,
 }
 
 impl Passes {
@@ -118,7 +131,7 @@ impl Passes {
         for rope in &mut cache.ropes {
             rope.prepare(&client, cache.n_tokens + n);
         }
-        let buffers = self.buffers(&client, n, cache.n_tokens);
+        let buffers = self.buffers(&client, n, cache.n_tokens, tap.is_closed());
         let token_bytes: Vec<u8> = tokens.iter().flat_map(|token| token.to_le_bytes()).collect();
         let tokens_device = client.create_from_slice(&token_bytes);
         let scale = self.spec.embedding_scale as f32;
@@ -152,23 +165,27 @@ impl Passes {
         }
     }
 
-    fn buffers(&self, client: &Client, n: usize, n_past: usize) -> Buffers {
+    fn buffers(&self, client: &Client, n: usize, n_past: usize, is_unseen: bool) -> Buffers {
         let size = self.products.element.size_bytes();
         let spec = &self.spec;
         let (q, hidden, ffn) = (spec.q_width(), spec.hidden_size, spec.ffn_size);
         let mut state = [0u8; 16];
         state[4 * STATE_POSITION as usize..][..4].copy_from_slice(&(n_past as u32).to_le_bytes());
+        let widths: Option<Vec<usize>> =
+            self.weights.blocks.iter().map(|block| self.products.gated_width(&block.gate_up)).collect();
+        // Panels mean more launches: short passes have no need of them.
+        let is_large = n * 2 * ffn * size > GATED_BYTES;
+        let gated_width = widths.filter(|_| is_unseen && is_large).and_then(|widths| widths.into_iter().max());
         Buffers {
             n,
             x: client.empty(n * hidden * 4),
-            normed: client.empty(n * hidden * size),
+            normed: client.empty(n * hidden.max(q) * size),
             qkv: client.empty(n * (q + 2 * spec.kv_width()) * size),
-            q: client.empty(n * q * size),
-            attn: client.empty(n * q * size),
-            delta: client.empty(n * hidden * size),
-            gate_up: client.empty(n * 2 * ffn * size),
+            q: client.empty(n * hidden.max(q) * size),
+            gate_up: client.empty(n * gated_width.unwrap_or(2 * ffn) * size),
             product: client.empty(n * ffn * size),
             state: client.create_from_slice(&state),
+            is_gated: gated_width.is_some(),
         }
     }
 
@@ -184,7 +201,7 @@ impl Passes {
         });
         let step = Residual {
             x: &buffers.x,
-            delta: delta.map(|_| &buffers.delta),
+            delta: delta.map(|_| &buffers.q),
             delta_norm,
             norm: norm.map(|norm| (norm, &buffers.normed)),
             eps: self.spec.block.norm_eps as f32,
@@ -227,44 +244,67 @@ impl Passes {
         let view = cache.layer(&self.spec, block, layer_idx);
         cube::rope_append(&client, element, &view, &buffers.qkv, &buffers.q, &buffers.state, n);
         if cube::flash_fits(&client, element, &view) {
-            cube::flash_attention(&client, element, &view, &buffers.q, &buffers.attn, &buffers.state, n);
+            cube::flash_attention(&client, element, &view, &buffers.q, &buffers.normed, &buffers.state, n);
         } else {
-            cube::attention(&client, element, &view, &buffers.q, &buffers.attn, &buffers.state, n);
+            cube::attention(&client, element, &view, &buffers.q, &buffers.normed, &buffers.state, n);
         }
-        let attended = self.rows(&client, &buffers.attn, element, n, self.spec.q_width());
+        let attended = self.rows(&client, &buffers.normed, element, n, self.spec.q_width());
         let (attn_name, o_name) = (name("self_attn.attn"), name("self_attn.o_proj"));
         tap.output(&attn_name, layer, "attn", &attended)?;
         tap.shared_input(&o_name, layer, "o_proj", &Source { module: &attn_name, op: "attn" }, &attended)?;
-        self.products.project(&buffers.attn, &block.o, &buffers.delta, n)?;
-        let out = self.rows(&client, &buffers.delta, element, n, hidden);
+        self.products.project(&buffers.normed, &block.o, &buffers.q, n)?;
+        let out = self.rows(&client, &buffers.q, element, n, hidden);
         tap.output(&o_name, layer, "o_proj", &out)?;
         self.tap_out_norm(layer_idx, NormRole::AttnOut, &out, tap)?;
 
         self.step(&client, buffers, Some((false, layer_idx)), Some(&self.weights.blocks[layer_idx].mlp_norm));
         tap.output(&mlp_norm_name, layer, "norm", &normed)?;
+        self.gate_up(layer_idx, buffers, &mlp_norm_name, tap)?;
+        let block = &self.weights.blocks[layer_idx];
+        let ffn = self.spec.ffn_size;
+        let product = self.rows(&client, &buffers.product, element, n, ffn);
+        tap.input(&name("mlp.down_proj"), layer, "down_proj", &product)?;
+        self.products.project(&buffers.product, &block.down, &buffers.q, n)?;
+        let down = self.rows(&client, &buffers.q, element, n, hidden);
+        tap.output(&name("mlp.down_proj"), layer, "down_proj", &down)?;
+        self.tap_out_norm(layer_idx, NormRole::MlpOut, &down, tap)?;
+        *delta = Some((true, layer_idx));
+        Ok(())
+    }
+
+    /// Runs the MLP up to its product of activated gate and up.
+    fn gate_up(
+        &mut self,
+        layer_idx: usize,
+        buffers: &Buffers,
+        mlp_norm_name: &str,
+        tap: &mut Tap<'_>,
+    ) -> Result<(), InferenceError> {
+        let client = self.products.client.clone();
+        let (n, element, layer) = (buffers.n, self.products.element, Some(layer_idx));
+        let (hidden, ffn) = (self.spec.hidden_size, self.spec.ffn_size);
+        let name = |leaf: &str| format!("model.layers.{layer_idx}.{leaf}");
+        let act = gate(self.spec.block.activation);
+        if buffers.is_gated {
+            let block = &self.weights.blocks[layer_idx];
+            let targets = [&buffers.gate_up, &buffers.product];
+            return self.products.gated(&buffers.normed, &block.gate_up, act, targets, n);
+        }
+        let normed = self.rows(&client, &buffers.normed, element, n, hidden);
         let block = &self.weights.blocks[layer_idx];
         self.products.project(&buffers.normed, &block.gate_up, &buffers.gate_up, n)?;
-        let ffn = self.spec.ffn_size;
         let names: &[&str] =
             if self.spec.block.fused_gate_up { &["mlp.gate_up_proj"] } else { &["mlp.gate_proj", "mlp.up_proj"] };
-        tap_projection(tap, layer_idx, &names[..1], &mlp_norm_name, &normed, &block.gate_up, &buffers.gate_up)?;
-        let act = gate(self.spec.block.activation);
+        tap_projection(tap, layer_idx, &names[..1], mlp_norm_name, &normed, &block.gate_up, &buffers.gate_up)?;
         if tap.wants(&name("mlp.act_fn")) {
             cube::gate(&client, element, act, false, &buffers.gate_up, &buffers.product, [n, ffn]);
             let activated = self.rows(&client, &buffers.product, element, n, ffn);
             tap.output(&name("mlp.act_fn"), layer, "act", &activated)?;
         }
         if names.len() > 1 {
-            tap_columns(tap, layer_idx, names[1], &mlp_norm_name, &normed, &buffers.gate_up, [ffn, ffn, 2 * ffn])?;
+            tap_columns(tap, layer_idx, names[1], mlp_norm_name, &normed, &buffers.gate_up, [ffn, ffn, 2 * ffn])?;
         }
         cube::gate(&client, element, act, true, &buffers.gate_up, &buffers.product, [n, ffn]);
-        let product = self.rows(&client, &buffers.product, element, n, ffn);
-        tap.input(&name("mlp.down_proj"), layer, "down_proj", &product)?;
-        self.products.project(&buffers.product, &block.down, &buffers.delta, n)?;
-        let down = self.rows(&client, &buffers.delta, element, n, hidden);
-        tap.output(&name("mlp.down_proj"), layer, "down_proj", &down)?;
-        self.tap_out_norm(layer_idx, NormRole::MlpOut, &down, tap)?;
-        *delta = Some((true, layer_idx));
         Ok(())
     }
 

@@ -6,10 +6,14 @@ use crate::units::DType;
 use cubecl::client::Client;
 use cubecl::server::Handle;
 #[cfg(feature = "cuda")]
-use labpipe_kernels::cube::cublas::{Cublas, Operand};
-use labpipe_kernels::cube::{self, DeviceMatrix, Element, Kind, Place};
+use labpipe_kernels::cube::Kind;
+#[cfg(feature = "cuda")]
+use labpipe_kernels::cube::cublas::{Cublas, CublasError, Operand};
+use labpipe_kernels::cube::ops::Gate;
+use labpipe_kernels::cube::{self, DeviceMatrix, Element, Place};
 
 /// Bytes of decoded rows that are multiplied at a time: they stay in L2 between the two kernels.
+#[cfg(feature = "cuda")]
 const PANEL_BYTES: usize = 24 << 20;
 
 /// Returns the kernels' name for an element type.
@@ -65,6 +69,85 @@ impl Products {
         Ok(())
     }
 
+    /// Returns how many columns [`gated`](Self::gated) needs beside x, or nothing where it does not take a projection: one matrix of
+    /// gate rows, then up rows, that is decoded panel by panel.
+    #[cfg(feature = "cuda")]
+    pub fn gated_width(&self, projection: &Projection) -> Option<usize> {
+        let [matrix] = projection.parts.as_slice() else { return None };
+        let is_decoded = !is_plain(matrix.kind, self.element);
+        (self.blas.is_some() && is_decoded && projection.bias.is_none())
+            .then(|| 2 * self.gated_rows(matrix.n_cols, matrix.n_rows / 2))
+    }
+
+    /// As with cuBLAS, which is not here.
+    #[cfg(not(feature = "cuda"))]
+    pub fn gated_width(&self, _projection: &Projection) -> Option<usize> {
+        None
+    }
+
+    /// Gate rows of a panel, which holds as many up rows.
+    #[cfg(feature = "cuda")]
+    fn gated_rows(&self, n_cols: usize, n_rows: usize) -> usize {
+        (PANEL_BYTES / (2 * n_cols * self.element.size_bytes())).clamp(1, n_rows)
+    }
+
+    /// Writes `y = act(x · gateᵀ) · (x · upᵀ)` a panel at a time: the sums before the activation take `wide` and no more.
+    ///
+    /// # Shapes
+    /// `x` `[m, n_in]`, `wide` `[m, gated_width]`, `y` `[m, n_out / 2]`.
+    ///
+    /// # Errors
+    /// As [`project`](Self::project).
+    #[cfg(feature = "cuda")]
+    pub fn gated(
+        &mut self,
+        x: &Handle,
+        projection: &Projection,
+        gate: Gate,
+        [wide, y]: [&Handle; 2],
+        m: usize,
+    ) -> Result<(), InferenceError> {
+        let matrix = &projection.parts[0];
+        let (n_half, k) = (matrix.n_rows / 2, matrix.n_cols);
+        let panel_rows = self.gated_rows(k, n_half);
+        let (client, element) = (self.client.clone(), self.element);
+        let panel = self.panel(k);
+        for first in (0..n_half).step_by(panel_rows) {
+            let n = panel_rows.min(n_half - first);
+            cube::dequantize(&client, matrix, element, first, n, &panel);
+            let up = panel.clone().offset_start((n * k * element.size_bytes()) as u64);
+            cube::dequantize(&client, matrix, element, n_half + first, n, &up);
+            let x_operand = Operand::of(&client, x, element).map_err(blas_error)?;
+            let w = Operand::of(&client, &panel, element).map_err(blas_error)?;
+            let out = Operand::of(&client, wide, element).map_err(blas_error)?;
+            let Some(blas) = self.blas.as_mut() else { unreachable!("`gated_width` looked") };
+            blas.matmul(&client, x_operand, k, w, out, 2 * n, [m, 2 * n, k]).map_err(blas_error)?;
+            cube::gate_columns(&client, element, gate, true, wide, y, [m, n], [first, n_half]);
+        }
+        Ok(())
+    }
+
+    /// As with cuBLAS, which is not here.
+    #[cfg(not(feature = "cuda"))]
+    pub fn gated(
+        &mut self,
+        _x: &Handle,
+        _projection: &Projection,
+        _gate: Gate,
+        _buffers: [&Handle; 2],
+        _m: usize,
+    ) -> Result<(), InferenceError> {
+        unreachable!("`gated_width` takes no projection")
+    }
+
+    /// Returns the scratch that rows are decoded into, made when it is first needed.
+    #[cfg(feature = "cuda")]
+    fn panel(&mut self, n_cols: usize) -> Handle {
+        let n_bytes = PANEL_BYTES.max(2 * n_cols * self.element.size_bytes());
+        let client = &self.client;
+        self.panel.get_or_insert_with(|| client.empty(n_bytes)).clone()
+    }
+
     /// Writes `y = x[first..first + m] · Wᵀ` in fp32.
     ///
     /// # Errors
@@ -106,37 +189,40 @@ impl Products {
         m: usize,
         out: Element,
     ) -> Result<(), InferenceError> {
-        let fail = |error: labpipe_kernels::cube::cublas::CublasError| InferenceError::Device {
-            device: "cuda".to_owned(),
-            reason: error.to_string(),
-        };
-        let (client, element) = (&self.client, self.element);
-        let Some(blas) = self.blas.as_mut() else { unreachable!("the caller looked") };
-        let x_operand = Operand::of(client, x, element).map_err(fail)?;
-        let y_operand = Operand::of(client, y, out).map_err(fail)?.offset(place.y_first);
+        let (client, element) = (self.client.clone(), self.element);
+        let x_operand = Operand::of(&client, x, element).map_err(blas_error)?;
+        let y_operand = Operand::of(&client, y, out).map_err(blas_error)?.offset(place.y_first);
         let k = matrix.n_cols;
         let x_operand = x_operand.offset(place.x_row * k);
-        let is_plain = matches!(
-            (matrix.kind, element),
-            (Kind::F32, Element::F32) | (Kind::F16, Element::F16) | (Kind::Bf16, Element::Bf16)
-        );
-        if is_plain {
-            let w = Operand::of(client, &matrix.codes, element).map_err(fail)?;
+        if is_plain(matrix.kind, element) {
+            let w = Operand::of(&client, &matrix.codes, element).map_err(blas_error)?;
+            let Some(blas) = self.blas.as_mut() else { unreachable!("the caller looked") };
             return blas
-                .matmul(client, x_operand, k, w, y_operand, place.y_stride, [m, matrix.n_rows, k])
-                .map_err(fail);
+                .matmul(&client, x_operand, k, w, y_operand, place.y_stride, [m, matrix.n_rows, k])
+                .map_err(blas_error);
         }
         let row_bytes = k * element.size_bytes();
         let panel_rows = (PANEL_BYTES / row_bytes).clamp(1, matrix.n_rows);
-        let n_bytes = PANEL_BYTES.max(row_bytes);
-        let panel = self.panel.get_or_insert_with(|| client.empty(n_bytes));
-        let w = Operand::of(client, panel, element).map_err(fail)?;
+        let panel = self.panel(k);
+        let w = Operand::of(&client, &panel, element).map_err(blas_error)?;
+        let Some(blas) = self.blas.as_mut() else { unreachable!("the caller looked") };
         for first in (0..matrix.n_rows).step_by(panel_rows) {
             let n = panel_rows.min(matrix.n_rows - first);
-            cube::dequantize(client, matrix, element, first, n, panel);
+            cube::dequantize(&client, matrix, element, first, n, &panel);
             let y = y_operand.offset(first);
-            blas.matmul(client, x_operand, k, w, y, place.y_stride, [m, n, k]).map_err(fail)?;
+            blas.matmul(&client, x_operand, k, w, y, place.y_stride, [m, n, k]).map_err(blas_error)?;
         }
         Ok(())
     }
+}
+
+/// Returns true where cuBLAS reads a matrix as it is stored.
+#[cfg(feature = "cuda")]
+fn is_plain(kind: Kind, element: Element) -> bool {
+    matches!((kind, element), (Kind::F32, Element::F32) | (Kind::F16, Element::F16) | (Kind::Bf16, Element::Bf16))
+}
+
+#[cfg(feature = "cuda")]
+fn blas_error(error: CublasError) -> InferenceError {
+    InferenceError::Device { device: "cuda".to_owned(), reason: error.to_string() }
 }

@@ -1,13 +1,16 @@
-//! A model's weights on the GPU: read block by block from the memory map, packed, copied, and forgotten on the host.
+//! A model's weights on the GPU: copied tile by tile from the memory map and quantized there.
 
-use crate::engine::spec::ModelSpec;
-use crate::engine::weights::{Block, GateUpLinears, Linear, QkvLinears, WeightReader};
+use super::products::element;
+use super::rows::device_error;
+use crate::engine::spec::{LinearRole, LinearSpec, NormRole};
+use crate::engine::weights::{UnreadWeight, WeightReader};
 use crate::event::Progress;
 use crate::inference::InferenceError;
 use burn::tensor::{DType as BurnDType, Tensor};
 use cubecl::client::Client;
 use cubecl::server::Handle;
-use labpipe_kernels::cube::DeviceMatrix;
+use labpipe_kernels::cube::quantize::Reading;
+use labpipe_kernels::cube::{DeviceMatrix, FileMatrix, Form, MatrixLoader};
 use labpipe_kernels::weight::HostWeight;
 
 /// Linears that read the same input, stored as one matrix where their forms go together.
@@ -56,7 +59,8 @@ pub struct GpuWeights {
 }
 
 impl GpuWeights {
-    /// Loads every weight.
+    /// Loads every weight. Matrices are quantized on the device from their file's bytes, which pass through a tile of pinned memory;
+    /// those that only the host can make are made there one projection at a time.
     ///
     /// # Errors
     /// Whatever is wrong with a tensor; `Cancelled`.
@@ -67,38 +71,70 @@ impl GpuWeights {
     ) -> Result<GpuWeights, InferenceError> {
         let spec = reader.spec;
         progress.begin(Some(spec.n_layers as u64 + 1), "blocks");
-        let mut uploader = Uploader { client, stored_bytes: 0 };
-        let embedding = uploader.matrix("embed_tokens", &reader.embedding()?)?;
+        let mut loading = Loading { client, loader: MatrixLoader::new(client), reader, progress, stored_bytes: 0 };
+        let embedding = loading.matrix("embed_tokens", &[reader.unread_embedding()?])?;
         let mut blocks = Vec::with_capacity(spec.n_layers);
         for layer_idx in 0..spec.n_layers {
-            if progress.is_cancelled() {
-                return Err(InferenceError::Cancelled);
-            }
-            blocks.push(uploader.block(layer_idx, reader.block(layer_idx, &mut 0)?, spec)?);
+            blocks.push(loading.block(layer_idx)?);
+            loading.loader.turn().map_err(device_error)?;
             progress.advance(1);
         }
-        let final_norm = uploader.row(reader.final_norm()?)?;
-        let lm_head = match reader.untied_head()? {
-            None => embedding.clone(),
-            Some(head) => uploader.matrix("lm_head", &head)?,
+        let final_norm = loading.row(reader.final_norm()?)?;
+        let lm_head = match spec.tied_embeddings {
+            true => embedding.clone(),
+            false => loading.parts("lm_head", &["lm_head".to_owned()], &[spec.vocab_size], spec.hidden_size)?.remove(0),
         };
+        loading.loader.settle().map_err(device_error)?;
         progress.advance(1);
-        Ok(GpuWeights { embedding, blocks, final_norm, lm_head, stored_bytes: uploader.stored_bytes })
+        Ok(GpuWeights { embedding, blocks, final_norm, lm_head, stored_bytes: loading.stored_bytes })
     }
 }
 
-struct Uploader<'a> {
+struct Loading<'a> {
     client: &'a Client,
+    loader: MatrixLoader<'a>,
+    reader: &'a WeightReader<'a>,
+    progress: &'a dyn Progress,
     stored_bytes: u64,
 }
 
 fn unsupported(module: &str) -> impl Fn(labpipe_kernels::SchemeError) -> InferenceError + '_ {
-    move |error| InferenceError::Quantize { module: module.to_owned(), reason: format!("no GPU kernel: {error}") }
+    move |error| InferenceError::Quantize { module: module.to_owned(), reason: error.to_string() }
 }
 
-impl Uploader<'_> {
-    fn matrix(&mut self, module: &str, weight: &HostWeight) -> Result<DeviceMatrix, InferenceError> {
-        let matrix = DeviceMatrix::upload(self.client, weight).map_err(unsupported(module))?;
+/// Returns how the device keeps these matrices as one; nothing where the host makes one of them, or they do not go together.
+fn common_form(module: &str, weights: &[UnreadWeight]) -> Result<Option<Form>, InferenceError> {
+    let mut common = None;
+    for weight in weights {
+        let form = Form::of(weight.scheme.as_ref(), element(weight.base)).map_err(unsupported(module))?;
+        if form.is_none() || common.is_some_and(|common| common != form) {
+            return Ok(None);
+        }
+        common = Some(form);
+    }
+    let rows: Vec<usize> = weights.iter().map(|weight| weight.tensor.shape[0]).collect();
+    let n_cols = weights.first().map_or(1, |weight| weight.tensor.shape[1]);
+    Ok(common.flatten().filter(|form| form.stacks(&rows, n_cols)))
+}
+
+impl Loading<'_> {
+    /// Makes one matrix of weights that [`common_form`] holds to go together.
+    fn matrix(&mut self, module: &str, weights: &[UnreadWeight]) -> Result<DeviceMatrix, InferenceError> {
+        let form = common_form(module, weights)?.expect("the caller looked, or they are plain values of one matrix");
+        let files: Vec<FileMatrix> = weights
+            .iter()
+            .map(|weight| FileMatrix {
+                n_rows: weight.tensor.shape[0],
+                bytes: weight.tensor.bytes.clone(),
+                reading: Reading { source: element(weight.tensor.dtype), base: element(weight.base) },
+            })
+            .collect();
+        let progress = self.progress;
+        let look = |part: usize, at: usize, bytes: &[u8]| match progress.is_cancelled() {
+            true => Err(InferenceError::Cancelled),
+            false => weights[part].check(at, bytes),
+        };
+        let matrix = self.loader.load(form, weights[0].tensor.shape[1], &files, look)?;
         self.stored_bytes += matrix.device_bytes();
         Ok(matrix)
     }
@@ -109,27 +145,77 @@ impl Uploader<'_> {
         Ok(self.client.create_from_slice(bytemuck_bytes(&values)))
     }
 
-    fn projection(&mut self, module: &str, linears: &[&Linear]) -> Result<Projection, InferenceError> {
-        let weights: Vec<&HostWeight> = linears.iter().map(|linear| linear.weight.as_ref()).collect();
-        let stacked = if weights.len() > 1 {
-            DeviceMatrix::upload_stacked(self.client, &weights).map_err(unsupported(module))?
-        } else {
-            None
+    /// Makes the matrices of linears that read the same input: one of all where they go together.
+    fn parts(
+        &mut self,
+        module: &str,
+        modules: &[String],
+        rows: &[usize],
+        n_in: usize,
+    ) -> Result<Vec<DeviceMatrix>, InferenceError> {
+        let unread = modules.iter().zip(rows).map(|(module, rows)| self.reader.unread_weight(module, &[*rows, n_in]));
+        let Some(unread) = unread.collect::<Result<Option<Vec<UnreadWeight>>, _>>()? else {
+            return self.parts_by_host(module, modules, rows, n_in);
         };
-        let parts = match stacked {
-            Some(matrix) => {
-                self.stored_bytes += matrix.device_bytes();
-                vec![matrix]
+        if common_form(module, &unread)?.is_some() {
+            return Ok(vec![self.matrix(module, &unread)?]);
+        }
+        for weight in &unread {
+            if common_form(module, std::slice::from_ref(weight))?.is_none() {
+                return self.parts_by_host(module, modules, rows, n_in);
             }
-            None => weights.iter().map(|weight| self.matrix(module, weight)).collect::<Result<_, _>>()?,
+        }
+        unread.iter().map(|weight| self.matrix(module, std::slice::from_ref(weight))).collect()
+    }
+
+    /// As [`parts`](Self::parts), of weights that the host holds in their stored form: those of files that are quantized already.
+    fn parts_by_host(
+        &mut self,
+        module: &str,
+        modules: &[String],
+        rows: &[usize],
+        n_in: usize,
+    ) -> Result<Vec<DeviceMatrix>, InferenceError> {
+        let weights: Vec<HostWeight> = modules
+            .iter()
+            .zip(rows)
+            .map(|(module, rows)| self.reader.module_weight(module, *rows, n_in))
+            .collect::<Result<_, _>>()?;
+        let no_kernel = |error: labpipe_kernels::SchemeError| InferenceError::Quantize {
+            module: module.to_owned(),
+            reason: format!("no GPU kernel: {error}"),
         };
-        let widths: Vec<usize> = weights.iter().map(|weight| weight.n_rows()).collect();
-        let bias = if linears.iter().any(|linear| linear.bias.is_some()) {
+        let stacked =
+            DeviceMatrix::upload_stacked(self.client, &weights.iter().collect::<Vec<_>>()).map_err(no_kernel)?;
+        let parts = match stacked {
+            Some(matrix) => vec![matrix],
+            None => weights
+                .iter()
+                .map(|weight| DeviceMatrix::upload(self.client, weight))
+                .collect::<Result<_, _>>()
+                .map_err(no_kernel)?,
+        };
+        self.stored_bytes += parts.iter().map(DeviceMatrix::device_bytes).sum::<u64>();
+        Ok(parts)
+    }
+
+    fn projection(&mut self, layer_idx: usize, roles: &[LinearRole]) -> Result<Projection, InferenceError> {
+        let all = self.reader.spec.block_linears();
+        let linears: Vec<&LinearSpec> = roles
+            .iter()
+            .map(|role| all.iter().find(|linear| linear.role == *role).expect("a block's spec has this linear"))
+            .collect();
+        let modules: Vec<String> =
+            linears.iter().map(|linear| format!("model.layers.{layer_idx}.{}", linear.name)).collect();
+        let widths: Vec<usize> = linears.iter().map(|linear| linear.n_out).collect();
+        let n_in = linears[0].n_in;
+        let parts = self.parts(&modules[0], &modules, &widths, n_in)?;
+        let bias = if linears.iter().any(|linear| linear.bias) {
             let mut all = Vec::new();
-            for (linear, width) in linears.iter().zip(&widths) {
-                match &linear.bias {
-                    Some(bias) => all.extend(values(bias.clone())?),
-                    None => all.extend(std::iter::repeat_n(0.0f32, *width)),
+            for (linear, module) in linears.iter().zip(&modules) {
+                match linear.bias {
+                    true => all.extend(values(self.reader.bias(module, linear.n_out)?)?),
+                    false => all.extend(std::iter::repeat_n(0.0f32, linear.n_out)),
                 }
             }
             self.stored_bytes += 4 * all.len() as u64;
@@ -137,36 +223,38 @@ impl Uploader<'_> {
         } else {
             None
         };
-        Ok(Projection { parts, n_in: weights[0].n_cols(), n_out: widths.iter().sum(), widths, bias })
+        Ok(Projection { parts, n_in, n_out: widths.iter().sum(), widths, bias })
     }
 
-    fn block(&mut self, layer_idx: usize, block: Block, spec: &ModelSpec) -> Result<GpuBlock, InferenceError> {
-        let name = |leaf: &str| format!("model.layers.{layer_idx}.{leaf}");
-        let qkv = match &block.qkv {
-            QkvLinears::Apart { q, k, v } => self.projection(&name("self_attn.q_proj"), &[q, k, v])?,
-            QkvLinears::Fused(all) => self.projection(&name("self_attn.qkv_proj"), &[all])?,
-        };
-        let gate_up = match &block.gate_up {
-            GateUpLinears::Apart { gate, up } => self.projection(&name("mlp.gate_proj"), &[gate, up])?,
-            GateUpLinears::Fused(both) => self.projection(&name("mlp.gate_up_proj"), &[both])?,
-        };
-        let qk_norm = match (block.q_norm, block.k_norm) {
-            (Some(q), Some(k)) if spec.block.qk_norm => {
-                let (q_host, k_host) = (values(q.clone())?, values(k.clone())?);
-                Some(QkNorm { q: self.row(q)?, k: self.row(k)?, q_host, k_host })
-            }
-            _ => None,
-        };
+    fn norm(&mut self, layer_idx: usize, role: NormRole) -> Result<Option<Handle>, InferenceError> {
+        self.reader.block_norm(layer_idx, role, &mut 0)?.map(|norm| self.row(norm)).transpose()
+    }
+
+    fn qk_norm(&mut self, layer_idx: usize) -> Result<Option<QkNorm>, InferenceError> {
+        let norm = |role| self.reader.block_norm(layer_idx, role, &mut 0);
+        let (Some(q), Some(k)) = (norm(NormRole::Q)?, norm(NormRole::K)?) else { return Ok(None) };
+        let (q_host, k_host) = (values(q.clone())?, values(k.clone())?);
+        Ok(Some(QkNorm { q: self.row(q)?, k: self.row(k)?, q_host, k_host }))
+    }
+
+    fn block(&mut self, layer_idx: usize) -> Result<GpuBlock, InferenceError> {
+        let block = &self.reader.spec.block;
+        let qkv: &[LinearRole] =
+            if block.fused_qkv { &[LinearRole::Qkv] } else { &[LinearRole::Q, LinearRole::K, LinearRole::V] };
+        let gate_up: &[LinearRole] =
+            if block.fused_gate_up { &[LinearRole::GateUp] } else { &[LinearRole::Gate, LinearRole::Up] };
+        // Every block has these two; the others depend on the family.
+        let required = |norm: Option<Handle>| norm.expect("a block's spec has this norm");
         Ok(GpuBlock {
-            attn_norm: self.row(block.attn_norm)?,
-            qkv,
-            qk_norm,
-            o: self.projection(&name("self_attn.o_proj"), &[&block.o])?,
-            attn_out_norm: block.attn_out_norm.map(|norm| self.row(norm)).transpose()?,
-            mlp_norm: self.row(block.mlp_norm)?,
-            gate_up,
-            down: self.projection(&name("mlp.down_proj"), &[&block.down])?,
-            mlp_out_norm: block.mlp_out_norm.map(|norm| self.row(norm)).transpose()?,
+            attn_norm: required(self.norm(layer_idx, NormRole::Attn)?),
+            qkv: self.projection(layer_idx, qkv)?,
+            qk_norm: self.qk_norm(layer_idx)?,
+            o: self.projection(layer_idx, &[LinearRole::O])?,
+            attn_out_norm: self.norm(layer_idx, NormRole::AttnOut)?,
+            mlp_norm: required(self.norm(layer_idx, NormRole::Mlp)?),
+            gate_up: self.projection(layer_idx, gate_up)?,
+            down: self.projection(layer_idx, &[LinearRole::Down])?,
+            mlp_out_norm: self.norm(layer_idx, NormRole::MlpOut)?,
         })
     }
 }

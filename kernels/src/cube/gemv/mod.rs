@@ -1,0 +1,377 @@
+//! `y = W · x` for decoding, on tensor cores: 16 weight rows a plane, dequantized into the fragments of `mma.m16n8k16`.
+//!
+//! A block of planes shares a tile of 16 rows and splits its columns, 64 at a time: a lane reads the 16 columns of a 64-column block
+//! that are its own (so that all lanes of one product share a quantization block), turns them into eight pairs of halves, and
+//! multiplies with the same columns of x, which lie in shared memory in the order the scheme's pairs come in. Sums are fp32, scaled
+//! block by block. Columns of the product beyond x's rows are copies and ignored: at one row, a matrix product costs no more
+//! instructions than a dot product would, and decodes nothing twice.
+//!
+//! Memory is waited for as little as can be: codes, scales, x and what the results are added to are on their way before the first
+//! barrier, and a batch of codes always is while the one before it is multiplied.
+//!
+//! The norm before a projection, its bias, the residual behind it and SiLU·up are fused here, since a token is bound by launches.
+//! NVIDIA only (sm_80 on): other runtimes take [`linear`](super::linear).
+
+mod fragments;
+mod multiply;
+mod stage;
+
+pub use fragments::{
+    Affine4Pairs, Bf16Pairs, Codebook4Pairs, F16Pairs, Fragments, Int8Pairs, Layout, mma_16x8x16, pack_pair,
+};
+
+pub(super) use stage::SCALE_STRIDE;
+
+use cubecl::prelude::*;
+use multiply::{load_batch, multiply_batch};
+use stage::{
+    fetch_map, fetch_row, fetch_scales, fetch_table, inverse_norm, pack_row, start_norm, tile_scales, turns, write_map,
+    write_scales, write_sums, write_table,
+};
+
+/// Columns that a plane handles in one step; block sizes are multiples of it.
+pub const STEP: u32 = 64;
+
+/// Most rows of x that one launch takes.
+pub const MAX_ROWS: u32 = 8;
+
+/// What is done with the rows' sums.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Epilogue {
+    /// Written as they are.
+    Store,
+    /// Added to what `y` holds: the residual stream.
+    Add,
+    /// Rows come in pairs (gate i, up i), rows `n_rows / 2` apart; silu(gate)·up is written.
+    SiluMul,
+    /// As above with GELU in its tanh form.
+    GeluMul,
+}
+
+/// Everything a launch fixes when the kernel is compiled.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct GemvSpec {
+    pub n_rows: u32,
+    pub n_cols: u32,
+    /// Rows of x, 1 to 8.
+    pub m: u32,
+    pub block_size: u32,
+    pub nested: bool,
+    pub norm: bool,
+    pub has_bias: bool,
+    pub epilogue: Epilogue,
+    pub planes: u32,
+    /// Steps whose codes a lane has in flight.
+    pub unroll: u32,
+    /// Copies of the code table in shared memory, a multiple of 8: 32 have no bank conflicts.
+    pub copies: u32,
+    /// Blocks of 64 columns in a step, 1 or 2. A product has eight columns for x's rows: where half of them are free, a second
+    /// block's sums go there, and lanes read codes 16 bytes at a time.
+    pub slots: u32,
+}
+
+impl GemvSpec {
+    fn is_paired(self) -> bool {
+        matches!(self.epilogue, Epilogue::SiluMul | Epilogue::GeluMul)
+    }
+
+    /// Rows from a tile's first eight to its second.
+    fn distance(self) -> u32 {
+        if self.is_paired() { self.n_rows / 2 } else { 8 }
+    }
+
+    /// Results of a tile.
+    fn tile_outputs(self) -> u32 {
+        if self.is_paired() { 8 } else { 16 }
+    }
+
+    fn n_steps(self) -> u32 {
+        self.n_cols / (STEP * self.slots)
+    }
+
+    /// Columns of a product that are used: x's rows once a slot.
+    fn n_columns(self) -> u32 {
+        self.m * self.slots
+    }
+
+    fn n_blocks(self) -> u32 {
+        self.n_cols.div_ceil(self.block_size)
+    }
+
+    /// Batches of steps that a plane takes one after the other.
+    fn n_batches(self) -> u32 {
+        self.n_steps().div_ceil(self.planes).div_ceil(self.unroll)
+    }
+}
+
+/// Returns the matrix's row that is row `within` (0 to 15) of a tile.
+#[cube]
+fn tile_row(tile: u32, within: u32, #[comptime] spec: GemvSpec) -> u32 {
+    tile * spec.tile_outputs() + within % 8u32 + (within / 8u32) * spec.distance()
+}
+
+/// What is fetched early for the results of a tile: the residual, biases and row scales of a unit's one result.
+#[cube]
+fn fetch_tail<S: Fragments>(
+    scales: &[f32],
+    bias: &[f32],
+    y: &mut [f32],
+    tail: &mut Array<f32>,
+    tile: u32,
+    #[comptime] spec: GemvSpec,
+) {
+    let n_outputs = comptime!(spec.tile_outputs());
+    let second = comptime!(spec.n_rows / 2);
+    if UNIT_POS < comptime!(spec.m * n_outputs) {
+        let row = tile * n_outputs + UNIT_POS % n_outputs;
+        if comptime!(spec.epilogue == Epilogue::Add) {
+            tail[0] = y[(UNIT_POS / n_outputs * spec.n_rows + row) as usize];
+        }
+        if comptime!(spec.has_bias) {
+            tail[1] = bias[row as usize];
+            if comptime!(spec.is_paired()) {
+                tail[2] = bias[(row + second) as usize];
+            }
+        }
+        if comptime!(S::layout().row_scale) {
+            tail[3] = scales[row as usize];
+            if comptime!(spec.is_paired()) {
+                tail[4] = scales[(row + second) as usize];
+            }
+        }
+    }
+}
+
+/// Sums the planes' shares of a tile and finishes its rows.
+#[cube]
+fn write_tile<S: Fragments>(
+    partial: &Shared<[f32]>,
+    tail: &Array<f32>,
+    y: &mut [f32],
+    tile: u32,
+    partial_at: u32,
+    #[comptime] spec: GemvSpec,
+) {
+    let n_outputs = comptime!(spec.tile_outputs());
+    if UNIT_POS < comptime!(spec.m * n_outputs) {
+        let column = UNIT_POS / n_outputs;
+        let within = UNIT_POS % n_outputs;
+        let row = tile * n_outputs + within;
+        let mut sum = 0.0f32;
+        let mut second = 0.0f32;
+        #[unroll]
+        for share in 0..comptime!(spec.planes * spec.slots) {
+            let at = partial_at + (comptime!(share * spec.m) + column) * 16u32 + within;
+            sum += partial[at as usize];
+            if comptime!(spec.is_paired()) {
+                second += partial[(at + 8u32) as usize];
+            }
+        }
+        if comptime!(S::layout().row_scale) {
+            sum *= tail[3] * (1.0f32 / 127.0f32);
+            if comptime!(spec.is_paired()) {
+                second *= tail[4] * (1.0f32 / 127.0f32);
+            }
+        }
+        if comptime!(spec.has_bias) {
+            sum += tail[1];
+            if comptime!(spec.is_paired()) {
+                second += tail[2];
+            }
+        }
+        match comptime!(spec.epilogue) {
+            Epilogue::Store => y[(column * spec.n_rows + row) as usize] = sum,
+            Epilogue::Add => y[(column * spec.n_rows + row) as usize] = tail[0] + sum,
+            Epilogue::SiluMul => {
+                y[(column * comptime!(spec.n_rows / 2) + row) as usize] = sum / (1.0f32 + (-sum).exp()) * second;
+            }
+            Epilogue::GeluMul => {
+                let inner = 0.797_884_6f32 * (sum + 0.044_715f32 * sum * sum * sum);
+                // (1 + tanh u) / 2 is a logistic of 2u, and exp is exact where CUDA's tanh may be an approximation.
+                y[(column * comptime!(spec.n_rows / 2) + row) as usize] =
+                    sum / (1.0f32 + (-2.0f32 * inner).exp()) * second;
+            }
+        }
+    }
+}
+
+/// Cubes take tiles of 16 rows in turn, one barrier a tile: scales and sums of two tiles have their places in shared memory.
+///
+/// # Shapes
+/// `codes` the packed matrix `[n_rows, n_cols]` in vectors of words, `x` `[m, n_cols]`, `norm_weight` `[n_cols]` in vectors, `bias`
+/// `[n_rows]`, `y` `[m, n_rows]` (`[m, n_rows / 2]` where rows are paired).
+#[cube(launch_unchecked, create_dummy_kernel)]
+#[expect(clippy::too_many_arguments, reason = "a kernel's buffers and sizes")]
+pub fn gemv_kernel<S: Fragments, V: Size>(
+    codes: &[Vector<u32, V>],
+    scales: &[f32],
+    aux: &[u32],
+    tables: &[f32],
+    x: &[Vector<f32, Const<4>>],
+    norm_weight: &[Vector<f32, Const<4>>],
+    bias: &[f32],
+    y: &mut [f32],
+    n_tiles: u32,
+    eps: f32,
+    segment_1: u32,
+    segment_2: u32,
+    #[comptime] spec: GemvSpec,
+) {
+    let layout = comptime!(S::layout());
+    let width = V::value().comptime() as u32;
+    let vectors = comptime!(layout.words * spec.slots / width);
+    let n_batches = comptime!(spec.n_batches());
+    let half_scales = comptime!(spec.n_blocks() * SCALE_STRIDE * if layout.has_zero { 2 } else { 1 });
+    let half_sums = comptime!(spec.planes * 16 * spec.n_columns());
+    let row_turns = comptime!(turns(spec.n_cols / 8, spec));
+    let scale_turns = comptime!(turns(tile_scales(spec), spec));
+
+    let mut pairs = Shared::<[Vector<u32, Const<4>>]>::new_slice(comptime!((spec.m * spec.n_cols / 8) as usize));
+    let mut partial = Shared::<[f32]>::new_slice(comptime!((2 * half_sums) as usize));
+    let mut table =
+        Shared::<[u32]>::new_slice(comptime!(if layout.has_table { (256 * spec.copies) as usize } else { 1 }));
+    let mut map = Shared::<[f32]>::new_slice(comptime!(if spec.nested { 256usize } else { 1 }));
+    let mut sums_of_x =
+        Shared::<[f32]>::new_slice(comptime!(if layout.has_zero { (spec.m * spec.n_cols / STEP) as usize } else { 1 }));
+    let mut staged =
+        Shared::<[f32]>::new_slice(comptime!(if layout.block_scale { (2 * half_scales) as usize } else { 1 }));
+
+    let plane = UNIT_POS / 32u32;
+    let lane = fragments::opaque(UNIT_POS % 32u32);
+    let n_words = comptime!((spec.unroll * vectors) as usize);
+    let mut words_0 = Array::<Vector<u32, V>>::new(n_words);
+    let mut words_1 = Array::<Vector<u32, V>>::new(n_words);
+    let mut next_0 = Array::<Vector<u32, V>>::new(n_words);
+    let mut next_1 = Array::<Vector<u32, V>>::new(n_words);
+    let mut raw_scales = Array::<f32>::new(scale_turns as usize);
+    let mut raw_words = Array::<u32>::new(scale_turns as usize);
+    let mut offsets = Array::<f32>::new(3usize);
+    let mut tail = Array::<f32>::new(5usize);
+    let mut row = Array::<Vector<f32, Const<4>>>::new(comptime!((2 * row_turns) as usize));
+    let mut norm_row = Array::<Vector<f32, Const<4>>>::new(comptime!((2 * row_turns) as usize));
+
+    load_batch::<S, V>(codes, &mut words_0, &mut words_1, CUBE_POS_X, plane, lane, 0u32, spec);
+    if comptime!(layout.block_scale) {
+        fetch_scales::<S>(scales, aux, &mut raw_scales, &mut raw_words, CUBE_POS_X, spec);
+    }
+    fetch_row(x, &mut row, 0u32, spec);
+    if comptime!(spec.norm) {
+        fetch_row(norm_weight, &mut norm_row, 0u32, spec);
+    }
+    if comptime!(layout.has_table) {
+        let mut values = Array::<f32>::new(comptime!((2 * turns(32 * spec.copies, spec)) as usize));
+        fetch_table(tables, &mut values, spec);
+        write_table::<S>(&values, &mut table, spec);
+    }
+    if comptime!(spec.nested) {
+        let mut values = Array::<f32>::new(comptime!(turns(256, spec) as usize));
+        fetch_map(tables, &mut offsets, &mut values, spec);
+        write_map(&values, &mut map, spec);
+    }
+    #[unroll]
+    for x_row in 0..spec.m {
+        let mut inverse = 1.0f32;
+        if comptime!(x_row > 0) {
+            fetch_row(x, &mut row, comptime!(x_row * spec.n_cols), spec);
+        }
+        if comptime!(spec.norm) {
+            if comptime!(x_row > 0) {
+                sync_cube();
+            }
+            start_norm(&row, &mut partial, spec);
+            sync_cube();
+            inverse = inverse_norm(&partial, eps, spec);
+        }
+        pack_row::<S>(&row, &norm_row, inverse, &mut pairs, comptime!(x_row * spec.n_cols / 8), spec);
+    }
+    if comptime!(spec.nested && !spec.norm) {
+        // The map is there for all.
+        sync_cube();
+    }
+    if comptime!(layout.block_scale) {
+        write_scales::<S>(
+            &raw_scales,
+            &raw_words,
+            &offsets,
+            &map,
+            &mut staged,
+            CUBE_POS_X,
+            0u32,
+            segment_1,
+            segment_2,
+            spec,
+        );
+    }
+    sync_cube();
+    if comptime!(layout.has_zero) {
+        write_sums::<S>(&pairs, &mut sums_of_x, spec);
+        sync_cube();
+    }
+
+    let mut parity = 0u32;
+    let mut tile = CUBE_POS_X;
+    while tile < n_tiles {
+        let next = tile + CUBE_COUNT_X;
+        fetch_tail::<S>(scales, bias, y, &mut tail, tile, spec);
+        if comptime!(layout.block_scale) {
+            if next < n_tiles {
+                fetch_scales::<S>(scales, aux, &mut raw_scales, &mut raw_words, next, spec);
+            }
+        }
+        let mut sums = Array::<f32>::new(4usize);
+        #[unroll]
+        for c in 0..4usize {
+            sums[c] = 0.0;
+        }
+        let staged_at = parity * half_scales;
+        #[unroll]
+        for batch in 0..n_batches {
+            if comptime!(batch + 1 < n_batches) {
+                load_batch::<S, V>(codes, &mut next_0, &mut next_1, tile, plane, lane, comptime!(batch + 1), spec);
+            } else if next < n_tiles {
+                load_batch::<S, V>(codes, &mut next_0, &mut next_1, next, plane, lane, 0u32, spec);
+            }
+            multiply_batch::<S, V>(
+                &words_0, &words_1, &mut sums, &pairs, &table, &staged, &sums_of_x, staged_at, plane, lane, batch, spec,
+            );
+            #[unroll]
+            for i in 0..n_words {
+                words_0[i] = next_0[i];
+                words_1[i] = next_1[i];
+            }
+        }
+        if comptime!(layout.block_scale) {
+            if next < n_tiles {
+                let other = (1u32 - parity) * half_scales;
+                write_scales::<S>(
+                    &raw_scales,
+                    &raw_words,
+                    &offsets,
+                    &map,
+                    &mut staged,
+                    next,
+                    other,
+                    segment_1,
+                    segment_2,
+                    spec,
+                );
+            }
+        }
+        // Column c of the product is row c % m of x in slot c / m: lane (group, quarter) has columns 2·quarter and 2·quarter + 1.
+        let (group, quarter) = (lane / 4u32, lane % 4u32);
+        let partial_at = parity * half_sums;
+        #[unroll]
+        for c in 0..2usize {
+            let column = quarter * 2u32 + c as u32;
+            if column < comptime!(spec.n_columns()) {
+                let at = partial_at + (plane * comptime!(spec.n_columns()) + column) * 16u32 + group;
+                partial[at as usize] = sums[c];
+                partial[(at + 8u32) as usize] = sums[comptime!(c + 2)];
+            }
+        }
+        sync_cube();
+        write_tile::<S>(&partial, &tail, y, tile, partial_at, spec);
+        parity = 1u32 - parity;
+        tile += CUBE_COUNT_X;
+    }
+}

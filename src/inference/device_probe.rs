@@ -1,0 +1,43 @@
+//! What a device's board tells of itself while something is timed: energy, clocks, and who else uses it.
+
+/// What was seen over the timed regions of one case. Null where the device does not tell.
+#[derive(Debug, Clone, PartialEq, Default)]
+pub struct DeviceFigures {
+    /// Time that the regions took together, on the host's clock.
+    pub window_s: f64,
+    pub energy_j: Option<f64>,
+    /// Where `energy_j` comes from, or why there is none, in words.
+    pub energy_method: String,
+    /// The limit that is enforced.
+    pub power_limit_w: Option<f64>,
+    /// Clocks in MHz: the lowest and the median of `n_samples`.
+    pub sm_clock_mhz_min: Option<f64>,
+    pub sm_clock_mhz_median: Option<f64>,
+    pub memory_clock_mhz_min: Option<f64>,
+    pub memory_clock_mhz_median: Option<f64>,
+    pub n_samples: usize,
+    /// Why clocks were lower than they could be, in any sample: `sw_power_cap`. Sorted.
+    pub throttle_reasons: Vec<String>,
+    /// The most that was seen at once.
+    pub others: Option<OtherProcesses>,
+}
+
+/// Processes beside this one that compute on the device.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Default)]
+pub struct OtherProcesses {
+    pub n: usize,
+    /// Device memory that they hold; null where the driver does not say.
+    pub bytes: Option<u64>,
+}
+
+/// Watches a device's board over the regions that a stage times.
+pub trait DeviceProbe: Send {
+    /// Begins a timed region; within one it does nothing.
+    fn begin(&mut self);
+
+    /// Ends it; outside of one it does nothing.
+    fn end(&mut self);
+
+    /// Ends what was begun, returns what was seen since the last `take`, and forgets it.
+    fn take(&mut self) -> DeviceFigures;
+}
