@@ -59,6 +59,29 @@ impl BurnModel {
         values(self.executor.logits(last))
     }
 
+    /// Runs one token behind the cache's; returns its logits and what it took.
+    fn timed_step(&mut self, token: u32) -> Result<(Vec<f32>, f64), InferenceError> {
+        if matches!(self.decoder, Decoder::Unknown) {
+            let host = HostDecoder::new(&self.executor)?;
+            self.decoder = host.map_or(Decoder::Burn, |host| Decoder::Host(Box::new(host)));
+        }
+        if let (Decoder::Host(host), Some(cache)) = (&mut self.decoder, &mut self.cache) {
+            let n_past = cache.n_tokens();
+            let layers = cache.host_layers()?;
+            let start = Instant::now();
+            let logits = host.step(&self.executor.spec, layers, n_past, token);
+            let duration_s = start.elapsed().as_secs_f64();
+            cache.advance(1);
+            return Ok((logits.to_vec(), duration_s));
+        }
+        self.synchronize()?;
+        let start = Instant::now();
+        let logits = self.step(&[token])?;
+        self.synchronize()?;
+        let duration_s = start.elapsed().as_secs_f64();
+        Ok((logits, duration_s))
+    }
+
     fn synchronize(&self) -> Result<(), InferenceError> {
         self.executor.device.sync().map_err(|error| InferenceError::Device {
             device: "the model's device".to_owned(),
@@ -119,31 +142,9 @@ impl Model for BurnModel {
         if n_past + n_gen > capacity {
             return Err(InferenceError::ContextTooLong { asked: n_past + n_gen, n_ctx_max: capacity });
         }
-        if matches!(self.decoder, Decoder::Unknown) {
-            let host = HostDecoder::new(&self.executor)?;
-            self.decoder = host.map_or(Decoder::Burn, |host| Decoder::Host(Box::new(host)));
-        }
         let mut decoded = Vec::with_capacity(n_gen);
-        if let (Decoder::Host(host), Some(cache)) = (&mut self.decoder, &mut self.cache) {
-            for _ in 0..n_gen {
-                let n_past = cache.n_tokens();
-                let layers = cache.host_layers()?;
-                let start = Instant::now();
-                let logits = host.step(&self.executor.spec, layers, n_past, token);
-                let duration_s = start.elapsed().as_secs_f64();
-                token = greedy(logits)?;
-                cache.advance(1);
-                decoded.push(Decoded { token, duration_s });
-            }
-            self.next_token = Some(token);
-            return Ok(decoded);
-        }
         for _ in 0..n_gen {
-            self.synchronize()?;
-            let start = Instant::now();
-            let logits = self.step(&[token])?;
-            self.synchronize()?;
-            let duration_s = start.elapsed().as_secs_f64();
+            let (logits, duration_s) = self.timed_step(token)?;
             token = greedy(&logits)?;
             decoded.push(Decoded { token, duration_s });
             take(&logits)?;
