@@ -61,14 +61,23 @@ pub fn matvec(level: Level, rows: StripRows<'_>, x: &[f32], y: &mut [f32]) -> bo
     true
 }
 
-/// Writes each strip in the order of its codes: as 16-bit words they have the codes of values 1, 0, 3, 2 from the lowest bits up,
-/// so value `4·lane + (shift ^ 1)` goes to `16·shift + lane`.
+/// Writes x in the order in which codes are met. Of two strips as 32-bit words, the lowest bits from each byte on have the codes of
+/// values 1, 0, 3, 2, 5, 4, 7, 6; a last single strip goes by 16-bit words.
 #[cfg(target_arch = "x86_64")]
 fn in_code_order(x: &[f32], out: &mut [f32]) {
-    for (x, out) in x.as_chunks::<STRIP>().0.iter().zip(out.as_chunks_mut::<STRIP>().0) {
-        for shift in 0..4 {
+    let (pairs, last) = x.as_chunks::<{ 2 * STRIP }>();
+    let (out_pairs, out_last) = out.as_chunks_mut::<{ 2 * STRIP }>();
+    for (x, out) in pairs.iter().zip(out_pairs) {
+        for code in 0..8 {
             for lane in 0..16 {
-                out[16 * shift + lane] = x[4 * lane + (shift ^ 1)];
+                out[16 * code + lane] = x[8 * lane + (code ^ 1)];
+            }
+        }
+    }
+    for (x, out) in last.as_chunks::<STRIP>().0.iter().zip(out_last.as_chunks_mut::<STRIP>().0) {
+        for code in 0..4 {
+            for lane in 0..16 {
+                out[16 * code + lane] = x[4 * lane + (code ^ 1)];
             }
         }
     }
@@ -93,49 +102,83 @@ mod x86 {
         let block_shift = (rows.block / STRIP).trailing_zeros();
         let (groups, rest) = y.as_chunks_mut::<ROWS>();
         let n_grouped = groups.len() * ROWS;
-        // SAFETY: rows below `y.len()` are passed, for which the caller vouches.
+        // SAFETY: rows below `y.len()` are passed, for which the caller vouches; the last rows' loads stay inside the codes.
         unsafe {
             for (group_idx, y) in groups.iter_mut().enumerate() {
-                *y = dot_rows::<ROWS>(rows, group_idx * ROWS * n_cols, block_shift, x);
+                let at = group_idx * ROWS * n_cols;
+                let end = (at + ROWS * n_cols) / 2;
+                *y = if end + 3 <= rows.codes.len() {
+                    dot_rows::<ROWS, true>(rows, at, block_shift, x)
+                } else {
+                    dot_rows::<ROWS, false>(rows, at, block_shift, x)
+                };
             }
             for (row_idx, y) in rest.iter_mut().enumerate() {
-                [*y] = dot_rows::<1>(rows, (n_grouped + row_idx) * n_cols, block_shift, x);
+                [*y] = dot_rows::<1, false>(rows, (n_grouped + row_idx) * n_cols, block_shift, x);
             }
         }
     }
 
-    /// Multiplies `N` rows, the first of which begins at value `at` of the codes.
+    /// Multiplies `N` rows, the first of which begins at value `at` of the codes. Where `BEYOND`, loads may reach 3 bytes beyond the
+    /// last row: a load from the next byte on is a shift less.
     ///
     /// # Safety
     /// As [`matvec`].
     #[inline]
     #[target_feature(enable = "avx512f,avx512bw,avx512vl,fma")]
-    unsafe fn dot_rows<const N: usize>(rows: StripRows<'_>, at: usize, block_shift: u32, x: &[f32]) -> [f32; N] {
+    unsafe fn dot_rows<const N: usize, const BEYOND: bool>(
+        rows: StripRows<'_>,
+        at: usize,
+        block_shift: u32,
+        x: &[f32],
+    ) -> [f32; N] {
         let n_strips = x.len() / STRIP;
         // SAFETY: every load stays inside what the caller vouches for; the table has 16 entries.
         unsafe {
             let table = _mm512_loadu_ps(rows.table.as_ptr());
+            // A permutation reads the lowest four bits of each index alone: what lies above needs no mask.
+            let values = |index| _mm512_permutexvar_ps(index, table);
             let codes: [*const u8; N] = std::array::from_fn(|row| rows.codes.as_ptr().add((at + row * x.len()) / 2));
             let strips: [usize; N] = std::array::from_fn(|row| (rows.start + at + row * x.len()) / STRIP);
+            let scale = |strip: usize| _mm512_set1_ps(*rows.scales.get_unchecked(strip >> block_shift));
             let mut sums = [_mm512_setzero_ps(); N];
-            for strip in 0..n_strips {
+            for strip in (0..n_strips / 2 * 2).step_by(2) {
                 // Rows lie one behind the other: what the processor's own prefetching takes for several streams is one.
-                for line in 0..N / 2 {
+                for line in 0..N {
                     let ahead = (at + strip * N * STRIP) / 2 + PREFETCH_BYTES + 64 * line;
                     _mm_prefetch::<_MM_HINT_T0>(rows.codes.as_ptr().wrapping_add(ahead).cast());
                 }
+                let x: [__m512; 8] = std::array::from_fn(|i| _mm512_loadu_ps(x.as_ptr().add(strip * STRIP + 16 * i)));
+                for row in 0..N {
+                    let at = codes[row].add(strip * STRIP / 2);
+                    let word = _mm512_loadu_si512(at.cast());
+                    let bytes = if BEYOND {
+                        [1, 2, 3].map(|byte| _mm512_loadu_si512(at.add(byte).cast()))
+                    } else {
+                        [_mm512_srli_epi32::<8>(word), _mm512_srli_epi32::<16>(word), _mm512_srli_epi32::<24>(word)]
+                    };
+                    let mut sum = _mm512_mul_ps(values(word), x[0]);
+                    sum = _mm512_fmadd_ps(values(_mm512_srli_epi32::<4>(word)), x[1], sum);
+                    for (byte, word) in bytes.into_iter().enumerate() {
+                        sum = _mm512_fmadd_ps(values(word), x[2 * byte + 2], sum);
+                        sum = _mm512_fmadd_ps(values(_mm512_srli_epi32::<4>(word)), x[2 * byte + 3], sum);
+                    }
+                    // The first eight lanes have values of the first strip, the others of the second.
+                    let first = strips[row] + strip;
+                    let scales = _mm512_mask_blend_ps(0xff00, scale(first), scale(first + 1));
+                    sums[row] = _mm512_fmadd_ps(sum, scales, sums[row]);
+                }
+            }
+            if n_strips % 2 == 1 {
+                let strip = n_strips - 1;
                 let x: [__m512; 4] = std::array::from_fn(|i| _mm512_loadu_ps(x.as_ptr().add(strip * STRIP + 16 * i)));
                 for row in 0..N {
-                    let words = _mm256_loadu_si256(codes[row].add(strip * STRIP / 2).cast());
-                    // A permutation reads the lowest four bits of each index alone: what lies above needs no mask.
-                    let index = _mm512_cvtepu16_epi32(words);
-                    let values = |index| _mm512_permutexvar_ps(index, table);
+                    let index = _mm512_cvtepu16_epi32(_mm256_loadu_si256(codes[row].add(strip * STRIP / 2).cast()));
                     let sum = _mm512_mul_ps(values(index), x[0]);
                     let sum = _mm512_fmadd_ps(values(_mm512_srli_epi32::<4>(index)), x[1], sum);
                     let sum = _mm512_fmadd_ps(values(_mm512_srli_epi32::<8>(index)), x[2], sum);
                     let sum = _mm512_fmadd_ps(values(_mm512_srli_epi32::<12>(index)), x[3], sum);
-                    let scale = *rows.scales.get_unchecked((strips[row] + strip) >> block_shift);
-                    sums[row] = _mm512_fmadd_ps(sum, _mm512_set1_ps(scale), sums[row]);
+                    sums[row] = _mm512_fmadd_ps(sum, scale(strips[row] + strip), sums[row]);
                 }
             }
             sums.map(|sum| _mm512_reduce_add_ps(sum))
