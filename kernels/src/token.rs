@@ -213,6 +213,9 @@ mod x86 {
     use super::{HeadCache, weigh};
     use std::arch::x86_64::*;
 
+    /// How many keys ahead of the one in use are asked for; values while their keys are in use.
+    const KEYS_AHEAD: usize = 32;
+
     /// What `attend_body` does, with sums in registers.
     ///
     /// # Safety
@@ -230,6 +233,12 @@ mod x86 {
     ) {
         let (n_keys, head_dim) = (cache.n_keys, q.len() / maxima.len());
         for t in 0..n_keys {
+            // A head's keys and values lie apart by the other heads': the processor's own prefetching does not follow them.
+            let ahead = (t + KEYS_AHEAD) * cache.stride;
+            for at in (ahead..ahead + head_dim).step_by(16) {
+                _mm_prefetch::<_MM_HINT_T0>(cache.keys.as_ptr().wrapping_add(at).cast());
+                _mm_prefetch::<_MM_HINT_T1>(cache.values.as_ptr().wrapping_add(at - KEYS_AHEAD * cache.stride).cast());
+            }
             let key = &cache.keys[t * cache.stride..][..head_dim];
             for (query_idx, q) in q.chunks_exact(head_dim).enumerate() {
                 // SAFETY: the processor has this path.
