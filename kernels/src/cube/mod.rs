@@ -3,6 +3,14 @@
 //! A stored matrix lives on the device as a [`DeviceMatrix`]: the host's packed bytes as u32 words, and its statistics. Kernels decode
 //! through the [`Decode`](decode::Decode) trait, one implementation a scheme. This room allocates and launches; it knows no model.
 
+#![expect(
+    clippy::collapsible_if,
+    clippy::identity_op,
+    clippy::manual_is_multiple_of,
+    clippy::reversed_empty_ranges,
+    reason = "device code: cubecl does not know what these would make of it, or it has another meaning there"
+)]
+
 mod attention;
 #[cfg(feature = "cuda")]
 pub mod cublas;
