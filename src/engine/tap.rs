@@ -58,6 +58,7 @@ impl<'a> Tap<'a> {
     }
 
     /// Returns true where nothing is captured.
+    #[cfg(any(feature = "cuda", feature = "wgpu"))]
     pub fn is_closed(&self) -> bool {
         self.capture.is_none()
     }
