@@ -38,6 +38,6 @@ pub use launch::{
     DecodeScratch, Element, LayerCache, Place, Residual, add_bias, add_norm, attention, choose, decode_attention,
     dequantize, embed, gate, gate_columns, has_clock, linear, rope_append, score, soft_cap, stamp,
 };
-pub use loader::MatrixLoader;
+pub use loader::{MatrixLoader, kept};
 pub use matrix::{DeviceMatrix, Kind};
 pub use tensor_core::{Gemv, Norm, Tuning, flash_attention, flash_fits, gemv, gemv_fits};
