@@ -29,6 +29,10 @@ kernels:
 gpu-kernels:
     scripts/ci/gpu-kernels.sh
 
+# Tests the kernels and the engine on an NVIDIA GPU, where there is one.
+cuda:
+    scripts/ci/cuda.sh
+
 # Checks licences, advisories, bans and sources of all dependencies.
 deny:
     scripts/ci/deny.sh

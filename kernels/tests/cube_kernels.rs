@@ -47,7 +47,9 @@ fn weights(n: usize, k: usize) -> Vec<(String, HostWeight)> {
     let dense = |dtype, bytes| HostWeight::Dense(DenseWeight { dtype, n_rows: n, n_cols: k, bytes });
     let f16s: Vec<half::f16> = f32s.iter().map(|v| half::f16::from_f32(*v)).collect();
     let bf16s: Vec<half::bf16> = f32s.iter().map(|v| half::bf16::from_f32(*v)).collect();
-    vec![
+    // Its kernels take rows of whole groups.
+    let mxfp4 = k.is_multiple_of(32).then(|| ("mxfp4".to_owned(), packed("mxfp4", None, false, false, n, k)));
+    let others = vec![
         ("nf4".to_owned(), packed("nf4", None, false, false, n, k)),
         ("nf4 blocks of 256".to_owned(), packed("nf4", Some(256), false, false, n, k)),
         ("nf4 double quant".to_owned(), packed("nf4", None, true, false, n, k)),
@@ -59,7 +61,8 @@ fn weights(n: usize, k: usize) -> Vec<(String, HostWeight)> {
         ("f32".to_owned(), dense(DenseType::F32, SharedBytes::from_values(f32s))),
         ("f16".to_owned(), dense(DenseType::F16, SharedBytes::from_values(f16s))),
         ("bf16".to_owned(), dense(DenseType::Bf16, SharedBytes::from_values(bf16s))),
-    ]
+    ];
+    mxfp4.into_iter().chain(others).collect()
 }
 
 fn relative_error(got: &[f32], want: &[f32]) -> f64 {

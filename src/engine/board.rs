@@ -183,7 +183,7 @@ mod tests {
         fn sample(&self) -> BoardSample {
             let n = self.n_sampled.fetch_add(1, Ordering::Relaxed);
             BoardSample {
-                power_w: Some(if n % 2 == 0 { 100.0 } else { 300.0 }),
+                power_w: Some(if n.is_multiple_of(2) { 100.0 } else { 300.0 }),
                 power_limit_w: Some(700.0),
                 sm_clock_mhz: Some(1980.0 - 15.0 * n as f64),
                 memory_clock_mhz: None,
@@ -231,7 +231,7 @@ mod tests {
     #[test]
     fn what_is_too_short_for_the_counter_or_not_told_is_not_given() {
         let sample = BoardSample { power_w: Some(100.0), ..BoardSample::default() };
-        let short = figures(&[sample.clone()], 0.01, Some(5));
+        let short = figures(std::slice::from_ref(&sample), 0.01, Some(5));
         assert_eq!((short.energy_j, short.energy_method.as_str()), (None, TOO_SHORT));
         let silent = figures(&[BoardSample::default()], 1.0, None);
         assert_eq!((silent.energy_j, silent.energy_method.as_str(), silent.others), (None, UNKNOWN, None));

@@ -50,6 +50,12 @@ struct UnsettledPart {
     first_word: usize,
 }
 
+/// Returns memory of its own, outside of the runtime's pools, which goes back to the driver when its last handle does: what weights and
+/// caches want. Pools take pages as large as their largest buffer, and keep them.
+pub fn kept(client: &Client, n_bytes: usize) -> Handle {
+    client.memory_dedicated_allocation(n_bytes, |n_bytes| client.empty(n_bytes))
+}
+
 impl<'a> MatrixLoader<'a> {
     pub fn new(client: &'a Client) -> MatrixLoader<'a> {
         MatrixLoader {
@@ -81,10 +87,10 @@ impl<'a> MatrixLoader<'a> {
         let n_codes = words(sizes.iter().map(|size| size.code_bytes).sum());
         let n_scales = sizes.iter().map(|size| size.scales).sum::<usize>().max(1);
         let n_aux = words(sizes.iter().map(|size| size.aux_bytes).sum());
-        let codes = self.client.empty(4 * n_codes);
+        let codes = kept(self.client, 4 * n_codes);
         let scales =
-            if n_scales > 1 || sizes[0].scales > 0 { self.client.empty(4 * n_scales) } else { self.nothing.clone() };
-        let aux = if sizes[0].aux_bytes > 0 { self.client.empty(4 * n_aux) } else { self.nothing.clone() };
+            if n_scales > 1 || sizes[0].scales > 0 { kept(self.client, 4 * n_scales) } else { self.nothing.clone() };
+        let aux = if sizes[0].aux_bytes > 0 { kept(self.client, 4 * n_aux) } else { self.nothing.clone() };
         let (tables, n_tables, table) = self.tables(form);
         let mut waiting = Vec::new();
         let (mut first_code_word, mut first_scale, mut first_aux_word) = (0, 0, 0);

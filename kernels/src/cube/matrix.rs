@@ -3,7 +3,7 @@
 use super::decode::{Format, OFFSETS, StoredLaunch};
 use crate::dense::DenseType;
 use crate::schemes::dynamic_map::dynamic_map;
-use crate::schemes::{fp4, nf4};
+use crate::schemes::{fp4, mxfp4, nf4};
 use crate::weight::{DenseWeight, HostWeight};
 use crate::{Packed, SchemeError};
 use cubecl::client::Client;
@@ -156,6 +156,8 @@ impl<'a> Parts<'a> {
                     parts.tables.extend([nested.offset; 3]);
                 }
             }
+            // Groups of rows are blocks of the flattened matrix where rows hold whole groups; scales are powers of two in f32.
+            "mxfp4" if packed.n_cols.is_multiple_of(block_size as usize) => parts.tables = mxfp4::TABLE.to_vec(),
             // The kernels multiply activations as they are; LLM.int8()'s products are the host's.
             "int8" if packed.spec.outlier_threshold.is_some() => {
                 return Err(SchemeError::Unknown("int8 with outlier_threshold".to_owned()));

@@ -3,6 +3,14 @@
 //! A stored matrix lives on the device as a [`DeviceMatrix`]: the host's packed bytes as u32 words, and its statistics. Kernels decode
 //! through the [`Decode`](decode::Decode) trait, one implementation a scheme. This room allocates and launches; it knows no model.
 
+#![expect(
+    clippy::collapsible_if,
+    clippy::identity_op,
+    clippy::manual_is_multiple_of,
+    clippy::reversed_empty_ranges,
+    reason = "device code: cubecl does not know what these would make of it, or it has another meaning there"
+)]
+
 mod attention;
 #[cfg(feature = "cuda")]
 pub mod cublas;
@@ -30,6 +38,6 @@ pub use launch::{
     DecodeScratch, Element, LayerCache, Place, Residual, add_bias, add_norm, attention, choose, decode_attention,
     dequantize, embed, gate, gate_columns, has_clock, linear, rope_append, score, soft_cap, stamp,
 };
-pub use loader::MatrixLoader;
+pub use loader::{MatrixLoader, kept};
 pub use matrix::{DeviceMatrix, Kind};
 pub use tensor_core::{Gemv, Norm, Tuning, flash_attention, flash_fits, gemv, gemv_fits};

@@ -79,12 +79,15 @@ impl Engine for GpuEngine {
                 self.info.device
             )));
         }
+        // What an earlier model left in the pools is free for this one.
+        self.client.memory_cleanup().map_err(super::rows::device_error)?;
         self.room.check("the model's weights", weights_bytes(&info, &recipe)?)?;
         let (spec, checkpoint) = self.host.prepare(&recipe)?;
         let host = Device::flex();
         let reader = WeightReader { checkpoint: &checkpoint, spec: &spec, recipe: &recipe, device: &host };
         let weights = GpuWeights::load(&self.client, &reader, progress)?;
         super::decode::synchronize(&self.client)?;
+        self.client.memory_cleanup().map_err(super::rows::device_error)?;
         let products = Products::new(self.client.clone(), element(compute));
         Ok(Box::new(GpuModel::new(info, Passes { spec, weights, products, compute }, self.room.clone())))
     }

@@ -30,7 +30,7 @@ pub struct GpuCache {
 impl GpuCache {
     pub fn new(client: &Client, spec: &ModelSpec, compute: DType, capacity: usize) -> GpuCache {
         let n_bytes = capacity * spec.kv_width() * compute.size_bytes();
-        let layers = (0..spec.n_layers).map(|_| (client.empty(n_bytes), client.empty(n_bytes))).collect();
+        let layers = (0..spec.n_layers).map(|_| (cube::kept(client, n_bytes), cube::kept(client, n_bytes))).collect();
         let ropes = spec.attentions.iter().map(|kind| RopeTable::new(client, &kind.rope, capacity)).collect();
         let n_bytes = GpuCache::bytes_of(spec, compute, capacity);
         GpuCache { layers, ropes, element: element(compute), capacity, n_tokens: 0, n_bytes }

@@ -19,7 +19,6 @@ pub struct Projection {
     pub parts: Vec<DeviceMatrix>,
     /// Rows of each linear: a stacked matrix has several.
     pub widths: Vec<usize>,
-    pub n_in: usize,
     pub n_out: usize,
     /// `[n_out]` f32.
     pub bias: Option<Handle>,
@@ -183,7 +182,7 @@ impl Loading<'_> {
             .collect::<Result<_, _>>()?;
         let no_kernel = |error: labpipe_kernels::SchemeError| InferenceError::Quantize {
             module: module.to_owned(),
-            reason: format!("no GPU kernel: {error}"),
+            reason: format!("no GPU kernel: {error}; run it on the CPU (--device cpu)"),
         };
         let stacked =
             DeviceMatrix::upload_stacked(self.client, &weights.iter().collect::<Vec<_>>()).map_err(no_kernel)?;
@@ -223,7 +222,7 @@ impl Loading<'_> {
         } else {
             None
         };
-        Ok(Projection { parts, n_in, n_out: widths.iter().sum(), widths, bias })
+        Ok(Projection { parts, n_out: widths.iter().sum(), widths, bias })
     }
 
     fn norm(&mut self, layer_idx: usize, role: NormRole) -> Result<Option<Handle>, InferenceError> {

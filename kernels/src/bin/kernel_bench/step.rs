@@ -264,7 +264,7 @@ pub fn step_rows(client: &Client, copy: f64) {
         for position in [0, 512] {
             attention.at(client, position);
             let step = time(client, 1, |_| {
-                for i in 0..LAYERS {
+                for (i, _) in matrices[0].iter().enumerate().take(LAYERS) {
                     let launch = |u: usize, y: &Handle| {
                         let matrix = &matrices[u][i];
                         buffers.launch(client, matrix, USES[u], y, Tuning::of(matrix));
