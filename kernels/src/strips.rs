@@ -210,7 +210,7 @@ mod tests {
             for (row, y) in y.iter().enumerate() {
                 let value = |k: usize| {
                     let at = row * n_cols + k;
-                    let code = if at % 2 == 0 { codes[at / 2] >> 4 } else { codes[at / 2] & 15 };
+                    let code = if at.is_multiple_of(2) { codes[at / 2] >> 4 } else { codes[at / 2] & 15 };
                     f64::from(table[usize::from(code)]) * f64::from(scales[(start + at) / block])
                 };
                 let exact: f64 = (0..n_cols).map(|k| value(k) * f64::from(x[k])).sum();

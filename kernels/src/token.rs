@@ -57,7 +57,7 @@ fn gate_body<const FUSED: bool>(kind: Gate, gate: &mut [f32], up: &[f32]) {
         let x = *gate;
         let exponent = match kind {
             Gate::Silu => -x,
-            Gate::GeluTanh => -1.595_769_1 * (x + 0.044_715 * x * x * x),
+            Gate::GeluTanh => -1.595_769 * (x + 0.044_715 * x * x * x),
         };
         *gate = x / (1.0 + exp(exponent)) * up;
     }
