@@ -165,7 +165,7 @@ fn configs_that_ask_for_absurd_models_allocate_nothing() {
     lab.write("giant.json", giant);
     lab.write("bad.yaml", &PIPELINE.replace("model: broken", "random: { config: giant.json }"));
     let (_, error) = lab.expect(4, &["run", "bad.yaml"]);
-    assert!(error.contains("base failed to allocate"), "{error}");
+    assert!(error.contains("base failed to make room for the model's weights"), "{error}");
 }
 
 #[test]
