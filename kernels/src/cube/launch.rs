@@ -1,13 +1,10 @@
 //! Launches of the kernels that every runtime has.
 
-use super::attention::{ATTENTION_UNITS, Scoring, attention_kernel};
 use super::decode::{Affine4, Codebook4, DenseBf16, DenseF16, DenseF32, Int8};
-use super::decode_attention::{MAX_GROUP, Split, combine_kernel, decode_attention_kernel};
 use super::dequantize::{VECTOR_VALUES, dequantize_kernel, dequantize_vectors_kernel};
 use super::linear::{CUBE_UNITS, TILE_ROWS, linear_kernel};
 use super::ops::{
-    AddNorm, Gate, Heads, ROW_UNITS, add_bias_kernel, add_norm_kernel, choose_kernel, embed_kernel, gate_kernel,
-    nll_kernel, rope_append_kernel, soft_cap_kernel, stamp_kernel,
+    AddNorm, Gate, ROW_UNITS, add_bias_kernel, add_norm_kernel, embed_kernel, gate_kernel, soft_cap_kernel,
 };
 use super::{DeviceMatrix, Kind};
 use cubecl::client::Client;
@@ -229,12 +226,13 @@ macro_rules! with_elements {
         }
     };
 }
+pub(super) use with_elements;
 
 /// Buffer of a known number of elements.
 ///
 /// # Safety
 /// `handle` holds at least `n` elements of what the kernel reads it as.
-unsafe fn buffer(handle: &Handle, n: usize) -> BufferArg {
+pub(super) unsafe fn buffer(handle: &Handle, n: usize) -> BufferArg {
     // SAFETY: the caller's promise.
     unsafe { BufferArg::from_raw_parts(handle.clone(), n) }
 }
@@ -366,185 +364,6 @@ pub fn gate_columns(
     with_element!(element, call);
 }
 
-/// Keys and values of one layer, and what attention to them is.
-#[derive(Debug, Clone)]
-pub struct LayerCache<'a> {
-    pub element: Element,
-    /// `[n_kv_heads, capacity, head_dim]`.
-    pub keys: &'a Handle,
-    pub values: &'a Handle,
-    pub capacity: usize,
-    /// `[capacity, rotary_dim / 2, 2]` f32: cosines and sines.
-    pub rope: &'a Handle,
-    /// Weights of the norms on queries and keys.
-    pub qk_norm: Option<(&'a Handle, &'a Handle)>,
-    pub eps: f32,
-    pub heads: Heads,
-    /// Keys that a query sees.
-    pub window: u32,
-    pub scale: f32,
-    pub soft_cap: Option<f32>,
-}
-
-impl LayerCache<'_> {
-    fn n_values(&self) -> usize {
-        self.capacity * (self.heads.n_kv_heads * self.heads.head_dim) as usize
-    }
-}
-
-/// Rotates the queries and keys of `n` tokens into `q` and the cache, and appends their values.
-pub fn rope_append(
-    client: &Client,
-    element: Element,
-    layer: &LayerCache<'_>,
-    qkv: &Handle,
-    q: &Handle,
-    state: &Handle,
-    n: usize,
-) {
-    let heads = layer.heads;
-    let n_all = heads.n_heads + 2 * heads.n_kv_heads;
-    let (q_norm, k_norm) = layer.qk_norm.unwrap_or((layer.rope, layer.rope));
-    let units = (heads.head_dim / 2).next_power_of_two().clamp(32, ROW_UNITS);
-    macro_rules! call {
-        ($a:ty, $c:ty) => {
-            // SAFETY: the buffers have the lengths given, and the caller keeps positions below the capacity.
-            unsafe {
-                rope_append_kernel::launch_unchecked::<$a, $c>(
-                    client,
-                    CubeCount::Static(n as u32, n_all, 1),
-                    CubeDim::new_1d(units),
-                    buffer(qkv, n * (n_all * heads.head_dim) as usize),
-                    buffer(layer.rope, layer.capacity * heads.rotary_dim as usize),
-                    buffer(q_norm, heads.head_dim as usize),
-                    buffer(k_norm, heads.head_dim as usize),
-                    buffer(q, n * (heads.n_heads * heads.head_dim) as usize),
-                    buffer(layer.keys, layer.n_values()),
-                    buffer(layer.values, layer.n_values()),
-                    buffer(state, 1),
-                    layer.capacity as u32,
-                    layer.eps,
-                    heads,
-                )
-            }
-        };
-    }
-    with_elements!(element, layer.element, call);
-}
-
-/// Attention of `n` queries over the cache.
-///
-/// # Shapes
-/// `q`, `out` `[n, n_heads·head_dim]`.
-pub fn attention(
-    client: &Client,
-    element: Element,
-    layer: &LayerCache<'_>,
-    q: &Handle,
-    out: &Handle,
-    state: &Handle,
-    n: usize,
-) {
-    let heads = layer.heads;
-    let n_values = n * (heads.n_heads * heads.head_dim) as usize;
-    let scoring = Scoring { soft_cap: layer.soft_cap.is_some() };
-    macro_rules! call {
-        ($a:ty, $c:ty) => {
-            // SAFETY: as above.
-            unsafe {
-                attention_kernel::launch_unchecked::<$a, $c>(
-                    client,
-                    CubeCount::Static(n as u32, heads.n_heads, 1),
-                    CubeDim::new_1d(ATTENTION_UNITS),
-                    buffer(q, n_values),
-                    buffer(layer.keys, layer.n_values()),
-                    buffer(layer.values, layer.n_values()),
-                    buffer(out, n_values),
-                    buffer(state, 1),
-                    layer.capacity as u32,
-                    layer.window,
-                    layer.scale,
-                    layer.soft_cap.unwrap_or(1.0),
-                    heads,
-                    scoring,
-                )
-            }
-        };
-    }
-    with_elements!(element, layer.element, call);
-}
-
-/// Units that look for the largest logit.
-const CHOOSE_UNITS: u32 = 256;
-
-/// Returns true where steps can be timed by the device's own clock.
-pub fn has_clock(client: &Client) -> bool {
-    client.name() == "cuda"
-}
-
-/// Starts a clock: its first reading is now. The caller asked [`has_clock`].
-///
-/// # Shapes
-/// `clock` two words a reading, `n_clock` words.
-pub fn stamp(client: &Client, clock: &Handle, n_clock: usize) {
-    // SAFETY: the buffer has room for a reading.
-    unsafe {
-        stamp_kernel::launch_unchecked(client, CubeCount::Static(1, 1, 1), CubeDim::new_1d(32), buffer(clock, n_clock))
-    }
-}
-
-/// Chooses the next token greedily and moves the state on; with a clock, whose buffer has room for as many readings as the state for
-/// tokens, it reads that too.
-pub fn choose(client: &Client, logits: &Handle, vocab: usize, state: &Handle, n_state: usize, clock: Option<&Handle>) {
-    let units = if client.name() == "cuda" { 1024 } else { CHOOSE_UNITS };
-    // SAFETY: the buffers have the lengths given; without a clock, none is touched.
-    unsafe {
-        choose_kernel::launch_unchecked(
-            client,
-            CubeCount::Static(1, 1, 1),
-            CubeDim::new_1d(units),
-            buffer(logits, vocab),
-            buffer(state, n_state),
-            buffer(clock.unwrap_or(logits), if clock.is_some() { 2 * n_state } else { 1 }),
-            vocab as u32,
-            units,
-            clock.is_some(),
-        )
-    }
-}
-
-/// Writes each row's negative log-likelihood of its target and its first choice.
-///
-/// # Shapes
-/// `logits` `[n, vocab]` f32; `targets`, `nll`, `choice` `[n_targets]`, rows `first..first + n` of them.
-#[expect(clippy::too_many_arguments, reason = "a kernel's buffers and sizes")]
-pub fn score(
-    client: &Client,
-    logits: &Handle,
-    targets: &Handle,
-    nll: &Handle,
-    choice: &Handle,
-    n_targets: usize,
-    [first, n]: [usize; 2],
-    vocab: usize,
-) {
-    // SAFETY: the buffers have the lengths given.
-    unsafe {
-        nll_kernel::launch_unchecked(
-            client,
-            CubeCount::Static(n as u32, 1, 1),
-            CubeDim::new_1d(CHOOSE_UNITS),
-            buffer(logits, n * vocab),
-            buffer(targets, n_targets),
-            buffer(nll, n_targets),
-            buffer(choice, n_targets),
-            vocab as u32,
-            first as u32,
-            CHOOSE_UNITS,
-        )
-    }
-}
-
 /// Caps logits softly, in place.
 pub fn soft_cap(client: &Client, logits: &Handle, n: usize, cap: f32) {
     // SAFETY: the buffer holds `n` values.
@@ -583,121 +402,4 @@ pub fn add_bias(client: &Client, element: Element, y: &Handle, bias: &Handle, n:
         };
     }
     with_element!(element, call);
-}
-
-/// Scratch of [`decode_attention`]: made once for a cache.
-#[derive(Debug, Clone)]
-pub struct DecodeScratch {
-    partial: Handle,
-    counters: Handle,
-    split: Split,
-}
-
-impl DecodeScratch {
-    /// Returns true where the plan is that of another layer too.
-    pub fn fits(&self, layer: &LayerCache<'_>) -> bool {
-        self.split.heads == layer.heads && layer.soft_cap.is_none()
-    }
-
-    /// Plans the split of a layer's keys, or returns nothing where the kernel does not know the layer's attention.
-    pub fn new(client: &Client, layer: &LayerCache<'_>) -> Option<DecodeScratch> {
-        let heads = layer.heads;
-        let width = vector_width(layer.element);
-        let heads_a_kv = heads.n_heads / heads.n_kv_heads;
-        // Where the last cube combines, few long chunks beat many short ones: handing over costs more than keys do. Elsewhere cubes
-        // are small, for the sake of devices with 16 KiB of shared memory.
-        let hands_over = client.features().device_memory_scope;
-        let units = if hands_over { 256 } else { 128 };
-        // A plane turns the scores of a head into shares.
-        let n_planes = units / client.properties().hardware.plane_size_max.max(1);
-        let group = (1..=MAX_GROUP.min(n_planes)).rev().find(|group| heads_a_kv.is_multiple_of(*group))?;
-        let fits = !heads.qk_norm
-            && layer.soft_cap.is_none()
-            && heads.rotary_dim == heads.head_dim
-            && heads.head_dim.is_multiple_of(8 * width)
-            && (units * width).is_multiple_of(heads.head_dim)
-            && client.properties().hardware.plane_size_min >= 8;
-        let chunk = match layer.capacity {
-            0..=4096 if hands_over => 128,
-            _ if hands_over => 256,
-            0..=2048 => 64,
-            2049..=16_384 => 128,
-            _ => 256,
-        };
-        let n_splits = layer.capacity.div_ceil(chunk) as u32;
-        let combines = n_splits > 1 && hands_over;
-        let split = Split { heads, group, units, chunk: chunk as u32, n_splits, combines };
-        let n_partial = n_splits * heads.n_heads * (heads.head_dim + 2);
-        let n_cubes = heads.n_heads / group;
-        fits.then(|| DecodeScratch {
-            partial: client.empty(4 * n_partial as usize),
-            counters: client.create_from_slice(&vec![0u8; 4 * n_cubes as usize]),
-            split,
-        })
-    }
-}
-
-fn vector_width(element: Element) -> u32 {
-    16 / element.size_bytes() as u32
-}
-
-/// Rotates, appends and attends for the one token at the state's position.
-///
-/// # Shapes
-/// `qkv` `[(n_heads + 2·n_kv_heads)·head_dim]`, `out` `[n_heads·head_dim]`, both f32.
-pub fn decode_attention(
-    client: &Client,
-    layer: &LayerCache<'_>,
-    scratch: &DecodeScratch,
-    qkv: &Handle,
-    out: &Handle,
-    state: &Handle,
-) {
-    let (heads, split) = (layer.heads, scratch.split);
-    let n_cubes = heads.n_heads / split.group;
-    let n_out = (heads.n_heads * heads.head_dim) as usize;
-    let n_partial = (split.n_splits * heads.n_heads * (heads.head_dim + 2)) as usize;
-    macro_rules! call {
-        ($c:ty, $width:literal) => {
-            // SAFETY: `DecodeScratch::new` planned this split, and the buffers have these lengths.
-            unsafe {
-                decode_attention_kernel::launch_unchecked::<$c>(
-                    client,
-                    CubeCount::Static(n_cubes, split.n_splits, 1),
-                    CubeDim::new_1d(split.units),
-                    $width,
-                    buffer(qkv, ((heads.n_heads + 2 * heads.n_kv_heads) * heads.head_dim) as usize),
-                    buffer(layer.rope, layer.capacity * heads.rotary_dim as usize),
-                    buffer(layer.keys, layer.n_values() / $width),
-                    buffer(layer.values, layer.n_values() / $width),
-                    buffer(&scratch.partial, n_partial),
-                    buffer(out, n_out),
-                    buffer(&scratch.counters, n_cubes as usize),
-                    buffer(state, 1),
-                    layer.capacity as u32,
-                    layer.window,
-                    layer.scale,
-                    split,
-                )
-            }
-        };
-    }
-    match layer.element {
-        Element::F32 => call!(f32, 4),
-        Element::F16 => call!(f16, 8),
-        Element::Bf16 => call!(bf16, 8),
-    }
-    if split.n_splits > 1 && !split.combines {
-        // SAFETY: as above.
-        unsafe {
-            combine_kernel::launch_unchecked(
-                client,
-                CubeCount::Static(n_cubes, 1, 1),
-                CubeDim::new_1d(split.units),
-                buffer(&scratch.partial, n_partial),
-                buffer(out, n_out),
-                split,
-            )
-        }
-    }
 }

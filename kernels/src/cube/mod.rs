@@ -21,6 +21,8 @@ pub mod flash;
 mod form;
 pub mod gemv;
 mod launch;
+mod launch_attention;
+mod launch_logits;
 mod linear;
 mod loader;
 mod matrix;
@@ -35,9 +37,10 @@ mod tile;
 
 pub use form::{FileMatrix, Form};
 pub use launch::{
-    DecodeScratch, Element, LayerCache, Place, Residual, add_bias, add_norm, attention, choose, decode_attention,
-    dequantize, embed, gate, gate_columns, has_clock, linear, rope_append, score, soft_cap, stamp,
+    Element, Place, Residual, add_bias, add_norm, dequantize, embed, gate, gate_columns, linear, soft_cap,
 };
+pub use launch_attention::{DecodeScratch, LayerCache, attention, decode_attention, rope_append};
+pub use launch_logits::{choose, has_clock, score, stamp};
 pub use loader::{MatrixLoader, kept};
 pub use matrix::{DeviceMatrix, Kind};
 pub use tensor_core::{Gemv, Norm, Tuning, flash_attention, flash_fits, gemv, gemv_fits};
