@@ -126,9 +126,8 @@ fn decode(evidence: &Evidence<'_>) -> Option<Section> {
             with_spread(one.tokens_per_second, one.tokens_per_second_stdev),
         ]);
     }
-    let intro = "Latency of single tokens, generated one by one from a key-value cache, each timed on a synchronized \
-        device after warm-up; tokens/s is \
-                 n_gen / sum of latencies, averaged over sequences.";
+    let intro = "Latency of single tokens, generated one by one from a key-value cache, each timed after warm-up: on a synchronized \
+                 device where the clock is the host's; tokens/s is n_gen / sum of latencies, averaged over sequences.";
     section("Decode", intro, &table, &[])
 }
 

@@ -60,6 +60,14 @@ impl GpuEngine {
     }
 }
 
+impl GpuEngine {
+    /// Gives back what an earlier model or loading left in the pools, for the next to have. The runtime refuses while another thread
+    /// records a graph; then it stays where it is, and nothing else is wrong.
+    fn tidy(&self) {
+        let _ = self.client.memory_cleanup();
+    }
+}
+
 impl Engine for GpuEngine {
     fn info(&self) -> EngineInfo {
         self.info.clone()
@@ -79,15 +87,14 @@ impl Engine for GpuEngine {
                 self.info.device
             )));
         }
-        // What an earlier model left in the pools is free for this one.
-        self.client.memory_cleanup().map_err(super::rows::device_error)?;
+        self.tidy();
         self.room.check("the model's weights", weights_bytes(&info, &recipe)?)?;
         let (spec, checkpoint) = self.host.prepare(&recipe)?;
         let host = Device::flex();
         let reader = WeightReader { checkpoint: &checkpoint, spec: &spec, recipe: &recipe, device: &host };
         let weights = GpuWeights::load(&self.client, &reader, progress)?;
         super::decode::synchronize(&self.client)?;
-        self.client.memory_cleanup().map_err(super::rows::device_error)?;
+        self.tidy();
         let products = Products::new(self.client.clone(), element(compute));
         Ok(Box::new(GpuModel::new(info, Passes { spec, weights, products, compute }, self.room.clone())))
     }
