@@ -49,6 +49,10 @@ impl Source {
 fn main() -> Result<(), Box<dyn std::error::Error>> {
     let named: Vec<String> = std::env::args().skip(1).collect();
     let all = ["f16", "nf4", "nf4-dq", "fp4", "int8", "int4"].map(str::to_owned);
+    #[cfg(not(feature = "wgpu"))]
+    if let Some(missing) = labpipe_kernels::cube::nvidia::CudaParts::find().missing(0) {
+        return Err(format!("load-bench takes a GPU: {missing}").into());
+    }
     let client = cubecl::Device::default().client();
     // Small values of both signs; a multiplicative walk through fp16's bits below 1.
     let halves: Vec<u16> =

@@ -8,6 +8,7 @@ mod weights;
 use cubecl::client::Client;
 use cubecl::prelude::*;
 use cubecl::server::Handle;
+use labpipe_kernels::cube::nvidia::CudaParts;
 use std::time::Instant;
 
 #[cube(launch_unchecked)]
@@ -77,13 +78,20 @@ fn copy_ceiling(client: &Client) -> f64 {
     2.0 * n_bytes as f64 / seconds.unwrap_or(f64::INFINITY) / 1e12
 }
 
-fn main() {
+fn main() -> Result<(), Box<dyn std::error::Error>> {
     let mode = std::env::args().nth(1).unwrap_or_else(|| "gemv".to_owned());
-    let client = cubecl::Device::cuda(0).expect("a CUDA device").client();
+    if !["gemv", "gemm", "step", "sweep"].contains(&mode.as_str()) {
+        return Err(format!("kernel-bench knows gemv, gemm, step and sweep, not {mode:?}").into());
+    }
+    // The driver is asked first: cubecl panics where there is none.
+    if let Some(missing) = CudaParts::find().missing(0) {
+        return Err(format!("kernel-bench takes an NVIDIA GPU: {missing}").into());
+    }
+    let client = cubecl::Device::cuda(0)?.client();
     let copy = copy_ceiling(&client);
     println!("copy {copy:.2} TB/s");
     match mode.as_str() {
-        "gemm" => products::gemm_rows(&client),
+        "gemm" => products::gemm_rows(&client)?,
         "step" => step::step_rows(&client, copy),
         "sweep" => step::sweep_rows(&client, copy),
         _ => {
@@ -92,4 +100,5 @@ fn main() {
             }
         }
     }
+    Ok(())
 }

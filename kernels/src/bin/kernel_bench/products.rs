@@ -69,11 +69,8 @@ pub fn gemv_rows(client: &Client, kinds: &[&str], copy: f64, m: usize) {
     }
 }
 
-pub fn gemm_rows(client: &Client) {
-    let mut blas = match Cublas::open(client) {
-        Ok(blas) => blas,
-        Err(error) => return println!("cuBLAS: {error}"),
-    };
+pub fn gemm_rows(client: &Client) -> Result<(), Box<dyn std::error::Error>> {
+    let mut blas = Cublas::open(client)?;
     let mut random = Random(2);
     for m in [512usize, 2048] {
         for (n, k) in [(3072usize, 3072usize), (8192, 3072), (3072, 8192), (16384, 3072)] {
@@ -84,13 +81,13 @@ pub fn gemm_rows(client: &Client) {
             let x = client.create_from_slice(bytemuck::cast_slice(&x_host));
             let w = client.create_from_slice(bytemuck::cast_slice(&w_host));
             let y = client.empty(2 * m * n);
-            let operand = |handle| Operand::of(client, handle, Element::F16).expect("a live buffer");
-            let (ox, ow, oy) = (operand(&x), operand(&w), operand(&y));
-            let mut run = || blas.matmul(client, ox, k, ow, oy, n, [m, n, k]).expect("a product");
+            let operand = |handle| Operand::of(client, handle, Element::F16);
+            let (ox, ow, oy) = (operand(&x)?, operand(&w)?, operand(&y)?);
+            let mut run = || blas.matmul(client, ox, k, ow, oy, n, [m, n, k]);
             for _ in 0..5 {
-                run();
+                run()?;
             }
-            let bytes = client.read_one(y.clone()).expect("a result");
+            let bytes = client.read_one(y.clone())?;
             let got: Vec<half::f16> =
                 bytes.chunks_exact(2).map(|bytes| half::f16::from_le_bytes([bytes[0], bytes[1]])).collect();
             let mut worst = 0.0f64;
@@ -102,10 +99,10 @@ pub fn gemm_rows(client: &Client) {
             let start = Instant::now();
             let n_runs = 50;
             for _ in 0..n_runs {
-                run();
+                run()?;
             }
             let queued = start.elapsed().as_secs_f64() / f64::from(n_runs);
-            cubecl::future::block_on(client.sync()).expect("a sync");
+            cubecl::future::block_on(client.sync())?;
             let _ = client.read_one(y.clone());
             let seconds = start.elapsed().as_secs_f64() / f64::from(n_runs);
             println!(
@@ -116,4 +113,5 @@ pub fn gemm_rows(client: &Client) {
             );
         }
     }
+    Ok(())
 }

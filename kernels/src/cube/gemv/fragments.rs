@@ -139,42 +139,32 @@ impl Fragments for Int8Pairs {
 /// fp16 as it is.
 pub struct F16Pairs;
 
-#[cube]
-impl Fragments for F16Pairs {
-    fn layout() -> comptime_type!(Layout) {
-        comptime!(DENSE)
-    }
-    fn pair<V: Size>(
-        codes: &Array<Vector<u32, V>>,
-        _table: &Shared<[u32]>,
-        _lane_copy: u32,
-        #[comptime] first: u32,
-        #[comptime] index: u32,
-        #[comptime] _copies: u32,
-    ) -> u32 {
-        word::<V>(codes, first, index)
-    }
-}
-
 /// bf16 as it is.
 pub struct Bf16Pairs;
 
-#[cube]
-impl Fragments for Bf16Pairs {
-    fn layout() -> comptime_type!(Layout) {
-        comptime!(BF16)
-    }
-    fn pair<V: Size>(
-        codes: &Array<Vector<u32, V>>,
-        _table: &Shared<[u32]>,
-        _lane_copy: u32,
-        #[comptime] first: u32,
-        #[comptime] index: u32,
-        #[comptime] _copies: u32,
-    ) -> u32 {
-        word::<V>(codes, first, index)
-    }
+macro_rules! dense_pairs {
+    ($name:ident, $layout:ident) => {
+        #[cube]
+        impl Fragments for $name {
+            fn layout() -> comptime_type!(Layout) {
+                comptime!($layout)
+            }
+            fn pair<V: Size>(
+                codes: &Array<Vector<u32, V>>,
+                _table: &Shared<[u32]>,
+                _lane_copy: u32,
+                #[comptime] first: u32,
+                #[comptime] index: u32,
+                #[comptime] _copies: u32,
+            ) -> u32 {
+                word::<V>(codes, first, index)
+            }
+        }
+    };
 }
+
+dense_pairs!(F16Pairs, DENSE);
+dense_pairs!(Bf16Pairs, BF16);
 
 /// Reads a variable: assembly would be given its address.
 #[cube]
