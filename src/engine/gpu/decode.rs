@@ -4,7 +4,8 @@
 //! query-key-value projection, rotation and cache, attention, output projection and residual sum, and likewise two for the MLP.
 //! Elsewhere the same steps run unfused.
 
-use super::pass::{GpuCache, Passes, gate};
+use super::cache::GpuCache;
+use super::pass::{Passes, gate};
 use super::rows::device_error;
 use super::weights::{GpuBlock, Projection};
 use crate::engine::spec::Activation;

@@ -1,7 +1,8 @@
 //! The [`Model`] that stages see, on a GPU.
 
+use super::cache::GpuCache;
 use super::decode::{Decoder, synchronize};
-use super::pass::{GpuCache, Passes};
+use super::pass::Passes;
 use super::room::Room;
 use super::rows::{Rows, read};
 use crate::engine::tap::Tap;
