@@ -84,6 +84,7 @@ fn matrix_vector_kernels_use_tensor_cores() {
         unroll: 3,
         copies: 32,
         slots: 1,
+        overlaps: true,
     };
     let plain = GemvSpec { nested: false, copies: 8, ..spec };
     let sources = [
@@ -149,7 +150,7 @@ fn attention_kernels_are_lowered() {
         let text = source(&kernel);
         keep(&format!("flash-{head_dim}"), &text);
         assert!(text.contains("ldmatrix") && text.contains("mma.sync"));
-        let split = Split { heads: heads(head_dim), group: 3, units: 256, chunk: 256, n_splits: 10, combines: true };
+        let split = Split { heads: heads(head_dim), group: 3, units: 256, chunk: 256, n_splits: 10, combines: true, overlaps: true };
         let kernel = decode_attention_kernel::create_dummy_kernel::<half::f16>(
             properties.clone(),
             target.clone(),
@@ -249,6 +250,7 @@ fn steps_read_the_device_s_clock() {
         buffer(),
         1024,
         1024,
+        true,
         true,
     );
     for (name, text) in [("stamp", source(&stamp)), ("choose", source(&choose))] {

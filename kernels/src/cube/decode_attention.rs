@@ -5,6 +5,7 @@
 //! Each group of eight lanes scores a key at a time for all query heads that share it, so that keys and values are read once.
 
 use super::ops::{Heads, STATE_POSITION};
+use super::overlap::{await_earlier, let_later_begin};
 use cubecl::prelude::*;
 
 /// Lanes that score a key together.
@@ -26,6 +27,8 @@ pub struct Split {
     pub n_splits: u32,
     /// The last cube combines.
     pub combines: bool,
+    /// The launch may begin before the one in front of it ends: see [`overlap`](super::overlap).
+    pub overlaps: bool,
 }
 
 /// A value that no score reaches: what an empty chunk's maximum is.
@@ -354,6 +357,11 @@ pub fn decode_attention_kernel<C: Float, W: Size>(
         n_shares = position / comptime!(split.chunk) + 1u32 - first_share;
     }
 
+    // The state is older than the step, queries and keys are of the launch before.
+    if comptime!(split.overlaps) {
+        await_earlier();
+        let_later_begin();
+    }
     rotate_queries(qkv, table, &mut query, first_head, position, scale, split);
     if position >= start && position < start + comptime!(split.chunk) {
         append::<C, W>(qkv, table, keys, values, kv_head, position, capacity, split);

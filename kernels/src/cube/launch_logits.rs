@@ -1,6 +1,7 @@
 //! Launches that read logits: the choice of a token, likelihoods, and the clock that is read when a step ends.
 
 use super::launch::buffer;
+use super::overlap;
 use super::ops::{choose_kernel, nll_kernel, stamp_kernel};
 use cubecl::client::Client;
 use cubecl::prelude::*;
@@ -41,6 +42,7 @@ pub fn choose(client: &Client, logits: &Handle, vocab: usize, state: &Handle, n_
             vocab as u32,
             units,
             clock.is_some(),
+            overlap::is_known(client),
         )
     }
 }

@@ -29,6 +29,7 @@ mod matrix;
 #[cfg(feature = "cuda")]
 pub mod nvidia;
 pub mod ops;
+pub mod overlap;
 pub mod quantize;
 mod reduce;
 mod staging;

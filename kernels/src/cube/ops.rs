@@ -2,6 +2,7 @@
 //! argmax, negative log-likelihood. One cube a row, fp32 inside.
 
 use super::decode::{Decode, Format, Stored};
+use super::overlap::await_earlier;
 use super::reduce::{cube_max, cube_sum};
 use cubecl::prelude::*;
 
@@ -291,7 +292,11 @@ pub fn choose_kernel(
     n: u32,
     #[comptime] units: u32,
     #[comptime] has_clock: bool,
+    #[comptime] overlaps: bool,
 ) {
+    if comptime!(overlaps) {
+        await_earlier();
+    }
     let mut best = Shared::<[f32]>::new_slice(comptime!(units as usize));
     let mut place = Shared::<[u32]>::new_slice(comptime!(units as usize));
     let (value, index) = best_of_row(logits, 0u32, n);

@@ -5,7 +5,7 @@ use super::gemv::{
     Affine4Pairs, Bf16Pairs, Codebook4Pairs, Epilogue, F16Pairs, GemvSpec, Int8Pairs, MAX_ROWS, SCALE_STRIDE, STEP,
     gemv_kernel,
 };
-use super::{DeviceMatrix, Element, Kind, LayerCache};
+use super::{DeviceMatrix, Element, Kind, LayerCache, overlap};
 use cubecl::client::Client;
 use cubecl::prelude::*;
 use cubecl::server::Handle;
@@ -47,8 +47,7 @@ impl Tuning {
         let is_tall = matrix.n_rows >= 8192;
         let (planes, unroll, cubes_a_processor) = match (matrix.kind, is_wide, is_tall) {
             (Kind::Codebook4 | Kind::Affine4, true, _) => (16, 2, 1),
-            (Kind::Codebook4 | Kind::Affine4, false, true) => (8, 1, 2),
-            (Kind::Codebook4 | Kind::Affine4, false, false) => (8, 2, 3),
+            (Kind::Codebook4 | Kind::Affine4, false, _) => (8, 3, 2),
             (Kind::Int8, true, _) => (16, 3, 1),
             (Kind::Int8, false, true) => (16, 1, 2),
             (Kind::Int8, false, false) => (8, 2, 3),
@@ -119,6 +118,7 @@ pub fn gemv(client: &Client, matrix: &DeviceMatrix, call: &Gemv<'_>, tuning: Tun
         unroll: tuning.unroll.min(n_steps.div_ceil(tuning.planes)),
         copies: tuning.copies,
         slots,
+        overlaps: overlap::is_known(client),
     };
     let [n_codes, n_scales, n_aux, n_tables] = matrix.lens;
     let n_outputs = call.m * if paired { matrix.n_rows / 2 } else { matrix.n_rows };

@@ -282,3 +282,16 @@ pub fn step_rows(client: &Client, copy: f64) {
         }
     }
 }
+
+/// Launches each product once as a step would, for a profiler.
+pub fn once(client: &Client) {
+    let mut random = Random(5);
+    let buffers = Buffers::new(client, &mut random);
+    let kind = std::env::args().nth(2).unwrap_or_else(|| "nf4-double".to_owned());
+    for of in USES {
+        let matrix = DeviceMatrix::upload(client, &random_weight(&kind, of.n, of.k, &mut random));
+        let matrix = matrix.expect("a scheme with kernels");
+        let want = buffers.reference(client, &matrix, of);
+        println!("{kind} {}: error {:.1e}", of.name, buffers.error(client, &matrix, of, Tuning::of(&matrix), &want));
+    }
+}

@@ -22,6 +22,7 @@ pub use fragments::{
 
 pub(super) use stage::SCALE_STRIDE;
 
+use super::overlap::{await_earlier, await_earlier_with, let_later_begin};
 use cubecl::prelude::*;
 use multiply::{load_batch, multiply_batch};
 use stage::{
@@ -68,6 +69,8 @@ pub struct GemvSpec {
     /// Blocks of 64 columns in a step, 1 or 2. A product has eight columns for x's rows: where half of them are free, a second
     /// block's sums go there, and lanes read codes 16 bytes at a time.
     pub slots: u32,
+    /// The launch may begin before the one in front of it ends: see [`overlap`](super::overlap).
+    pub overlaps: bool,
 }
 
 impl GemvSpec {
@@ -254,9 +257,11 @@ pub fn gemv_kernel<S: Fragments, V: Size>(
     if comptime!(layout.block_scale) {
         fetch_scales::<S>(scales, aux, &mut raw_scales, &mut raw_words, CUBE_POS_X, spec);
     }
-    fetch_row(x, &mut row, 0u32, spec);
     if comptime!(spec.norm) {
         fetch_row(norm_weight, &mut norm_row, 0u32, spec);
+    }
+    if comptime!(!spec.overlaps) {
+        fetch_row(x, &mut row, 0u32, spec);
     }
     if comptime!(layout.has_table) {
         let mut values = Array::<f32>::new(comptime!((2 * turns(32 * spec.copies, spec)) as usize));
@@ -267,6 +272,17 @@ pub fn gemv_kernel<S: Fragments, V: Size>(
         let mut values = Array::<f32>::new(comptime!(turns(256, spec) as usize));
         fetch_map(tables, &mut offsets, &mut values, spec);
         write_map(&values, &mut map, spec);
+    }
+    // So far nothing was touched that a launch before this one writes.
+    if comptime!(spec.overlaps) {
+        if comptime!(layout.has_table) {
+            // The table's stores keep what is fetched in front.
+            await_earlier();
+        } else {
+            await_earlier_with(words_1[comptime!(n_words - 1)].extract(0usize));
+        }
+        let_later_begin();
+        fetch_row(x, &mut row, 0u32, spec);
     }
     #[unroll]
     for x_row in 0..spec.m {
