@@ -25,6 +25,11 @@ pub fn reconstruction_error(original: &[f32], packed: &Packed) -> (f64, Option<f
         .collect::<Vec<_>>()
         .into_iter()
         .fold((0.0, 0.0), |(n, s), (noise, signal)| (n + noise, s + signal));
-    let mse = noise / original.len().max(1) as f64;
+    mse_and_sqnr(noise, signal, original.len())
+}
+
+/// Returns the mean of `n` squares that add up to `noise`, and its ratio to `signal` in dB.
+pub(crate) fn mse_and_sqnr(noise: f64, signal: f64, n: usize) -> (f64, Option<f64>) {
+    let mse = noise / n.max(1) as f64;
     (mse, (noise > 0.0).then(|| 10.0 * (signal / noise).log10()))
 }

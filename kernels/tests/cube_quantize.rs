@@ -7,10 +7,12 @@
 use cubecl::client::Client;
 use cubecl::server::Handle;
 use labpipe_kernels::cube::quantize::Reading;
-use labpipe_kernels::cube::{self, DeviceMatrix, Element, FileMatrix, Form, MatrixLoader};
+use labpipe_kernels::cube::{
+    self, DeviceMatrix, Element, FileMatrix, Form, LOSS_BUDGET, LossMeter, MatrixLoader, measuring_bytes,
+};
 use labpipe_kernels::dense::DenseType;
 use labpipe_kernels::weight::{DenseWeight, HostWeight, SharedBytes};
-use labpipe_kernels::{Packed, SchemeSpec, scheme};
+use labpipe_kernels::{Packed, SchemeSpec, reconstruction_error, scheme};
 use std::convert::Infallible;
 
 const SHAPES: [(usize, usize); 8] = [(1, 1), (1, 64), (3, 5), (7, 63), (48, 64), (65, 172), (130, 320), (512, 256)];
@@ -314,4 +316,110 @@ fn schemes_without_kernels_are_left_to_the_host() {
     assert_eq!(Form::of(Some(&outliers), Element::F16), Ok(None));
     assert_eq!(Form::of(Some(&spec("mxfp4", None, false, false)), Element::F16), Ok(None));
     assert!(Form::of(Some(&SchemeSpec::new("nf5")), Element::F16).is_err());
+}
+
+/// Mean squared difference and ratio in dB as the device measures them.
+fn measured(client: &Client, matrix: &DeviceMatrix, file: &FileMatrix) -> (f64, Option<f64>) {
+    let loss = LossMeter::new(client).measure(matrix, file, || Ok::<(), Infallible>(()));
+    let Ok(loss) = loss;
+    loss.read(client).expect("a device that works")
+}
+
+/// What a difference of an ulp in decoded values, and of a code where both are as near, adds to the sums' own error. Without them
+/// both sums have the same terms.
+fn assert_measured(client: &Client, got: (f64, Option<f64>), want: (f64, Option<f64>), what: &str) {
+    let apart = want.1.map_or(0.0, |db| (1.0 / f64::from(1u32 << 22)) * 10f64.powf(db / 20.0));
+    let budget = LOSS_BUDGET + apart + if is_exact(client) { 0.0 } else { 1e-5 };
+    assert!((got.0 - want.0).abs() <= budget * want.0, "{what}: MSE {:e} for {:e}", got.0, want.0);
+    assert_eq!(got.1.is_some(), want.1.is_some(), "{what}: {got:?} for {want:?}");
+    if let (Some(got), Some(want)) = (got.1, want.1) {
+        assert!((got - want).abs() <= 10.0 * budget, "{what}: {got} dB for {want} dB");
+    }
+}
+
+#[test]
+fn what_packing_loses_is_what_the_host_finds() {
+    let client = client();
+    for (n, k) in SHAPES {
+        for source in ELEMENTS {
+            let reading = Reading { source, base: source };
+            let (part, values) = part(n, k, 7, reading);
+            for spec in specs() {
+                let what = format!("{spec:?} of {source:?} {n}x{k}");
+                let form = Form::of(Some(&spec), source).expect("a known scheme").expect("a form with kernels");
+                let packed = pack(&spec, &values, n, k);
+                let scheme = scheme(&spec.scheme).expect("a known scheme");
+                assert_eq!(form.stored_bytes(n, k), scheme.stored_bytes(&packed), "{what}: bytes");
+                let matrix = load(&client, form, k, std::slice::from_ref(&part));
+                assert!(measuring_bytes(form, k, &part) >= matrix.device_bytes(), "{what}: room");
+                let want = reconstruction_error(&values, &packed);
+                assert_measured(&client, measured(&client, &matrix, &part), want, &what);
+            }
+        }
+    }
+}
+
+#[test]
+fn losses_of_values_that_are_rounded_first_are_those_of_the_rounded() {
+    let client = client();
+    let (n, k) = (33, 128);
+    for source in ELEMENTS {
+        for base in ELEMENTS {
+            let (part, values) = part(n, k, 3, Reading { source, base });
+            let spec = spec("int8", None, false, false);
+            let form = Form::of(Some(&spec), base).expect("a known scheme").expect("a form with kernels");
+            let matrix = load(&client, form, k, std::slice::from_ref(&part));
+            let want = reconstruction_error(&values, &pack(&spec, &values, n, k));
+            assert_measured(&client, measured(&client, &matrix, &part), want, &format!("{source:?} as {base:?}"));
+        }
+    }
+}
+
+/// Squares that f32 can't hold, and matrices that lose nothing.
+#[test]
+fn losses_of_huge_tiny_and_exact_values_are_the_hosts() {
+    let client = client();
+    let (n, k) = (40, 512);
+    let reading = Reading { source: Element::F32, base: Element::F32 };
+    let spec = spec("nf4", None, false, false);
+    let form = Form::of(Some(&spec), Element::F32).expect("a known scheme").expect("a form with kernels");
+    for factor in [1e30f32, 1e-25, 0.0] {
+        let values: Vec<f32> = values(n * k, 4, false).iter().map(|value| value * factor).collect();
+        let packed = pack(&spec, &values, n, k);
+        let want = reconstruction_error(&values, &packed);
+        let file = FileMatrix { n_rows: n, bytes: SharedBytes::from_values(values), reading };
+        let matrix = load(&client, form, k, std::slice::from_ref(&file));
+        assert_measured(&client, measured(&client, &matrix, &file), want, &format!("values times {factor:e}"));
+        let mut exact = vec![0.0; n * k];
+        scheme("nf4").expect("a known scheme").unpack_rows(&packed, 0, &mut exact);
+        let file = FileMatrix { n_rows: n, bytes: SharedBytes::from_values(exact), reading };
+        assert_eq!(measured(&client, &matrix, &file), (0.0, None), "what was decoded, times {factor:e}");
+    }
+}
+
+/// Rows of more than a tile in all, the last tile short; and one row that is longer than a tile.
+#[test]
+fn losses_of_several_tiles_are_added_up() {
+    let client = client();
+    for (n, k) in [(4099, 2051), (1, (8 << 20) + 64)] {
+        let values = values(n * k, 9, false);
+        let spec = spec("nf4", None, true, false);
+        let form = Form::of(Some(&spec), Element::F16).expect("a known scheme").expect("a form with kernels");
+        let (bytes, values) = stored(&values, Element::F16);
+        let reading = Reading { source: Element::F16, base: Element::F16 };
+        let file = FileMatrix { n_rows: n, bytes: SharedBytes::from_values(bytes), reading };
+        let matrix = load(&client, form, k, std::slice::from_ref(&file));
+        let want = reconstruction_error(&values, &pack(&spec, &values, n, k));
+        assert_measured(&client, measured(&client, &matrix, &file), want, &format!("{n}x{k}"));
+    }
+}
+
+#[test]
+fn measuring_stops_when_it_is_told_to() {
+    let client = client();
+    let (part, _) = part(64, 64, 1, Reading { source: Element::F32, base: Element::F32 });
+    let form = Form::Int8;
+    let matrix = load(&client, form, 64, std::slice::from_ref(&part));
+    let stopped = LossMeter::new(&client).measure(&matrix, &part, || Err("stop"));
+    assert_eq!(stopped.err(), Some("stop"));
 }

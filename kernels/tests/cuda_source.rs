@@ -9,6 +9,7 @@ use cubecl_cpp::target::Cuda;
 use cubecl_server::runtime::Runtime;
 use labpipe_kernels::cube::Element;
 use labpipe_kernels::cube::decode_attention::{Split, decode_attention_kernel};
+use labpipe_kernels::cube::dequantize::loss_kernel;
 use labpipe_kernels::cube::flash::flash_attention_kernel;
 use labpipe_kernels::cube::gemv::{
     Affine4Pairs, Bf16Pairs, Codebook4Pairs, Epilogue, F16Pairs, Fragments, GemvSpec, Int8Pairs, gemv_kernel,
@@ -150,7 +151,15 @@ fn attention_kernels_are_lowered() {
         let text = source(&kernel);
         keep(&format!("flash-{head_dim}"), &text);
         assert!(text.contains("ldmatrix") && text.contains("mma.sync"));
-        let split = Split { heads: heads(head_dim), group: 3, units: 256, chunk: 256, n_splits: 10, combines: true, overlaps: true };
+        let split = Split {
+            heads: heads(head_dim),
+            group: 3,
+            units: 256,
+            chunk: 256,
+            n_splits: 10,
+            combines: true,
+            overlaps: true,
+        };
         let kernel = decode_attention_kernel::create_dummy_kernel::<half::f16>(
             properties.clone(),
             target.clone(),
@@ -228,6 +237,7 @@ fn quantizing_kernels_are_lowered() {
     lowered!("quantize-int8", int8_codes_kernel, buffer(), buffer(), buffer(), 1, 64, 0, 0, reading);
     lowered!("quantize-int4-stats", int4_stats_kernel, buffer(), buffer(), 1, 64, 32, 0, false, reading);
     lowered!("quantize-int4", int4_codes_kernel, buffer(), buffer(), buffer(), 1, 64, 32, 0, 0, reading);
+    lowered!("loss", loss_kernel, buffer(), buffer(), buffer(), 1, 0, reading);
     lowered!("quantize-convert", convert_kernel, buffer(), buffer(), 1, 0, reading);
 }
 

@@ -8,14 +8,13 @@ use super::model::BurnModel;
 use super::save::save_model;
 use super::source::{open_source, tokenizer_path};
 use super::spec::ModelSpec;
-use super::weights::{WeightReader, compute_dtype, pack};
+use super::survey::{on_host, survey};
+use super::weights::{WeightReader, compute_dtype};
 use crate::artifact::QuantizedModule;
 use crate::event::Progress;
 use crate::inference::{Engine, EngineInfo, InferenceError, MemoryProbe, Model, ModelInfo, ModelRecipe, SavedModel};
 use crate::units::DType;
 use burn::tensor::Device;
-use labpipe_kernels::reconstruction_error;
-use labpipe_kernels::weight::HostWeight;
 use std::path::Path;
 
 /// Grows when the numbers that this engine computes change.
@@ -159,18 +158,7 @@ impl Engine for BurnEngine {
         let (spec, checkpoint) = self.prepare(recipe)?;
         describe(&spec, &checkpoint, recipe)?;
         let reader = WeightReader { checkpoint: &checkpoint, spec: &spec, recipe, device: &self.device };
-        let linears = spec.linears();
-        progress.begin(Some(linears.len() as u64), "modules");
-        for (module, [n_out, n_in]) in &linears {
-            if progress.is_cancelled() {
-                return Err(InferenceError::Cancelled);
-            }
-            let is_tied_head = module == "lm_head" && spec.tied_embeddings;
-            let name = if is_tied_head { reader.embedding_name().to_owned() } else { format!("{module}.weight") };
-            each(survey_module(&reader, module, &name, *n_out, *n_in)?);
-            progress.advance(1);
-        }
-        Ok(())
+        survey(&reader, progress, &mut |candidate| on_host(&reader, candidate), each)
     }
 
     fn save(&self, recipe: &ModelRecipe, dir: &Path, progress: &dyn Progress) -> Result<SavedModel, InferenceError> {
@@ -183,50 +171,4 @@ impl Engine for BurnEngine {
     fn memory_probe(&self) -> Box<dyn MemoryProbe> {
         Box::new(HostProbe::start())
     }
-}
-
-fn survey_module(
-    reader: &WeightReader<'_>,
-    module: &str,
-    tensor: &str,
-    n_out: usize,
-    n_in: usize,
-) -> Result<QuantizedModule, InferenceError> {
-    let n_params = (n_out * n_in) as u64;
-    let is_tied = tensor != format!("{module}.weight");
-    let scheme = reader.recipe.quantization.as_ref().and_then(|config| config.scheme_for(module)).filter(|_| !is_tied);
-    let Some(scheme) = scheme else {
-        let stored = reader.checkpoint.dtype_of(tensor).unwrap_or(DType::F32);
-        let dtype = reader.recipe.dtype.unwrap_or(stored);
-        let bytes = n_params * dtype.size_bytes() as u64;
-        return Ok(QuantizedModule {
-            module: module.to_owned(),
-            scheme: dtype.name().to_owned(),
-            block_size: None,
-            double_quant: false,
-            n_params,
-            bits_per_weight: 8.0 * dtype.size_bytes() as f64,
-            bytes,
-            weight_mse: 0.0,
-            weight_sqnr_db: None,
-        });
-    };
-    let values = reader.base_values(tensor, &[n_out, n_in])?;
-    let weight = pack(module, scheme, &values, n_out, n_in)?;
-    let bytes = weight.stored_bytes();
-    let HostWeight::Packed(packed) = &weight else {
-        return Err(InferenceError::Quantize { module: module.to_owned(), reason: "it was not packed".to_owned() });
-    };
-    let (weight_mse, weight_sqnr_db) = reconstruction_error(&values, packed);
-    Ok(QuantizedModule {
-        module: module.to_owned(),
-        scheme: packed.spec.scheme.clone(),
-        block_size: packed.spec.block_size,
-        double_quant: packed.spec.double_quant,
-        n_params,
-        bits_per_weight: 8.0 * bytes as f64 / n_params as f64,
-        bytes,
-        weight_mse,
-        weight_sqnr_db,
-    })
 }

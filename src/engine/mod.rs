@@ -26,6 +26,7 @@ mod save;
 mod score;
 mod source;
 mod spec;
+mod survey;
 mod tap;
 mod weights;
 

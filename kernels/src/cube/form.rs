@@ -90,6 +90,25 @@ impl Form {
         }
     }
 
+    /// Returns the bytes that a packed matrix takes as its scheme counts them; those of plain values.
+    pub fn stored_bytes(self, n_rows: usize, n_cols: usize) -> u64 {
+        let Sizes { code_bytes, scales, aux_bytes } = self.sizes(n_rows, n_cols);
+        let statistics = match self {
+            Form::Codebook { nested, .. } => 4 * (scales + usize::from(nested)) + aux_bytes,
+            // An fp16 scale a group, and four bits of a zero point where it has one.
+            Form::Int4 { symmetric, .. } => aux_bytes / 2 + if symmetric { 0 } else { (aux_bytes / 4).div_ceil(2) },
+            Form::Plain(_) | Form::Int8 => 4 * scales,
+        };
+        (code_bytes + statistics) as u64
+    }
+
+    /// Returns the bytes that a matrix takes on the device while it is made: block scales that become second-level ones are there too.
+    pub(super) fn made_bytes(self, n_rows: usize, n_cols: usize) -> u64 {
+        let Sizes { code_bytes, scales, aux_bytes } = self.sizes(n_rows, n_cols);
+        let unsettled = if let Form::Codebook { nested: true, .. } = self { 4 * aux_bytes } else { 0 };
+        (code_bytes + 4 * scales + aux_bytes + unsettled) as u64
+    }
+
     pub(super) fn kind(self) -> Kind {
         match self {
             Form::Plain(Element::F32) => Kind::F32,

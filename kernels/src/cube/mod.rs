@@ -16,7 +16,7 @@ mod attention;
 pub mod cublas;
 pub mod decode;
 pub mod decode_attention;
-mod dequantize;
+pub mod dequantize;
 pub mod flash;
 mod form;
 pub mod gemv;
@@ -25,6 +25,7 @@ mod launch_attention;
 mod launch_logits;
 mod linear;
 mod loader;
+mod loss;
 mod matrix;
 #[cfg(feature = "cuda")]
 pub mod nvidia;
@@ -43,5 +44,6 @@ pub use launch::{
 pub use launch_attention::{DecodeScratch, LayerCache, attention, decode_attention, rope_append};
 pub use launch_logits::{choose, has_clock, score, stamp};
 pub use loader::{MatrixLoader, kept};
+pub use loss::{LOSS_BUDGET, Loss, LossMeter, measuring_bytes};
 pub use matrix::{DeviceMatrix, Kind};
 pub use tensor_core::{Gemv, Norm, Tuning, flash_attention, flash_fits, gemv, gemv_fits};

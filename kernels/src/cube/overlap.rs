@@ -84,7 +84,15 @@ mod graph {
             let (mut id, mut graph, mut nodes, mut data, mut n) =
                 (0, std::ptr::null_mut(), std::ptr::null(), std::ptr::null(), 0);
             check(
-                driver::cuStreamGetCaptureInfo_v3(stream, &mut status, &mut id, &mut graph, &mut nodes, &mut data, &mut n),
+                driver::cuStreamGetCaptureInfo_v3(
+                    stream,
+                    &mut status,
+                    &mut id,
+                    &mut graph,
+                    &mut nodes,
+                    &mut data,
+                    &mut n,
+                ),
                 "capture info",
             )?;
             if status != driver::CUstreamCaptureStatus::CU_STREAM_CAPTURE_STATUS_ACTIVE {
@@ -92,7 +100,16 @@ mod graph {
             }
             let mut n_edges = 0;
             let null = std::ptr::null_mut::<driver::CUgraphNode_st>;
-            check(driver::cuGraphGetEdges_v2(graph, std::ptr::null_mut(), std::ptr::null_mut(), std::ptr::null_mut(), &mut n_edges), "count edges")?;
+            check(
+                driver::cuGraphGetEdges_v2(
+                    graph,
+                    std::ptr::null_mut(),
+                    std::ptr::null_mut(),
+                    std::ptr::null_mut(),
+                    &mut n_edges,
+                ),
+                "count edges",
+            )?;
             let mut from = vec![null(); n_edges];
             let mut to = vec![null(); n_edges];
             let mut data = vec![std::mem::zeroed::<driver::CUgraphEdgeData>(); n_edges];
@@ -105,10 +122,7 @@ mod graph {
                 if !awaits(to[i])? || name(from[i]).is_err() {
                     continue;
                 }
-                check(
-                    driver::cuGraphRemoveDependencies_v2(graph, &from[i], &to[i], &data[i], 1),
-                    "take an edge out",
-                )?;
+                check(driver::cuGraphRemoveDependencies_v2(graph, &from[i], &to[i], &data[i], 1), "take an edge out")?;
                 let mut edge = std::mem::zeroed::<driver::CUgraphEdgeData>();
                 edge.from_port = 1;
                 edge.type_ = 1;

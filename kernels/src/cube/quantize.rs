@@ -61,7 +61,7 @@ fn bf16_bits(value: f32) -> u32 {
 
 /// Returns value `at` of a tile, rounded to the base type.
 #[cube]
-fn read(raw: &[u32], at: u32, #[comptime] reading: Reading) -> f32 {
+pub fn read(raw: &[u32], at: u32, #[comptime] reading: Reading) -> f32 {
     let value = if comptime!(reading.source == Element::F32) {
         f32::reinterpret(raw[at as usize])
     } else {

@@ -4,10 +4,12 @@ use super::model::GpuModel;
 use super::pass::Passes;
 use super::products::{Products, element};
 use super::room::{PoolProbe, Room, Senses};
+use super::survey::Surveyor;
 use super::weights::GpuWeights;
 use crate::artifact::QuantizedModule;
 use crate::engine::burn_engine::BurnEngine;
 use crate::engine::footprint::weights_bytes;
+use crate::engine::survey::survey;
 use crate::engine::weights::{WeightReader, has_compute_dtype};
 use crate::event::Progress;
 use crate::inference::{
@@ -19,12 +21,12 @@ use cubecl::client::Client;
 use std::path::Path;
 
 /// Grows when the numbers that this engine computes change.
-const NUMERICS_VERSION: u32 = 1;
+const NUMERICS_VERSION: u32 = 2;
 
 /// cubecl on one device.
 pub struct GpuEngine {
     client: Client,
-    /// Reads files and surveys quantization on the host.
+    /// Reads files, and does on the host what no kernel does.
     host: BurnEngine,
     info: EngineInfo,
     senses: Senses,
@@ -105,7 +107,17 @@ impl Engine for GpuEngine {
         progress: &dyn Progress,
         each: &mut dyn FnMut(QuantizedModule),
     ) -> Result<(), InferenceError> {
-        self.host.survey(recipe, progress, each)
+        // What is wrong with the model is told before the device is asked for anything.
+        self.host.inspect(recipe)?;
+        let (spec, checkpoint) = self.host.prepare(recipe)?;
+        let host = Device::flex();
+        let reader = WeightReader { checkpoint: &checkpoint, spec: &spec, recipe, device: &host };
+        self.tidy();
+        let mut surveyor = Surveyor::new(&self.client, &self.room, &reader, progress);
+        let surveyed = survey(&reader, progress, &mut |candidate| surveyor.measure(candidate), each);
+        drop(surveyor);
+        self.tidy();
+        surveyed
     }
 
     fn save(&self, recipe: &ModelRecipe, dir: &Path, progress: &dyn Progress) -> Result<SavedModel, InferenceError> {

@@ -13,6 +13,7 @@ mod products;
 mod room;
 mod rope;
 mod rows;
+mod survey;
 mod weights;
 
 pub use engine::GpuEngine;

@@ -1,0 +1,114 @@
+//! What quantizing a model's linears costs and loses, one after the other. The host measures by packing; a device may do better.
+
+use super::weights::{WeightReader, pack};
+use crate::artifact::QuantizedModule;
+use crate::event::Progress;
+use crate::inference::InferenceError;
+use crate::units::DType;
+use labpipe_kernels::weight::HostWeight;
+use labpipe_kernels::{SchemeSpec, reconstruction_error};
+
+/// A linear that a config quantizes.
+pub struct Candidate<'a> {
+    /// `model.layers.4.mlp.down_proj`.
+    pub module: &'a str,
+    pub n_out: usize,
+    pub n_in: usize,
+    pub scheme: &'a SchemeSpec,
+}
+
+impl Candidate<'_> {
+    /// Wraps what a scheme refuses.
+    pub fn refused(&self, error: &labpipe_kernels::SchemeError) -> InferenceError {
+        InferenceError::Quantize { module: self.module.to_owned(), reason: error.to_string() }
+    }
+}
+
+/// What a linear's packed form is.
+pub struct Measured {
+    /// With all its settings.
+    pub scheme: SchemeSpec,
+    pub bytes: u64,
+    pub mse: f64,
+    pub sqnr_db: Option<f64>,
+}
+
+/// Tells of each linear what it is stored as; what `measure` finds of those that are quantized.
+///
+/// # Errors
+/// Whatever is wrong with a tensor or a scheme; `Cancelled`.
+pub fn survey(
+    reader: &WeightReader<'_>,
+    progress: &dyn Progress,
+    measure: &mut dyn FnMut(&Candidate<'_>) -> Result<Measured, InferenceError>,
+    each: &mut dyn FnMut(QuantizedModule),
+) -> Result<(), InferenceError> {
+    let linears = reader.spec.linears();
+    progress.begin(Some(linears.len() as u64), "modules");
+    for (module, [n_out, n_in]) in &linears {
+        if progress.is_cancelled() {
+            return Err(InferenceError::Cancelled);
+        }
+        let is_tied_head = module == "lm_head" && reader.spec.tied_embeddings;
+        let scheme = reader.recipe.quantization.as_ref().and_then(|config| config.scheme_for(module));
+        each(match scheme.filter(|_| !is_tied_head) {
+            Some(scheme) => {
+                let candidate = Candidate { module, n_out: *n_out, n_in: *n_in, scheme };
+                quantized(&candidate, measure(&candidate)?)
+            }
+            None => {
+                let tensor = if is_tied_head { reader.embedding_name().to_owned() } else { format!("{module}.weight") };
+                kept(reader, module, &tensor, (n_out * n_in) as u64)
+            }
+        });
+        progress.advance(1);
+    }
+    Ok(())
+}
+
+/// Measures a linear by packing it.
+///
+/// # Errors
+/// Whatever is wrong with its tensor or its scheme.
+pub fn on_host(reader: &WeightReader<'_>, candidate: &Candidate<'_>) -> Result<Measured, InferenceError> {
+    let Candidate { module, n_out, n_in, scheme } = *candidate;
+    let values = reader.base_values(&format!("{module}.weight"), &[n_out, n_in])?;
+    let weight = pack(module, scheme, &values, n_out, n_in)?;
+    let bytes = weight.stored_bytes();
+    let HostWeight::Packed(packed) = weight else {
+        return Err(InferenceError::Quantize { module: module.to_owned(), reason: "it was not packed".to_owned() });
+    };
+    let (mse, sqnr_db) = reconstruction_error(&values, &packed);
+    Ok(Measured { scheme: packed.spec, bytes, mse, sqnr_db })
+}
+
+fn quantized(candidate: &Candidate<'_>, measured: Measured) -> QuantizedModule {
+    let n_params = (candidate.n_out * candidate.n_in) as u64;
+    QuantizedModule {
+        module: candidate.module.to_owned(),
+        scheme: measured.scheme.scheme,
+        block_size: measured.scheme.block_size,
+        double_quant: measured.scheme.double_quant,
+        n_params,
+        bits_per_weight: 8.0 * measured.bytes as f64 / n_params as f64,
+        bytes: measured.bytes,
+        weight_mse: measured.mse,
+        weight_sqnr_db: measured.sqnr_db,
+    }
+}
+
+fn kept(reader: &WeightReader<'_>, module: &str, tensor: &str, n_params: u64) -> QuantizedModule {
+    let stored = reader.checkpoint.dtype_of(tensor).unwrap_or(DType::F32);
+    let dtype = reader.recipe.dtype.unwrap_or(stored);
+    QuantizedModule {
+        module: module.to_owned(),
+        scheme: dtype.name().to_owned(),
+        block_size: None,
+        double_quant: false,
+        n_params,
+        bits_per_weight: 8.0 * dtype.size_bytes() as f64,
+        bytes: n_params * dtype.size_bytes() as u64,
+        weight_mse: 0.0,
+        weight_sqnr_db: None,
+    }
+}
