@@ -4,13 +4,14 @@
 
 use labpipe::engine;
 use labpipe::event::{Level, NullProgress, Progress};
-use labpipe::inference::{InferenceError, ModelRecipe, ModelSource};
+use labpipe::inference::{Engine, InferenceError, ModelRecipe, ModelSource};
 use labpipe::quantization;
 use labpipe::units::DType;
 use safetensors::tensor::{TensorView, serialize_to_file};
 use safetensors::{Dtype, SafeTensors};
 use serde_json::json;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 const TENSOR: &str = "model.layers.1.mlp.up_proj.weight";
@@ -34,24 +35,35 @@ fn damaged(dir: &Path, value: f32) -> PathBuf {
     copy
 }
 
-fn open(model: PathBuf, dtype: Option<DType>, quantized: bool, progress: &dyn Progress) -> InferenceError {
+fn engine_and_recipe(model: PathBuf, dtype: Option<DType>, quantized: bool) -> (Arc<dyn Engine>, ModelRecipe) {
     let config = json!({"scheme": "nf4", "double_quant": true});
     let quantization = quantized.then(|| quantization::from_value(&config, "inline").expect("a config"));
     let source = ModelSource::Path(model);
     let recipe = ModelRecipe { source, dtype, compute_dtype: Some(DType::F32), quantization };
     let device = std::env::var("LABPIPE_TEST_DEVICE").unwrap_or_else(|_| "cpu".to_owned());
     let (engine, _) = engine::build(&device).expect("the device");
+    (engine, recipe)
+}
+
+fn open(model: PathBuf, dtype: Option<DType>, quantized: bool, progress: &dyn Progress) -> InferenceError {
+    let (engine, recipe) = engine_and_recipe(model, dtype, quantized);
     engine.open(&recipe, progress).err().expect("an error")
+}
+
+fn survey(model: PathBuf, dtype: Option<DType>, progress: &dyn Progress) -> InferenceError {
+    let (engine, recipe) = engine_and_recipe(model, dtype, true);
+    engine.survey(&recipe, progress, &mut |_| {}).expect_err("an error")
 }
 
 #[test]
 fn a_weight_that_is_no_number_is_named_by_tensor_and_index() {
     let dir = tempfile::tempdir().expect("a temporary folder");
     let model = damaged(dir.path(), f32::NAN);
-    for quantized in [false, true] {
-        match open(model.clone(), None, quantized, &NullProgress) {
+    let errors = [false, true].map(|quantized| open(model.clone(), None, quantized, &NullProgress));
+    for error in errors.into_iter().chain([survey(model, None, &NullProgress)]) {
+        match error {
             InferenceError::NotFinite { tensor, index, .. } => assert_eq!((tensor.as_str(), index), (TENSOR, AT)),
-            other => panic!("quantized {quantized}: {other}"),
+            other => panic!("{other}"),
         }
     }
 }
@@ -60,13 +72,15 @@ fn a_weight_that_is_no_number_is_named_by_tensor_and_index() {
 fn a_weight_beyond_the_range_of_its_type_is_named_with_a_remedy() {
     let dir = tempfile::tempdir().expect("a temporary folder");
     let model = damaged(dir.path(), 1e6);
-    for quantized in [false, true] {
-        let error = open(model.clone(), Some(DType::F16), quantized, &NullProgress).to_string();
+    let half = Some(DType::F16);
+    let errors = [false, true].map(|quantized| open(model.clone(), half, quantized, &NullProgress));
+    for error in errors.into_iter().chain([survey(model, half, &NullProgress)]) {
+        let error = error.to_string();
         assert!(error.contains(TENSOR) && error.contains("index 77") && error.contains("dtype: bf16"), "{error}");
     }
 }
 
-/// Asks to stop once a block is done.
+/// Asks to stop once a block, or a module, is done.
 #[derive(Default)]
 struct Impatient {
     n_done: AtomicU64,
@@ -92,6 +106,16 @@ fn loading_stops_when_the_user_asks() {
     let model = damaged(dir.path(), 0.5);
     let progress = Impatient::default();
     let error = open(model, None, true, &progress);
+    assert!(matches!(error, InferenceError::Cancelled), "{error}");
+    assert_eq!(progress.n_done.load(Ordering::Relaxed), 1);
+}
+
+#[test]
+fn measuring_what_quantizing_loses_stops_when_the_user_asks() {
+    let dir = tempfile::tempdir().expect("a temporary folder");
+    let model = damaged(dir.path(), 0.5);
+    let progress = Impatient::default();
+    let error = survey(model, None, &progress);
     assert!(matches!(error, InferenceError::Cancelled), "{error}");
     assert_eq!(progress.n_done.load(Ordering::Relaxed), 1);
 }
