@@ -14,6 +14,10 @@ use labpipe_kernels::{SchemeSpec, scheme};
 /// Halves for x and for decoded weights, fp32 sums: 2⁻¹¹ a factor, relative to the norm of the result.
 const F16_BUDGET: f64 = 1e-3;
 
+/// How much more is allowed where gate and up are multiplied: both are rounded, and the few outputs of a small matrix are led by those
+/// whose gate is steep.
+const GATED_FACTOR: f64 = 3.0;
+
 /// As above for bf16's 2⁻⁸.
 const BF16_BUDGET: f64 = 8e-3;
 
@@ -109,6 +113,7 @@ fn the_tensor_core_kernel_agrees_with_the_generic_ones() {
         return eprintln!("left out: {} has no tensor-core kernels here", client.name());
     }
     let mut n_calls = 0;
+    let mut failures = Vec::new();
     for (n, k) in SHAPES {
         for (name, weight, budget) in weights(n, k) {
             let matrix = DeviceMatrix::upload(&client, &weight).expect("a scheme with kernels");
@@ -135,11 +140,15 @@ fn the_tensor_core_kernel_agrees_with_the_generic_ones() {
                     };
                     cube::gemv(&client, &matrix, &launch, Tuning::of(&matrix));
                     let error = relative_error(&read(&client, y, n_out), &want);
-                    assert!(error < budget, "{name} {n}x{k} {call:?}: relative error {error:.2e}");
+                    let budget = if is_paired { GATED_FACTOR * budget } else { budget };
+                    if !(error < budget) {
+                        failures.push(format!("{name} {n}x{k} {call:?}: relative error {error:.2e}"));
+                    }
                     n_calls += 1;
                 }
             }
         }
     }
+    assert!(failures.is_empty(), "{} of {n_calls}: {failures:#?}", failures.len());
     assert!(n_calls > 300, "{n_calls} launches were taken");
 }

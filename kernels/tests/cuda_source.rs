@@ -92,14 +92,14 @@ fn matrix_vector_kernels_use_tensor_cores() {
         ("gemv-nf4-m8", gemv_source::<Codebook4Pairs>(2, GemvSpec { m: 8, epilogue: Epilogue::SiluMul, ..spec })),
         (
             "gemv-nf4-down",
-            gemv_source::<Codebook4Pairs>(2, GemvSpec { n_cols: 8192, planes: 16, unroll: 4, norm: false, ..spec }),
+            gemv_source::<Codebook4Pairs>(4, GemvSpec { n_cols: 8192, planes: 16, unroll: 4, norm: false, slots: 2, ..spec }),
         ),
         ("gemv-nf4-16", gemv_source::<Codebook4Pairs>(4, GemvSpec { planes: 8, slots: 2, unroll: 3, ..spec })),
         (
             "gemv-nf4-gate",
             gemv_source::<Codebook4Pairs>(
                 4,
-                GemvSpec { n_rows: 16384, slots: 2, unroll: 1, epilogue: Epilogue::SiluMul, ..spec },
+                GemvSpec { n_rows: 16384, slots: 2, epilogue: Epilogue::SiluMul, ..spec },
             ),
         ),
         ("gemv-f16-16", gemv_source::<F16Pairs>(4, GemvSpec { planes: 16, ..plain })),
