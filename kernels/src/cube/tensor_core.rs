@@ -45,14 +45,13 @@ impl Tuning {
         let is_wide = matrix.n_cols >= 6144;
         let is_tall = matrix.n_rows >= 8192;
         let (planes, unroll, cubes_a_processor) = match (matrix.kind, is_wide, is_tall) {
-            (Kind::Codebook4 | Kind::Affine4, true, _) => (16, 2, 1),
+            (Kind::Codebook4 | Kind::Affine4, true, _) => (16, 4, 1),
             (Kind::Codebook4 | Kind::Affine4, false, _) => (8, 3, 2),
-            (Kind::Int8, true, _) => (16, 3, 1),
-            (Kind::Int8, false, true) => (16, 1, 2),
-            (Kind::Int8, false, false) => (8, 2, 3),
-            (_, true, _) => (16, 2, 1),
-            (_, false, true) => (8, 2, 2),
-            (_, false, false) => (16, 1, 2),
+            (Kind::Int8, true, _) => (16, 4, 2),
+            (Kind::Int8, false, _) => (8, 3, 3),
+            (_, true, _) => (16, 4, 1),
+            (_, false, true) => (8, 3, 2),
+            (_, false, false) => (8, 3, 3),
         };
         let copies = if matrix.kind == Kind::Codebook4 { 32 } else { 8 };
         Tuning { planes, unroll, copies, cubes_a_processor }

@@ -101,12 +101,12 @@ impl GemvSpec {
         (k + 1) * self.planes <= self.n_steps()
     }
 
-    /// A step has two blocks, and each lane one result that counts.
+    /// A step has two blocks of a single row of x.
     fn is_spread(self) -> bool {
         self.slots == 2
     }
 
-    /// Block scales that a lane needs for a step.
+    /// Block scales that a lane fetches for a step.
     fn lane_scales(self) -> u32 {
         if self.is_spread() { 1 } else { 2 }
     }
@@ -330,9 +330,9 @@ pub fn gemv_kernel<S: Fragments, V: Size>(
         if comptime!(spec.nested) {
             choose_offsets(&offsets, &mut row_offsets, tile, lane, segment_1, segment_2, spec);
         }
-        let mut sums = Array::<f32>::new(4usize);
+        let mut sums = Array::<f32>::new(5usize);
         #[unroll]
-        for c in 0..4usize {
+        for c in 0..5usize {
             sums[c] = 0.0;
         }
         #[unroll]
@@ -371,7 +371,7 @@ pub fn gemv_kernel<S: Fragments, V: Size>(
             }
         }
         let partial_at = parity * half_sums;
-        write_sums_of_plane(&sums, &mut partial, partial_at, plane, lane, spec);
+        write_sums_of_plane::<S>(&sums, &mut partial, partial_at, plane, lane, spec);
         sync_cube();
         write_tile::<S>(&partial, &tail, y, tile, partial_at, spec);
         parity = 1u32 - parity;
@@ -384,7 +384,7 @@ pub fn gemv_kernel<S: Fragments, V: Size>(
 /// # Shapes
 /// `partial` `[planes, m, 16]` from `partial_at` on.
 #[cube]
-fn write_sums_of_plane(
+fn write_sums_of_plane<S: Fragments>(
     sums: &Array<f32>,
     partial: &mut Shared<[f32]>,
     partial_at: u32,
@@ -394,10 +394,18 @@ fn write_sums_of_plane(
 ) {
     let (group, quarter) = (lane / 4u32, lane % 4u32);
     if comptime!(spec.is_spread()) {
-        // Lanes `quarter` 0 and 1 have the two blocks' sums of row `group`, 2 and 3 those of the row eight below.
-        let sum = sums[0] + plane_shuffle_xor(sums[0], 1u32);
-        if quarter % 2u32 == 0u32 {
-            partial[(partial_at + plane * 16u32 + group + quarter * 4u32) as usize] = sum;
+        // The first of four lanes has the sums of row `group` and of the row eight below, for the two blocks of all steps.
+        let mut top = sums[0] + sums[1];
+        let mut bottom = sums[2] + sums[3];
+        if comptime!(S::layout().has_zero) {
+            let zeros = sums[4] + plane_shuffle_xor(sums[4], 1u32);
+            top -= zeros;
+            bottom -= plane_shuffle_xor(zeros, 2u32);
+        }
+        if quarter == 0u32 {
+            let at = partial_at + plane * 16u32 + group;
+            partial[at as usize] = top;
+            partial[(at + 8u32) as usize] = bottom;
         }
     } else {
         #[unroll]

@@ -43,7 +43,8 @@ pub(super) fn load_step<S: Fragments, V: Size>(
 pub(super) fn has_part(lane: u32, #[comptime] spec: GemvSpec) -> bool {
     let (group, quarter) = (lane / 4u32, lane % 4u32);
     if comptime!(spec.is_spread()) {
-        group % 2u32 == 0u32 && quarter / 2u32 == (group / 2u32) % 2u32
+        // Within eight lanes, whose reads are one.
+        group < 2u32 && quarter / 2u32 == group
     } else {
         group < spec.m
     }

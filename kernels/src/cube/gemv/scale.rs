@@ -1,15 +1,15 @@
 //! Block scales of a tile: each lane keeps those of its own results in registers, fetched a tile ahead.
 //!
 //! A lane of a product has results of two rows (`mma.m16n8k16`: rows `lane / 4` and `lane / 4 + 8`, columns `lane % 4 · 2` and the
-//! next). Where x is a single row, the columns of x are laid out so that each lane has one result that counts, of one row and one
-//! of a step's two blocks: a scale a lane and step then. Elsewhere a lane needs the scales of both rows.
+//! next). Where x is a single row and a step two blocks, the first of four lanes has all four results that count: each of the four
+//! fetches and decodes one of their scales and hands it over. Elsewhere a lane needs the scales of both its rows.
 
 use super::fragments::Fragments;
 use super::{GemvSpec, STEP};
 use crate::cube::decode::f16_bits_to_f32;
 use cubecl::prelude::*;
 
-/// Returns the matrix's row of a lane's result `result`.
+/// Returns the matrix's row that a lane's scale `result` belongs to.
 #[cube]
 pub(super) fn result_row(tile: u32, lane: u32, #[comptime] result: u32, #[comptime] spec: GemvSpec) -> u32 {
     let top = tile * comptime!(spec.tile_outputs()) + lane / 4u32;
@@ -20,7 +20,7 @@ pub(super) fn result_row(tile: u32, lane: u32, #[comptime] result: u32, #[compti
     }
 }
 
-/// Returns the block that a lane's results of step `k` lie in.
+/// Returns the block that a lane's scales of step `k` belong to.
 #[cube]
 fn block_of(plane: u32, lane: u32, #[comptime] k: u32, #[comptime] spec: GemvSpec) -> u32 {
     let mut step = comptime!(k * spec.planes) + plane;
@@ -140,14 +140,17 @@ pub(super) fn add_product<S: Fragments>(
         #[unroll]
         for result in 0..comptime!(spec.lane_scales()) {
             let at = comptime!((k * spec.lane_scales() + result) as usize);
-            let scale =
-                scale_of::<S>(map, raw_scales, raw_words, row_offsets, tile, plane, lane, k, result, spec);
+            let scale = scale_of::<S>(map, raw_scales, raw_words, row_offsets, tile, plane, lane, k, result, spec);
             if comptime!(spec.is_spread()) {
-                let mut value = select(lane % 4u32 >= 2u32, product.extract(2usize), product.extract(0usize));
                 if comptime!(S::layout().has_zero) {
-                    value -= f32::cast_from(raw_words[at] >> 16u32) * sums_of_x[(step * spec.slots + lane % 2u32) as usize];
+                    // What the zero point takes off is summed by the lane that has it.
+                    let zero = f32::cast_from(raw_words[at] >> 16u32);
+                    sums[4] += zero * scale * sums_of_x[(step * spec.slots + lane % 2u32) as usize];
                 }
-                sums[0] += value * scale;
+                sums[0] += product.extract(0usize) * scale;
+                sums[1] += product.extract(1usize) * plane_shuffle_xor(scale, 1u32);
+                sums[2] += product.extract(2usize) * plane_shuffle_xor(scale, 2u32);
+                sums[3] += product.extract(3usize) * plane_shuffle_xor(scale, 3u32);
             } else {
                 #[unroll]
                 for c in 0..2u32 {
@@ -155,7 +158,8 @@ pub(super) fn add_product<S: Fragments>(
                     let mut value = product.extract(from);
                     if comptime!(S::layout().has_zero) {
                         let column = (lane % 4u32 * 2u32 + c) % spec.m;
-                        value -= f32::cast_from(raw_words[at] >> 16u32) * sums_of_x[(column * comptime!(spec.n_cols / STEP) + step) as usize];
+                        value -= f32::cast_from(raw_words[at] >> 16u32)
+                            * sums_of_x[(column * comptime!(spec.n_cols / STEP) + step) as usize];
                     }
                     sums[from] += value * scale;
                 }
