@@ -40,18 +40,24 @@ pub struct Tuning {
 }
 
 impl Tuning {
-    /// Returns the settings for a matrix: wide rows are split over more planes, and tall matrices keep few cubes busy for long.
+    /// Returns the settings for a matrix. Cubes begin as soon as a multiprocessor has room for them, so that those that are planned
+    /// for each should be as many as fit: a kernel that leaves room for one more is shared out unevenly.
     pub fn of(matrix: &DeviceMatrix) -> Tuning {
         let is_wide = matrix.n_cols >= 6144;
         let is_tall = matrix.n_rows >= 8192;
+        let is_small = matrix.n_rows < 4096;
+        // Steps of two blocks, which planes should share without a rest.
+        let has_twelfths = (matrix.n_cols / STEP as usize / 2).is_multiple_of(12);
         let (planes, unroll, cubes_a_processor) = match (matrix.kind, is_wide, is_tall) {
             (Kind::Codebook4 | Kind::Affine4, true, _) => (16, 4, 1),
+            (Kind::Codebook4 | Kind::Affine4, false, false) if has_twelfths => (12, 2, 2),
             (Kind::Codebook4 | Kind::Affine4, false, _) => (8, 3, 2),
-            (Kind::Int8, true, _) => (16, 4, 2),
+            (Kind::Int8, true, _) => (16, 8, 1),
+            (Kind::Int8, false, _) if is_small => (16, 3, 1),
             (Kind::Int8, false, _) => (8, 3, 3),
             (_, true, _) => (16, 4, 1),
             (_, false, true) => (8, 3, 2),
-            (_, false, false) => (8, 3, 3),
+            (_, false, false) => (16, 3, 1),
         };
         let copies = if matrix.kind == Kind::Codebook4 { 32 } else { 8 };
         Tuning { planes, unroll, copies, cubes_a_processor }

@@ -317,9 +317,9 @@ pub fn gemv_kernel<S: Fragments, V: Size>(
     if comptime!(spec.m > 1) {
         x_at += group % spec.m * comptime!(spec.n_cols / 8);
     }
-    let mut x_words = Array::<Vector<u32, Const<4>>>::new(comptime!((2 * spec.slots) as usize));
+    let mut x_words = Array::<Vector<u32, Const<4>>>::new(2usize);
     #[unroll]
-    for half in 0..comptime!((2 * spec.slots) as usize) {
+    for half in 0..2usize {
         x_words[half] = Vector::<u32, Const<4>>::new(0u32);
     }
     let mut parity = 0u32;

@@ -84,16 +84,14 @@ pub(super) fn multiply_step<S: Fragments, V: Size>(
     let step = comptime!(k * spec.planes) + plane;
     let first = comptime!(k % spec.unroll * vectors);
     if comptime!(spec.is_whole(k)) || step < comptime!(spec.n_steps()) {
-        if has_part {
-            #[unroll]
-            for half in 0..comptime!(2 * spec.slots) {
-                let at = x_at + comptime!(k * spec.planes * (STEP / 8 * spec.slots) + half);
-                x_words[half as usize] = pairs[at as usize];
-            }
-        }
         let mut product = Vector::<f32, Const<4>>::new(0.0f32);
         #[unroll]
         for half in 0..comptime!(2 * spec.slots) {
+            let x = comptime!((half % 2) as usize);
+            if has_part {
+                let at = x_at + comptime!(k * spec.planes * (STEP / 8 * spec.slots) + half);
+                x_words[x] = pairs[at as usize];
+            }
             #[unroll]
             for j in 0..2u32 {
                 let p0 = comptime!(4 * half + 2 * j);
@@ -103,8 +101,8 @@ pub(super) fn multiply_step<S: Fragments, V: Size>(
                     S::pair::<V>(words_1, table, lane_copy, first, p0, spec.copies),
                     S::pair::<V>(words_0, table, lane_copy, first, p1, spec.copies),
                     S::pair::<V>(words_1, table, lane_copy, first, p1, spec.copies),
-                    x_words[half as usize].extract(comptime!((2 * j) as usize)),
-                    x_words[half as usize].extract(comptime!((2 * j + 1) as usize)),
+                    x_words[x].extract(comptime!((2 * j) as usize)),
+                    x_words[x].extract(comptime!((2 * j + 1) as usize)),
                     product,
                     S::layout().is_bf16,
                 );
