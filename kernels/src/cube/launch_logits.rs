@@ -1,7 +1,7 @@
 //! Launches that read logits: the choice of a token, likelihoods, and the clock that is read when a step ends.
 
 use super::launch::buffer;
-use super::ops::{choose_kernel, nll_kernel, stamp_kernel};
+use super::logits::{choose_kernel, nll_kernel, stamp_kernel};
 use super::overlap;
 use cubecl::client::Client;
 use cubecl::prelude::*;

@@ -25,6 +25,7 @@ mod launch_attention;
 mod launch_logits;
 mod linear;
 mod loader;
+pub mod logits;
 mod matrix;
 #[cfg(feature = "cuda")]
 pub mod nvidia;
