@@ -14,7 +14,8 @@ use labpipe_kernels::cube::flash::flash_attention_kernel;
 use labpipe_kernels::cube::gemv::{
     Affine4Pairs, Bf16Pairs, Codebook4Pairs, Epilogue, F16Pairs, Fragments, GemvSpec, Int8Pairs, gemv_kernel,
 };
-use labpipe_kernels::cube::ops::{Heads, choose_kernel, stamp_kernel};
+use labpipe_kernels::cube::logits::{choose_kernel, stamp_kernel};
+use labpipe_kernels::cube::ops::Heads;
 use labpipe_kernels::cube::quantize::{
     Book, Reading, absmax_kernel, codebook_codes_kernel, convert_kernel, int4_codes_kernel, int4_stats_kernel,
     int8_codes_kernel, nested_codes_kernel,
@@ -93,15 +94,15 @@ fn matrix_vector_kernels_use_tensor_cores() {
         ("gemv-nf4-m8", gemv_source::<Codebook4Pairs>(2, GemvSpec { m: 8, epilogue: Epilogue::SiluMul, ..spec })),
         (
             "gemv-nf4-down",
-            gemv_source::<Codebook4Pairs>(2, GemvSpec { n_cols: 8192, planes: 16, unroll: 4, norm: false, ..spec }),
+            gemv_source::<Codebook4Pairs>(
+                4,
+                GemvSpec { n_cols: 8192, planes: 16, unroll: 4, norm: false, slots: 2, ..spec },
+            ),
         ),
         ("gemv-nf4-16", gemv_source::<Codebook4Pairs>(4, GemvSpec { planes: 8, slots: 2, unroll: 3, ..spec })),
         (
             "gemv-nf4-gate",
-            gemv_source::<Codebook4Pairs>(
-                4,
-                GemvSpec { n_rows: 16384, slots: 2, unroll: 1, epilogue: Epilogue::SiluMul, ..spec },
-            ),
+            gemv_source::<Codebook4Pairs>(4, GemvSpec { n_rows: 16384, slots: 2, epilogue: Epilogue::SiluMul, ..spec }),
         ),
         ("gemv-f16-16", gemv_source::<F16Pairs>(4, GemvSpec { planes: 16, ..plain })),
         (
@@ -254,12 +255,15 @@ fn steps_read_the_device_s_clock() {
         properties,
         target,
         count,
-        CubeDim::new_1d(1024),
+        CubeDim::new_1d(256),
+        buffer(),
+        buffer(),
         buffer(),
         buffer(),
         buffer(),
         1024,
-        1024,
+        64,
+        256,
         true,
         true,
     );

@@ -118,6 +118,9 @@ pub fn attention(
     with_elements!(element, layer.element, call);
 }
 
+/// Tokens of a cache up to which each cube of [`decode_attention`] takes a single head.
+const SHORT_CACHE: usize = 1024;
+
 /// Scratch of [`decode_attention`]: made once for a cache.
 #[derive(Debug, Clone)]
 pub struct DecodeScratch {
@@ -143,7 +146,9 @@ impl DecodeScratch {
         let units = if hands_over { 256 } else { 128 };
         // A plane turns the scores of a head into shares.
         let n_planes = units / client.properties().hardware.plane_size_max.max(1);
-        let group = (1..=MAX_GROUP.min(n_planes)).rev().find(|group| heads_a_kv.is_multiple_of(*group))?;
+        // Cubes of a short cache are few and short of work: a head for each, though keys are read once a head then.
+        let most = if hands_over && layer.capacity <= SHORT_CACHE { 1 } else { MAX_GROUP.min(n_planes) };
+        let group = (1..=most).rev().find(|group| heads_a_kv.is_multiple_of(*group))?;
         let fits = !heads.qk_norm
             && layer.soft_cap.is_none()
             && heads.rotary_dim == heads.head_dim

@@ -25,6 +25,7 @@ mod launch_attention;
 mod launch_logits;
 mod linear;
 mod loader;
+pub mod logits;
 mod loss;
 mod matrix;
 #[cfg(feature = "cuda")]
@@ -42,7 +43,7 @@ pub use launch::{
     Element, Place, Residual, add_bias, add_norm, dequantize, embed, gate, gate_columns, linear, soft_cap,
 };
 pub use launch_attention::{DecodeScratch, LayerCache, attention, decode_attention, rope_append};
-pub use launch_logits::{choose, has_clock, score, stamp};
+pub use launch_logits::{ChooseScratch, choose, has_clock, score, stamp};
 pub use loader::{MatrixLoader, kept};
 pub use loss::{LOSS_BUDGET, Loss, LossMeter, measuring_bytes};
 pub use matrix::{DeviceMatrix, Kind};

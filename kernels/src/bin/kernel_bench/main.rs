@@ -9,6 +9,7 @@ use cubecl::client::Client;
 use cubecl::prelude::*;
 use cubecl::server::Handle;
 use labpipe_kernels::cube::nvidia::CudaParts;
+use labpipe_kernels::cube::overlap;
 use std::time::Instant;
 
 #[cube(launch_unchecked)]
@@ -32,11 +33,8 @@ fn time(client: &Client, n_calls: usize, mut launch: impl FnMut(usize)) -> Optio
     for i in 0..n_calls {
         launch(i);
     }
-    if std::env::var_os("PDL").is_some() {
-        match labpipe_kernels::cube::overlap::overlap(client) {
-            Ok(n) => eprintln!("relaxed {n} edges"),
-            Err(error) => eprintln!("overlap: {error}"),
-        }
+    if overlap::is_known(client) {
+        overlap::overlap(client).map_err(|error| eprintln!("{error}")).ok()?;
     }
     let graph = client.stop_capture().map_err(|error| eprintln!("capture: {error}")).ok()?;
     let mut samples = Vec::new();

@@ -4,9 +4,12 @@
 //!
 //! Each group of eight lanes scores a key at a time for all query heads that share it, so that keys and values are read once.
 
+mod keys;
+
 use super::ops::{Heads, STATE_POSITION};
 use super::overlap::{await_earlier, let_later_begin};
 use cubecl::prelude::*;
+use keys::{freshen, key_batch, load_keys, load_values, score_keys};
 
 /// Lanes that score a key together.
 const LANES: u32 = 8;
@@ -112,7 +115,10 @@ fn rotate_queries(
     }
 }
 
-/// Appends the token's rotated key and its value to the cache.
+/// Appends the token's rotated key and its value to the cache, and leaves both in `fresh`.
+///
+/// # Shapes
+/// `fresh` two rows of `head_dim` in vectors.
 #[cube]
 #[expect(clippy::too_many_arguments, reason = "a kernel's buffers and sizes")]
 fn append<C: Float, W: Size>(
@@ -120,6 +126,7 @@ fn append<C: Float, W: Size>(
     table: &[f32],
     keys: &mut [Vector<C, W>],
     values: &mut [Vector<C, W>],
+    fresh: &mut Shared<[Vector<C, W>]>,
     kv_head: u32,
     position: u32,
     capacity: u32,
@@ -149,94 +156,9 @@ fn append<C: Float, W: Size>(
         }
         keys[(to + v) as usize] = key;
         values[(to + v) as usize] = value;
+        fresh[v as usize] = key;
+        fresh[(row_vectors + v) as usize] = value;
         v += split.units;
-    }
-}
-
-/// Scores the chunk's keys for all of the cube's heads; keys that are not seen score lowest.
-#[cube]
-#[expect(clippy::too_many_arguments, reason = "a kernel's buffers and sizes")]
-fn score_keys<C: Float, W: Size>(
-    keys: &mut [Vector<C, W>],
-    query: &Shared<[f32]>,
-    scores: &mut Shared<[f32]>,
-    base: u32,
-    start: u32,
-    begin: u32,
-    end: u32,
-    #[comptime] split: Split,
-) {
-    let width = W::value().comptime() as u32;
-    let group = comptime!(split.group);
-    let row_vectors = comptime!(split.heads.head_dim / width);
-    let lane_vectors = comptime!(row_vectors / LANES);
-    let rows = comptime!(split.units / LANES);
-    let n_steps = comptime!(split.chunk / rows);
-    let n_batch = comptime!(n_steps.min(4));
-    let lane = UNIT_POS_X % LANES;
-    let row = UNIT_POS_X / LANES;
-    let mut q = Array::<f32>::new(comptime!((split.group * lane_vectors * width) as usize));
-    #[unroll]
-    for h in 0..group {
-        #[unroll]
-        for v in 0..lane_vectors {
-            #[unroll]
-            for e in 0..width {
-                let from = comptime!(h * split.heads.head_dim) + (lane + comptime!(v * LANES)) * width + e;
-                q[comptime!(((h * lane_vectors + v) * width + e) as usize)] = query[from as usize];
-            }
-        }
-    }
-    let mut loaded = Array::<Vector<C, W>>::new(comptime!((n_batch * lane_vectors) as usize));
-    #[unroll]
-    for batch in 0..comptime!(n_steps / n_batch) {
-        // Batches behind the last key are not looked at.
-        if start + comptime!(batch * n_batch * rows) < end {
-            // All of a batch's keys are on their way before the first is used; what is not seen is read from a key that is.
-            #[unroll]
-            for step in 0..n_batch {
-                let key = start + comptime!((batch * n_batch + step) * rows) + row;
-                let safe = select(key >= begin && key < end, key, end - 1u32);
-                #[unroll]
-                for v in 0..lane_vectors {
-                    loaded[comptime!((step * lane_vectors + v) as usize)] =
-                        keys[(base + safe * row_vectors + lane + comptime!(v * LANES)) as usize];
-                }
-            }
-            #[unroll]
-            for step in 0..n_batch {
-                let key = start + comptime!((batch * n_batch + step) * rows) + row;
-                let is_seen = key >= begin && key < end;
-                let mut dots = Array::<f32>::new(comptime!(split.group as usize));
-                #[unroll]
-                for h in 0..group {
-                    dots[h as usize] = 0.0;
-                }
-                #[unroll]
-                for v in 0..lane_vectors {
-                    let vector = loaded[comptime!((step * lane_vectors + v) as usize)];
-                    #[unroll]
-                    for e in 0..width {
-                        let value = f32::cast_from(vector.extract(comptime!(e as usize)));
-                        #[unroll]
-                        for h in 0..group {
-                            dots[h as usize] += value * q[comptime!(((h * lane_vectors + v) * width + e) as usize)];
-                        }
-                    }
-                }
-                #[unroll]
-                for h in 0..group {
-                    let mut dot = dots[h as usize];
-                    dot += plane_shuffle_xor(dot, 4u32);
-                    dot += plane_shuffle_xor(dot, 2u32);
-                    dot += plane_shuffle_xor(dot, 1u32);
-                    if lane == 0u32 {
-                        let at = comptime!(h * split.chunk + (batch * n_batch + step) * rows) + row;
-                        scores[at as usize] = select(is_seen, dot, lowest());
-                    }
-                }
-            }
-        }
     }
 }
 
@@ -278,31 +200,6 @@ fn share_out(
     }
 }
 
-/// Loads one batch of a unit's value vectors.
-#[cube]
-#[expect(clippy::too_many_arguments, reason = "a batch's buffers and where it lies")]
-fn load_values<C: Float, W: Size>(
-    values: &mut [Vector<C, W>],
-    loaded: &mut Array<Vector<C, W>>,
-    base: u32,
-    start: u32,
-    begin: u32,
-    end: u32,
-    #[comptime] batch: u32,
-    #[comptime] n_batch: u32,
-    #[comptime] split: Split,
-) {
-    let width = W::value().comptime() as u32;
-    let row_vectors = comptime!(split.heads.head_dim / width);
-    let n_row_groups = comptime!(split.units / row_vectors);
-    #[unroll]
-    for j in 0..n_batch {
-        let key = start + comptime!((batch * n_batch + j) * n_row_groups) + UNIT_POS_X / row_vectors;
-        let safe = select(key >= begin && key < end, key, end - 1u32);
-        loaded[j as usize] = values[(base + safe * row_vectors + UNIT_POS_X % row_vectors) as usize];
-    }
-}
-
 /// # Shapes
 /// `qkv` `[(n_heads + 2·n_kv_heads)·head_dim]` f32 before rotation, `table` `[capacity, head_dim / 2, 2]`, `keys`, `values`
 /// `[n_kv_heads, capacity, head_dim]` in vectors, `partial` as [`combine`] reads it, `out` `[n_heads·head_dim]`, `counters`
@@ -337,6 +234,7 @@ pub fn decode_attention_kernel<C: Float, W: Size>(
     let mut shares = Shared::<[f32]>::new_slice(comptime!((split.group * split.chunk) as usize));
     let mut sums = Shared::<[f32]>::new_slice(comptime!((n_row_groups * split.group * split.heads.head_dim) as usize));
     let mut totals = Shared::<[f32]>::new_slice(comptime!((2 * split.group) as usize));
+    let mut fresh = Shared::<[Vector<C, W>]>::new_slice(comptime!((2 * row_vectors) as usize));
 
     let kv_head = CUBE_POS_X / cubes_a_kv;
     let first_head = CUBE_POS_X * group;
@@ -357,14 +255,18 @@ pub fn decode_attention_kernel<C: Float, W: Size>(
         n_shares = position / comptime!(split.chunk) + 1u32 - first_share;
     }
 
-    // The state is older than the step, queries and keys are of the launch before.
+    // State and cache are older than the step; the token's own query, key and value are of the launch before.
+    let mut loaded_keys = Array::<Vector<C, W>>::new(comptime!((key_batch(split) * (row_vectors / LANES)) as usize));
+    let mut loaded = Array::<Vector<C, W>>::new(n_batch as usize);
+    load_keys::<C, W>(keys, &mut loaded_keys, base, start, begin, end, 0u32, split);
+    load_values::<C, W>(values, &mut loaded, base, start, begin, end, 0u32, n_batch, split);
     if comptime!(split.overlaps) {
         await_earlier();
         let_later_begin();
     }
     rotate_queries(qkv, table, &mut query, first_head, position, scale, split);
     if position >= start && position < start + comptime!(split.chunk) {
-        append::<C, W>(qkv, table, keys, values, kv_head, position, capacity, split);
+        append::<C, W>(qkv, table, keys, values, &mut fresh, kv_head, position, capacity, split);
     }
     // On CUDA a barrier shows a cube its own writes; elsewhere storage has one of its own.
     if comptime!(split.combines) {
@@ -373,9 +275,8 @@ pub fn decode_attention_kernel<C: Float, W: Size>(
         sync_storage();
     }
 
-    score_keys::<C, W>(keys, &query, &mut scores, base, start, begin, end, split);
-    let mut loaded = Array::<Vector<C, W>>::new(n_batch as usize);
-    load_values::<C, W>(values, &mut loaded, base, start, begin, end, 0u32, n_batch, split);
+    freshen::<C, W>(&fresh, &mut loaded_keys, &mut loaded, position, start, begin, end, n_batch, split);
+    score_keys::<C, W>(keys, &mut loaded_keys, &query, &mut scores, base, start, begin, end, split);
     sync_cube();
     share_out(&scores, &mut shares, &mut totals, start, begin, end, split);
     sync_cube();
