@@ -9,12 +9,12 @@ use cubecl_cpp::target::Cuda;
 use cubecl_server::runtime::Runtime;
 use labpipe_kernels::cube::Element;
 use labpipe_kernels::cube::decode_attention::{Split, decode_attention_kernel};
-use labpipe_kernels::cube::dequantize::loss_kernel;
 use labpipe_kernels::cube::flash::flash_attention_kernel;
 use labpipe_kernels::cube::gemv::{
     Affine4Pairs, Bf16Pairs, Codebook4Pairs, Epilogue, F16Pairs, Fragments, GemvSpec, Int8Pairs, gemv_kernel,
 };
 use labpipe_kernels::cube::logits::{choose_kernel, stamp_kernel};
+use labpipe_kernels::cube::loss::loss_kernel;
 use labpipe_kernels::cube::ops::Heads;
 use labpipe_kernels::cube::quantize::{
     Book, Reading, absmax_kernel, codebook_codes_kernel, convert_kernel, int4_codes_kernel, int4_stats_kernel,

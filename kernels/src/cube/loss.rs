@@ -1,9 +1,8 @@
 //! What packing a matrix loses, measured on the device: its values against the decoded ones, tile by tile. Squares are added up by
 //! kernels over short runs, in f32, and by the host beyond them, in f64.
 
-use super::dequantize::{LOSS_RUN, loss_kernel};
 use super::launch::{cube_count, dequantize};
-use super::quantize::UNITS;
+use super::quantize::{Reading, UNITS, read};
 use super::staging::stage;
 use super::tile::buffer;
 use super::{DeviceMatrix, Element, FileMatrix, Form};
@@ -15,11 +14,14 @@ use cubecl::server::{Handle, ServerError};
 /// Values that are decoded at a time: 32 MiB of them.
 const TILE_VALUES: usize = 8 << 20;
 
+/// Values that a unit takes.
+const RUN: u32 = 32;
+
 /// Values whose squares one cube adds up.
-const CUBE_VALUES: usize = (UNITS * LOSS_RUN) as usize;
+const CUBE_VALUES: usize = (UNITS * RUN) as usize;
 
 /// Relative error of sums of squares against exact ones: a difference and its square round three times, a unit adds 32 of them, a cube
-/// its 256 units pairwise. That is at most 43 halves of f32's epsilon, since no term is negative.
+/// its 256 units pairwise. That is at most 42 halves of f32's epsilon, since no term is negative.
 pub const LOSS_BUDGET: f64 = 48.0 / (1u64 << 24) as f64;
 
 /// Compares matrices with what they were made of, one after the other; holds a tile of each on the device.
@@ -125,4 +127,88 @@ fn held(client: &Client, slot: &mut Option<Handle>, n_words: usize) -> Handle {
         *slot = None;
     }
     slot.get_or_insert_with(|| client.empty(4 * n_words)).clone()
+}
+
+/// Returns the biased exponent of a magnitude, within what has an inverse power of two.
+#[cube]
+fn exponent(magnitude: f32) -> u32 {
+    min(max(u32::reinterpret(magnitude) >> 23u32, 1u32), 253u32)
+}
+
+/// Returns what takes magnitudes of an exponent to 1 or just above.
+#[cube]
+fn to_one(exponent: u32) -> f32 {
+    f32::reinterpret((254u32 - exponent) << 23u32)
+}
+
+/// Adds up the squares of `raw - decoded` and of `raw`, each cube those of its `UNITS · RUN` values. Both are divided by a power of
+/// two first, so that no square leaves f32's range.
+///
+/// # Shapes
+/// `raw` and `decoded` `[n_values]`; `sums` `[n, 4]` from `first` on: the sum of (difference / 2^e)², e + 127, and the same of `raw`.
+#[cube(launch_unchecked, create_dummy_kernel)]
+pub fn loss_kernel(
+    raw: &[u32],
+    decoded: &[f32],
+    sums: &mut [f32],
+    n_values: u32,
+    first: u32,
+    #[comptime] reading: Reading,
+) {
+    let mut scratch = Shared::<[f32]>::new_slice(comptime!(UNITS as usize));
+    let cube = CUBE_POS as u32;
+    let start = cube * comptime!(UNITS * RUN);
+    let mut noise = 0.0f32;
+    let mut signal = 0.0f32;
+    for i in 0..RUN {
+        let at = start + i * UNITS + UNIT_POS;
+        if at < n_values {
+            let value = read(raw, at, reading);
+            noise = max(noise, (value - decoded[at as usize]).abs());
+            signal = max(signal, value.abs());
+        }
+    }
+    let noise_exponent = exponent(join(noise, &mut scratch, false));
+    let signal_exponent = exponent(join(signal, &mut scratch, false));
+    noise = 0.0f32;
+    signal = 0.0f32;
+    for i in 0..RUN {
+        let at = start + i * UNITS + UNIT_POS;
+        if at < n_values {
+            let value = read(raw, at, reading);
+            let difference = (value - decoded[at as usize]) * to_one(noise_exponent);
+            let scaled = value * to_one(signal_exponent);
+            noise += difference * difference;
+            signal += scaled * scaled;
+        }
+    }
+    let noise_sum = join(noise, &mut scratch, true);
+    let signal_sum = join(signal, &mut scratch, true);
+    if UNIT_POS == 0u32 && start < n_values {
+        let at = (first + cube) * 4u32;
+        sums[at as usize] = noise_sum;
+        sums[(at + 1u32) as usize] = f32::cast_from(noise_exponent);
+        sums[(at + 2u32) as usize] = signal_sum;
+        sums[(at + 3u32) as usize] = f32::cast_from(signal_exponent);
+    }
+}
+
+/// Returns the sum or the largest of all units' values, the same to each, pair by pair.
+#[cube]
+fn join(value: f32, scratch: &mut Shared<[f32]>, #[comptime] adds: bool) -> f32 {
+    // Others may still read what was joined before.
+    sync_cube();
+    scratch[UNIT_POS as usize] = value;
+    sync_cube();
+    #[unroll]
+    for halving in 0..comptime!(UNITS.ilog2()) {
+        let step = comptime!(UNITS >> (halving + 1));
+        if UNIT_POS < step {
+            let mine = scratch[UNIT_POS as usize];
+            let other = scratch[(UNIT_POS + step) as usize];
+            scratch[UNIT_POS as usize] = if comptime!(adds) { mine + other } else { max(mine, other) };
+        }
+        sync_cube();
+    }
+    scratch[0]
 }

@@ -16,7 +16,7 @@ mod attention;
 pub mod cublas;
 pub mod decode;
 pub mod decode_attention;
-pub mod dequantize;
+mod dequantize;
 pub mod flash;
 mod form;
 pub mod gemv;
@@ -26,7 +26,7 @@ mod launch_logits;
 mod linear;
 mod loader;
 pub mod logits;
-mod loss;
+pub mod loss;
 mod matrix;
 #[cfg(feature = "cuda")]
 pub mod nvidia;
