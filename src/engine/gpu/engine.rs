@@ -92,10 +92,18 @@ impl Engine for GpuEngine {
         let (spec, checkpoint) = self.host.prepare(&recipe)?;
         let host = Device::flex();
         let reader = WeightReader { checkpoint: &checkpoint, spec: &spec, recipe: &recipe, device: &host };
-        let weights = GpuWeights::load(&self.client, &reader, progress)?;
+        // What opens a library for products and what copies weights wait for different things. A thread has a stream of its own unless
+        // it is told to use another's.
+        let stream = self.client.empty(4).stream;
+        let (weights, products) = std::thread::scope(|scope| {
+            let open = || stream.executes(|| Products::new(self.client.clone(), element(compute)));
+            let products = scope.spawn(open);
+            let weights = GpuWeights::load(&self.client, &reader, progress);
+            (weights, products.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)))
+        });
+        let weights = weights?;
         super::decode::synchronize(&self.client)?;
         self.tidy();
-        let products = Products::new(self.client.clone(), element(compute));
         Ok(Box::new(GpuModel::new(info, Passes { spec, weights, products, compute }, self.room.clone())))
     }
 
