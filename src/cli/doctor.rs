@@ -21,7 +21,7 @@ pub fn doctor() -> Result<u8, CliError> {
         }
         Ok((engine, reason)) => {
             let info = engine.info();
-            let environment = environment(&info);
+            let environment = environment(&info, engine::gpus().as_deref());
             let _ = writeln!(text, "engine:  {}", info.backend);
             let _ = writeln!(text, "device:  {} (auto takes {reason})", info.device);
             let _ = writeln!(text, "clock:   {}", info.clock);
