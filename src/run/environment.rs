@@ -39,13 +39,14 @@ fn build() -> Value {
 
 /// Variables that change what is computed, how fast, or from which files; none that may hold a secret.
 fn variables() -> Value {
-    const NAMES: [&str; 9] = [
+    const NAMES: [&str; 10] = [
         "CUDA_VISIBLE_DEVICES",
         "CUBECL_DEBUG_OPTION",
         "HF_HOME",
         "HF_HUB_CACHE",
         "HF_HUB_OFFLINE",
         "LABPIPE_CACHE",
+        "LABPIPE_KERNEL_CACHE",
         "LABPIPE_RESULTS",
         "RAYON_NUM_THREADS",
         "SAVE_EVAL_RESULTS",

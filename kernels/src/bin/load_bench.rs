@@ -68,6 +68,10 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     if let Some(missing) = labpipe_kernels::cube::nvidia::CudaParts::find().missing(0) {
         return Err(format!("load-bench takes a GPU: {missing}").into());
     }
+    // Without what earlier runs compiled: LABPIPE_KERNEL_CACHE=off.
+    let _kernels = labpipe_kernels::cube::kernel_store::KernelStore::open(
+        &labpipe_kernels::cube::nvidia::CudaParts::find().compiler(),
+    );
     let client = cubecl::Device::default().client();
     let mut source = Source { bytes: source(file)?, at: 0 };
     println!("{:>8} {:>10} {:>8} {:>10} {:>10}", "scheme", "first s", "then s", "GB/s", "device MB");
