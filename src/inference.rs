@@ -9,7 +9,7 @@ mod error;
 mod log_probs;
 
 pub use decode_check::{CHECKED_POSITIONS, DecodeCheck, check_decode, decode_budget};
-pub use device_probe::{DeviceFigures, DeviceProbe, OtherProcesses};
+pub use device_probe::{DeviceFigures, DeviceProbe, GpuIdentity, OtherProcesses};
 pub use error::InferenceError;
 pub use log_probs::{LogProbFormat, LogProbRows, LogProbSink, LogProbSource, argmax, diverge_logits, score_logits};
 

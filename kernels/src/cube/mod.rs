@@ -20,6 +20,7 @@ mod dequantize;
 pub mod flash;
 mod form;
 pub mod gemv;
+pub mod kernel_store;
 mod launch;
 mod launch_attention;
 mod launch_logits;

@@ -16,6 +16,7 @@ use crate::inference::{
 use crate::units::DType;
 use burn::tensor::Device;
 use cubecl::client::Client;
+use labpipe_kernels::cube::kernel_store::KernelStore;
 use std::path::Path;
 
 /// Grows when the numbers that this engine computes change.
@@ -29,11 +30,13 @@ pub struct GpuEngine {
     info: EngineInfo,
     senses: Senses,
     room: Room,
+    /// Written when the engine goes: what was compiled has been by then.
+    _kernels: Option<KernelStore>,
 }
 
 impl GpuEngine {
-    /// Takes a device that was found; `device` identifies it in records.
-    pub fn new(client: Client, device: String, senses: Senses) -> GpuEngine {
+    /// Takes a device that was found; `device` identifies it in records, `kernels` keeps what is compiled for it.
+    pub fn new(client: Client, device: String, senses: Senses, kernels: Option<KernelStore>) -> GpuEngine {
         let info = EngineInfo {
             backend: format!("burn-{} 0.22 (cubecl 0.11)", client.name()),
             device,
@@ -42,7 +45,7 @@ impl GpuEngine {
             is_host: false,
         };
         let room = Room::new(&client, &senses);
-        GpuEngine { client, host: BurnEngine::cpu(), info, senses, room }
+        GpuEngine { client, host: BurnEngine::cpu(), info, senses, room, _kernels: kernels }
     }
 
     /// Fills in what a GPU computes in where the recipe leaves it open: what weights are stored in, so far as the device can.
@@ -92,10 +95,18 @@ impl Engine for GpuEngine {
         let (spec, checkpoint) = self.host.prepare(&recipe)?;
         let host = Device::flex();
         let reader = WeightReader { checkpoint: &checkpoint, spec: &spec, recipe: &recipe, device: &host };
-        let weights = GpuWeights::load(&self.client, &reader, progress)?;
+        // What opens a library for products and what copies weights wait for different things. A thread has a stream of its own unless
+        // it is told to use another's.
+        let stream = self.client.empty(4).stream;
+        let (weights, products) = std::thread::scope(|scope| {
+            let open = || stream.executes(|| Products::new(self.client.clone(), element(compute)));
+            let products = scope.spawn(open);
+            let weights = GpuWeights::load(&self.client, &reader, progress);
+            (weights, products.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)))
+        });
+        let weights = weights?;
         super::decode::synchronize(&self.client)?;
         self.tidy();
-        let products = Products::new(self.client.clone(), element(compute));
         Ok(Box::new(GpuModel::new(info, Passes { spec, weights, products, compute }, self.room.clone())))
     }
 
