@@ -6,8 +6,10 @@ use cubecl::client::Client;
 use cubecl::prelude::*;
 use cubecl::server::Handle;
 
-/// Units that look for the largest logit.
-const CHOOSE_UNITS: u32 = 256;
+/// Returns how many units work on a row of logits.
+fn row_units(client: &Client) -> u32 {
+    if client.name() == "cuda" { 1024 } else { 256 }
+}
 
 /// Returns true where steps can be timed by the device's own clock.
 pub fn has_clock(client: &Client) -> bool {
@@ -28,7 +30,7 @@ pub fn stamp(client: &Client, clock: &Handle, n_clock: usize) {
 /// Chooses the next token greedily and moves the state on; with a clock, whose buffer has room for as many readings as the state for
 /// tokens, it reads that too.
 pub fn choose(client: &Client, logits: &Handle, vocab: usize, state: &Handle, n_state: usize, clock: Option<&Handle>) {
-    let units = if client.name() == "cuda" { 1024 } else { CHOOSE_UNITS };
+    let units = row_units(client);
     // SAFETY: the buffers have the lengths given; without a clock, none is touched.
     unsafe {
         choose_kernel::launch_unchecked(
@@ -60,19 +62,20 @@ pub fn score(
     [first, n]: [usize; 2],
     vocab: usize,
 ) {
+    let units = row_units(client);
     // SAFETY: the buffers have the lengths given.
     unsafe {
         nll_kernel::launch_unchecked(
             client,
             CubeCount::Static(n as u32, 1, 1),
-            CubeDim::new_1d(CHOOSE_UNITS),
+            CubeDim::new_1d(units),
             buffer(logits, n * vocab),
             buffer(targets, n_targets),
             buffer(nll, n_targets),
             buffer(choice, n_targets),
             vocab as u32,
             first as u32,
-            CHOOSE_UNITS,
+            units,
         )
     }
 }

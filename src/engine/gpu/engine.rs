@@ -1,5 +1,6 @@
 //! The [`Engine`] on a GPU.
 
+use super::arena::Arena;
 use super::model::GpuModel;
 use super::pass::Passes;
 use super::products::{Products, element};
@@ -16,10 +17,11 @@ use crate::inference::{
 use crate::units::DType;
 use burn::tensor::Device;
 use cubecl::client::Client;
+use labpipe_kernels::cube::Element;
 use std::path::Path;
 
 /// Grows when the numbers that this engine computes change.
-const NUMERICS_VERSION: u32 = 1;
+const NUMERICS_VERSION: u32 = 2;
 
 /// cubecl on one device.
 pub struct GpuEngine {
@@ -66,18 +68,13 @@ impl GpuEngine {
     fn tidy(&self) {
         let _ = self.client.memory_cleanup();
     }
-}
 
-impl Engine for GpuEngine {
-    fn info(&self) -> EngineInfo {
-        self.info.clone()
-    }
-
-    fn inspect(&self, recipe: &ModelRecipe) -> Result<ModelInfo, InferenceError> {
-        self.host.inspect(&self.settled(recipe)?)
-    }
-
-    fn open(&self, recipe: &ModelRecipe, progress: &dyn Progress) -> Result<Box<dyn Model>, InferenceError> {
+    fn load(
+        &self,
+        recipe: &ModelRecipe,
+        progress: &dyn Progress,
+        products: impl FnOnce(Client, Element) -> Products,
+    ) -> Result<GpuModel, InferenceError> {
         let recipe = self.settled(recipe)?;
         let info = self.host.inspect(&recipe)?;
         let compute = info.compute_dtype;
@@ -95,8 +92,23 @@ impl Engine for GpuEngine {
         let weights = GpuWeights::load(&self.client, &reader, progress)?;
         super::decode::synchronize(&self.client)?;
         self.tidy();
-        let products = Products::new(self.client.clone(), element(compute));
-        Ok(Box::new(GpuModel::new(info, Passes { spec, weights, products, compute }, self.room.clone())))
+        let products = products(self.client.clone(), element(compute));
+        let passes = Passes { spec, weights, products, compute, arena: Arena::default() };
+        Ok(GpuModel::new(info, passes, self.room.clone()))
+    }
+}
+
+impl Engine for GpuEngine {
+    fn info(&self) -> EngineInfo {
+        self.info.clone()
+    }
+
+    fn inspect(&self, recipe: &ModelRecipe) -> Result<ModelInfo, InferenceError> {
+        self.host.inspect(&self.settled(recipe)?)
+    }
+
+    fn open(&self, recipe: &ModelRecipe, progress: &dyn Progress) -> Result<Box<dyn Model>, InferenceError> {
+        Ok(Box::new(self.load(recipe, progress, Products::new)?))
     }
 
     fn survey(
@@ -122,5 +134,74 @@ impl Engine for GpuEngine {
 
     fn free_bytes(&self) -> Option<u64> {
         self.room.free_bytes()
+    }
+}
+
+/// What only cuBLAS does on a GPU, with the kernels that a software Vulkan runs.
+#[cfg(all(test, feature = "wgpu"))]
+mod tests {
+    use super::*;
+    use crate::event::NullProgress;
+    use crate::inference::ModelSource;
+    use std::path::PathBuf;
+    use std::sync::Arc;
+
+    fn engine() -> GpuEngine {
+        let client = cubecl::Device::wgpu(cubecl::device::WgpuDeviceKind::DefaultDevice).expect("a device").client();
+        let senses = Senses {
+            memory: Box::new(|| Box::new(crate::engine::memory::HostProbe::start())),
+            device: Box::new(|| None),
+            free_bytes: Arc::new(|| None),
+        };
+        GpuEngine::new(client, "wgpu".to_owned(), senses)
+    }
+
+    fn recipe(folder: &str, scheme: Option<&str>) -> ModelRecipe {
+        let config = |scheme: &str| {
+            crate::quantization::parse(&format!("scheme: {scheme}\n"), scheme, scheme).expect("a config")
+        };
+        ModelRecipe {
+            source: ModelSource::Path(PathBuf::from(env!("CARGO_MANIFEST_DIR")).join(folder)),
+            dtype: Some(DType::F32),
+            compute_dtype: None,
+            quantization: scheme.map(config),
+        }
+    }
+
+    /// Holds passes in panels of several sizes against those without.
+    fn compare(folder: &str, scheme: Option<&str>) {
+        let (engine, recipe) = (engine(), recipe(folder, scheme));
+        let load = |products: &dyn Fn(Client, Element) -> Products| {
+            engine.load(&recipe, &NullProgress, products).expect("a model")
+        };
+        let mut model = load(&Products::new);
+        let vocab = model.info().vocab_size as u32;
+        let tokens: Vec<u32> = (0..40).map(|i| (i * 37 + 11) % vocab).collect();
+        let scores = model.score(&tokens, 1).expect("scores");
+        // From a row or two at a time to everything at once.
+        for panel_bytes in [1, 40_000, 1 << 22] {
+            let mut panels = load(&|client, element| Products::in_panels(client, element, panel_bytes));
+            for pass in 0..2 {
+                let found = panels.score(&tokens, 1).expect("scores");
+                for (a, b) in scores.iter().zip(&found) {
+                    let what = format!("{folder} {scheme:?}, panels of {panel_bytes} bytes, pass {pass}");
+                    assert!((a.nll - b.nll).abs() < 1e-3, "{what}: {} and {}", a.nll, b.nll);
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn products_in_panels_that_are_added_to_the_residual_stream_score_the_same() {
+        for scheme in [None, Some("nf4"), Some("int8"), Some("int4")] {
+            compare("models/stories260k", scheme);
+        }
+    }
+
+    #[test]
+    fn families_with_norms_or_biases_behind_their_products_score_the_same_in_panels() {
+        for family in ["gemma2", "gemma3", "llama", "phi3", "qwen2"] {
+            compare(&format!("tests/fixtures/families/{family}"), Some("nf4"));
+        }
     }
 }
