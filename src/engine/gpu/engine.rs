@@ -137,8 +137,8 @@ impl Engine for GpuEngine {
     }
 }
 
-/// What only cuBLAS does on a GPU, with the kernels that a software Vulkan runs.
-#[cfg(all(test, feature = "wgpu"))]
+/// Panels, which passes take where cuBLAS is: by it on an NVIDIA GPU, elsewhere by the kernels that a software Vulkan runs too.
+#[cfg(test)]
 mod tests {
     use super::*;
     use crate::event::NullProgress;
@@ -147,45 +147,49 @@ mod tests {
     use std::sync::Arc;
 
     fn engine() -> GpuEngine {
-        let client = cubecl::Device::wgpu(cubecl::device::WgpuDeviceKind::DefaultDevice).expect("a device").client();
+        let client = cubecl::Device::default().client();
         let senses = Senses {
             memory: Box::new(|| Box::new(crate::engine::memory::HostProbe::start())),
             device: Box::new(|| None),
             free_bytes: Arc::new(|| None),
         };
-        GpuEngine::new(client, "wgpu".to_owned(), senses)
+        GpuEngine::new(client, "a GPU".to_owned(), senses)
     }
 
-    fn recipe(folder: &str, scheme: Option<&str>) -> ModelRecipe {
+    fn recipe(folder: &str, scheme: Option<&str>, compute: DType) -> ModelRecipe {
         let config = |scheme: &str| {
             crate::quantization::parse(&format!("scheme: {scheme}\n"), scheme, scheme).expect("a config")
         };
         ModelRecipe {
             source: ModelSource::Path(PathBuf::from(env!("CARGO_MANIFEST_DIR")).join(folder)),
-            dtype: Some(DType::F32),
-            compute_dtype: None,
+            dtype: Some(compute),
+            compute_dtype: Some(compute),
             quantization: scheme.map(config),
         }
     }
 
-    /// Holds passes in panels of several sizes against those without.
+    /// Holds passes in panels of several sizes against those without, where products are rounded before they are added.
     fn compare(folder: &str, scheme: Option<&str>) {
-        let (engine, recipe) = (engine(), recipe(folder, scheme));
-        let load = |products: &dyn Fn(Client, Element) -> Products| {
-            engine.load(&recipe, &NullProgress, products).expect("a model")
-        };
-        let mut model = load(&Products::new);
-        let vocab = model.info().vocab_size as u32;
-        let tokens: Vec<u32> = (0..40).map(|i| (i * 37 + 11) % vocab).collect();
-        let scores = model.score(&tokens, 1).expect("scores");
-        // From a row or two at a time to everything at once.
-        for panel_bytes in [1, 40_000, 1 << 22] {
-            let mut panels = load(&|client, element| Products::in_panels(client, element, panel_bytes));
-            for pass in 0..2 {
-                let found = panels.score(&tokens, 1).expect("scores");
-                for (a, b) in scores.iter().zip(&found) {
-                    let what = format!("{folder} {scheme:?}, panels of {panel_bytes} bytes, pass {pass}");
-                    assert!((a.nll - b.nll).abs() < 1e-3, "{what}: {} and {}", a.nll, b.nll);
+        let engine = engine();
+        let halves = (engine.client.name() == "cuda").then_some((DType::F16, 0.05));
+        for (compute, budget) in [Some((DType::F32, 1e-3)), halves].into_iter().flatten() {
+            let recipe = recipe(folder, scheme, compute);
+            let load = |products: &dyn Fn(Client, Element) -> Products| {
+                engine.load(&recipe, &NullProgress, products).expect("a model")
+            };
+            let mut model = load(&Products::without_cublas);
+            let vocab = model.info().vocab_size as u32;
+            let tokens: Vec<u32> = (0..40).map(|i| (i * 37 + 11) % vocab).collect();
+            let scores = model.score(&tokens, 1).expect("scores");
+            // From a row or two at a time to everything at once.
+            for panel_bytes in [1, 40_000, 1 << 22] {
+                let mut panels = load(&|client, element| Products::in_panels(client, element, panel_bytes));
+                for pass in 0..2 {
+                    let found = panels.score(&tokens, 1).expect("scores");
+                    for (a, b) in scores.iter().zip(&found) {
+                        let what = format!("{folder} {scheme:?} {compute}, panels of {panel_bytes} bytes, pass {pass}");
+                        assert!((a.nll - b.nll).abs() < budget, "{what}: {} and {}", a.nll, b.nll);
+                    }
                 }
             }
         }

@@ -76,8 +76,20 @@ impl Products {
         }
     }
 
-    /// Takes the way of cuBLAS with the kernels that every device has.
-    #[cfg(all(test, feature = "wgpu"))]
+    /// Takes the kernels that every device has.
+    #[cfg(test)]
+    pub fn without_cublas(client: Client, element: Element) -> Products {
+        Products {
+            #[cfg(feature = "cuda")]
+            blas: None,
+            test_panel_bytes: None,
+            client,
+            element,
+        }
+    }
+
+    /// Takes the way of cuBLAS, where there is none with the kernels that every device has.
+    #[cfg(test)]
     pub fn in_panels(client: Client, element: Element, panel_bytes: usize) -> Products {
         Products { test_panel_bytes: Some(panel_bytes), ..Products::new(client, element) }
     }
@@ -216,7 +228,8 @@ impl Products {
         Ok(())
     }
 
-    /// Adds `x · Wᵀ` over the columns `cols` of W to `y`, which is the residual stream.
+    /// Adds `x · Wᵀ` over the columns `cols` of W to `y`, which is the residual stream. [`mlp_panels`](Self::mlp_panels) gives no more
+    /// of them than a panel has room for.
     ///
     /// # Shapes
     /// `x` `[m, cols.len()]`, `y` `[m, n_out]` f32.
@@ -232,15 +245,11 @@ impl Products {
         m: usize,
         panel: &Panel,
     ) -> Result<(), InferenceError> {
-        let panel_rows = (panel.n_bytes / (cols.len() * self.element.size_bytes())).max(1);
         let mut y_first = 0;
         for part in &projection.parts {
-            for first in (0..part.n_rows).step_by(panel_rows) {
-                let rows = first..(first + panel_rows).min(part.n_rows);
-                let place = Place { x_row: 0, y_first: y_first + first, y_stride: projection.n_out };
-                let decoded = self.decode(part, &Piece { rows: [rows, 0..0], cols: cols.clone() }, panel);
-                self.multiply_plain(x, &decoded, Target { y, element: Element::F32, place, adds: true }, m)?;
-            }
+            let place = Place { x_row: 0, y_first, y_stride: projection.n_out };
+            let decoded = self.decode(part, &Piece { rows: [0..part.n_rows, 0..0], cols: cols.clone() }, panel);
+            self.multiply_plain(x, &decoded, Target { y, element: Element::F32, place, adds: true }, m)?;
             y_first += part.n_rows;
         }
         Ok(())
@@ -285,7 +294,10 @@ impl Products {
 
     /// Decodes a piece of a matrix, which the panel has room for.
     fn decode(&self, matrix: &DeviceMatrix, piece: &Piece, panel: &Panel) -> DeviceMatrix {
-        debug_assert!(piece.n_rows() * piece.cols.len() * self.element.size_bytes() <= panel.n_bytes);
+        assert!(
+            piece.n_rows() * piece.cols.len() * self.element.size_bytes() <= panel.n_bytes,
+            "{piece:?} does not fit"
+        );
         cube::dequantize_piece(&self.client, matrix, self.element, piece, &panel.handle);
         DeviceMatrix::plain(self.element, &panel.handle, piece.n_rows(), piece.cols.len())
     }
