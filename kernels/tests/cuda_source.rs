@@ -84,6 +84,7 @@ fn matrix_vector_kernels_use_tensor_cores() {
         unroll: 3,
         copies: 32,
         slots: 1,
+        overlaps: true,
     };
     let plain = GemvSpec { nested: false, copies: 8, ..spec };
     let sources = [
@@ -91,15 +92,15 @@ fn matrix_vector_kernels_use_tensor_cores() {
         ("gemv-nf4-m8", gemv_source::<Codebook4Pairs>(2, GemvSpec { m: 8, epilogue: Epilogue::SiluMul, ..spec })),
         (
             "gemv-nf4-down",
-            gemv_source::<Codebook4Pairs>(2, GemvSpec { n_cols: 8192, planes: 16, unroll: 4, norm: false, ..spec }),
+            gemv_source::<Codebook4Pairs>(
+                4,
+                GemvSpec { n_cols: 8192, planes: 16, unroll: 4, norm: false, slots: 2, ..spec },
+            ),
         ),
         ("gemv-nf4-16", gemv_source::<Codebook4Pairs>(4, GemvSpec { planes: 8, slots: 2, unroll: 3, ..spec })),
         (
             "gemv-nf4-gate",
-            gemv_source::<Codebook4Pairs>(
-                4,
-                GemvSpec { n_rows: 16384, slots: 2, unroll: 1, epilogue: Epilogue::SiluMul, ..spec },
-            ),
+            gemv_source::<Codebook4Pairs>(4, GemvSpec { n_rows: 16384, slots: 2, epilogue: Epilogue::SiluMul, ..spec }),
         ),
         ("gemv-f16-16", gemv_source::<F16Pairs>(4, GemvSpec { planes: 16, ..plain })),
         (
@@ -149,7 +150,15 @@ fn attention_kernels_are_lowered() {
         let text = source(&kernel);
         keep(&format!("flash-{head_dim}"), &text);
         assert!(text.contains("ldmatrix") && text.contains("mma.sync"));
-        let split = Split { heads: heads(head_dim), group: 3, units: 256, chunk: 256, n_splits: 10, combines: true };
+        let split = Split {
+            heads: heads(head_dim),
+            group: 3,
+            units: 256,
+            chunk: 256,
+            n_splits: 10,
+            combines: true,
+            overlaps: true,
+        };
         let kernel = decode_attention_kernel::create_dummy_kernel::<half::f16>(
             properties.clone(),
             target.clone(),
@@ -243,12 +252,16 @@ fn steps_read_the_device_s_clock() {
         properties,
         target,
         count,
-        CubeDim::new_1d(1024),
+        CubeDim::new_1d(256),
+        buffer(),
+        buffer(),
         buffer(),
         buffer(),
         buffer(),
         1024,
-        1024,
+        64,
+        256,
+        true,
         true,
     );
     for (name, text) in [("stamp", source(&stamp)), ("choose", source(&choose))] {

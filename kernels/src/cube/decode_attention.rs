@@ -5,6 +5,7 @@
 //! Each group of eight lanes scores a key at a time for all query heads that share it, so that keys and values are read once.
 
 use super::ops::{Heads, STATE_POSITION};
+use super::overlap::{await_earlier, let_later_begin};
 use cubecl::prelude::*;
 
 /// Lanes that score a key together.
@@ -26,6 +27,8 @@ pub struct Split {
     pub n_splits: u32,
     /// The last cube combines.
     pub combines: bool,
+    /// The launch may begin before the one in front of it ends: see [`overlap`](super::overlap).
+    pub overlaps: bool,
 }
 
 /// A value that no score reaches: what an empty chunk's maximum is.
@@ -109,7 +112,10 @@ fn rotate_queries(
     }
 }
 
-/// Appends the token's rotated key and its value to the cache.
+/// Appends the token's rotated key and its value to the cache, and leaves both in `fresh`.
+///
+/// # Shapes
+/// `fresh` two rows of `head_dim` in vectors.
 #[cube]
 #[expect(clippy::too_many_arguments, reason = "a kernel's buffers and sizes")]
 fn append<C: Float, W: Size>(
@@ -117,6 +123,7 @@ fn append<C: Float, W: Size>(
     table: &[f32],
     keys: &mut [Vector<C, W>],
     values: &mut [Vector<C, W>],
+    fresh: &mut Shared<[Vector<C, W>]>,
     kv_head: u32,
     position: u32,
     capacity: u32,
@@ -146,15 +153,95 @@ fn append<C: Float, W: Size>(
         }
         keys[(to + v) as usize] = key;
         values[(to + v) as usize] = value;
+        fresh[v as usize] = key;
+        fresh[(row_vectors + v) as usize] = value;
         v += split.units;
     }
 }
 
-/// Scores the chunk's keys for all of the cube's heads; keys that are not seen score lowest.
+/// Returns the key that is read for a place of a chunk: what is not seen is read from a key that is.
+#[cube]
+fn safe_key(key: u32, begin: u32, end: u32) -> u32 {
+    select(key >= begin && key < end, key, end - 1u32)
+}
+
+/// Returns how many steps of keys a unit takes at a time.
+fn key_batch(split: Split) -> u32 {
+    (split.chunk / (split.units / LANES)).min(4)
+}
+
+/// Loads one batch of a unit's key vectors, all on their way before the first is used.
+#[cube]
+#[expect(clippy::too_many_arguments, reason = "a batch's buffers and where it lies")]
+fn load_keys<C: Float, W: Size>(
+    keys: &mut [Vector<C, W>],
+    loaded: &mut Array<Vector<C, W>>,
+    base: u32,
+    start: u32,
+    begin: u32,
+    end: u32,
+    #[comptime] batch: u32,
+    #[comptime] split: Split,
+) {
+    let width = W::value().comptime() as u32;
+    let row_vectors = comptime!(split.heads.head_dim / width);
+    let lane_vectors = comptime!(row_vectors / LANES);
+    let rows = comptime!(split.units / LANES);
+    let n_batch = comptime!(key_batch(split));
+    #[unroll]
+    for step in 0..n_batch {
+        let key = start + comptime!((batch * n_batch + step) * rows) + UNIT_POS_X / LANES;
+        let at = base + safe_key(key, begin, end) * row_vectors + UNIT_POS_X % LANES;
+        #[unroll]
+        for v in 0..lane_vectors {
+            loaded[comptime!((step * lane_vectors + v) as usize)] = keys[(at + comptime!(v * LANES)) as usize];
+        }
+    }
+}
+
+/// Puts the token's own key and value where the first batches were loaded before it was there.
+#[cube]
+#[expect(clippy::too_many_arguments, reason = "a batch's buffers and where it lies")]
+fn freshen<C: Float, W: Size>(
+    fresh: &Shared<[Vector<C, W>]>,
+    loaded_keys: &mut Array<Vector<C, W>>,
+    loaded_values: &mut Array<Vector<C, W>>,
+    position: u32,
+    start: u32,
+    begin: u32,
+    end: u32,
+    #[comptime] n_values: u32,
+    #[comptime] split: Split,
+) {
+    let width = W::value().comptime() as u32;
+    let row_vectors = comptime!(split.heads.head_dim / width);
+    let lane_vectors = comptime!(row_vectors / LANES);
+    #[unroll]
+    for step in 0..comptime!(key_batch(split)) {
+        let key = start + comptime!(step * (split.units / LANES)) + UNIT_POS_X / LANES;
+        if safe_key(key, begin, end) == position {
+            #[unroll]
+            for v in 0..lane_vectors {
+                loaded_keys[comptime!((step * lane_vectors + v) as usize)] =
+                    fresh[(UNIT_POS_X % LANES + comptime!(v * LANES)) as usize];
+            }
+        }
+    }
+    #[unroll]
+    for j in 0..n_values {
+        let key = start + j * comptime!(split.units / row_vectors) + UNIT_POS_X / row_vectors;
+        if safe_key(key, begin, end) == position {
+            loaded_values[j as usize] = fresh[(row_vectors + UNIT_POS_X % row_vectors) as usize];
+        }
+    }
+}
+
+/// Scores the chunk's keys, whose first batch is loaded, for all of the cube's heads; keys that are not seen score lowest.
 #[cube]
 #[expect(clippy::too_many_arguments, reason = "a kernel's buffers and sizes")]
 fn score_keys<C: Float, W: Size>(
     keys: &mut [Vector<C, W>],
+    loaded: &mut Array<Vector<C, W>>,
     query: &Shared<[f32]>,
     scores: &mut Shared<[f32]>,
     base: u32,
@@ -169,7 +256,7 @@ fn score_keys<C: Float, W: Size>(
     let lane_vectors = comptime!(row_vectors / LANES);
     let rows = comptime!(split.units / LANES);
     let n_steps = comptime!(split.chunk / rows);
-    let n_batch = comptime!(n_steps.min(4));
+    let n_batch = comptime!(key_batch(split));
     let lane = UNIT_POS_X % LANES;
     let row = UNIT_POS_X / LANES;
     let mut q = Array::<f32>::new(comptime!((split.group * lane_vectors * width) as usize));
@@ -184,21 +271,12 @@ fn score_keys<C: Float, W: Size>(
             }
         }
     }
-    let mut loaded = Array::<Vector<C, W>>::new(comptime!((n_batch * lane_vectors) as usize));
     #[unroll]
     for batch in 0..comptime!(n_steps / n_batch) {
         // Batches behind the last key are not looked at.
         if start + comptime!(batch * n_batch * rows) < end {
-            // All of a batch's keys are on their way before the first is used; what is not seen is read from a key that is.
-            #[unroll]
-            for step in 0..n_batch {
-                let key = start + comptime!((batch * n_batch + step) * rows) + row;
-                let safe = select(key >= begin && key < end, key, end - 1u32);
-                #[unroll]
-                for v in 0..lane_vectors {
-                    loaded[comptime!((step * lane_vectors + v) as usize)] =
-                        keys[(base + safe * row_vectors + lane + comptime!(v * LANES)) as usize];
-                }
+            if comptime!(batch > 0) {
+                load_keys::<C, W>(keys, loaded, base, start, begin, end, batch, split);
             }
             #[unroll]
             for step in 0..n_batch {
@@ -295,8 +373,8 @@ fn load_values<C: Float, W: Size>(
     #[unroll]
     for j in 0..n_batch {
         let key = start + comptime!((batch * n_batch + j) * n_row_groups) + UNIT_POS_X / row_vectors;
-        let safe = select(key >= begin && key < end, key, end - 1u32);
-        loaded[j as usize] = values[(base + safe * row_vectors + UNIT_POS_X % row_vectors) as usize];
+        let at = base + safe_key(key, begin, end) * row_vectors + UNIT_POS_X % row_vectors;
+        loaded[j as usize] = values[at as usize];
     }
 }
 
@@ -334,6 +412,7 @@ pub fn decode_attention_kernel<C: Float, W: Size>(
     let mut shares = Shared::<[f32]>::new_slice(comptime!((split.group * split.chunk) as usize));
     let mut sums = Shared::<[f32]>::new_slice(comptime!((n_row_groups * split.group * split.heads.head_dim) as usize));
     let mut totals = Shared::<[f32]>::new_slice(comptime!((2 * split.group) as usize));
+    let mut fresh = Shared::<[Vector<C, W>]>::new_slice(comptime!((2 * row_vectors) as usize));
 
     let kv_head = CUBE_POS_X / cubes_a_kv;
     let first_head = CUBE_POS_X * group;
@@ -354,9 +433,18 @@ pub fn decode_attention_kernel<C: Float, W: Size>(
         n_shares = position / comptime!(split.chunk) + 1u32 - first_share;
     }
 
+    // State and cache are older than the step; the token's own query, key and value are of the launch before.
+    let mut loaded_keys = Array::<Vector<C, W>>::new(comptime!((key_batch(split) * (row_vectors / LANES)) as usize));
+    let mut loaded = Array::<Vector<C, W>>::new(n_batch as usize);
+    load_keys::<C, W>(keys, &mut loaded_keys, base, start, begin, end, 0u32, split);
+    load_values::<C, W>(values, &mut loaded, base, start, begin, end, 0u32, n_batch, split);
+    if comptime!(split.overlaps) {
+        await_earlier();
+        let_later_begin();
+    }
     rotate_queries(qkv, table, &mut query, first_head, position, scale, split);
     if position >= start && position < start + comptime!(split.chunk) {
-        append::<C, W>(qkv, table, keys, values, kv_head, position, capacity, split);
+        append::<C, W>(qkv, table, keys, values, &mut fresh, kv_head, position, capacity, split);
     }
     // On CUDA a barrier shows a cube its own writes; elsewhere storage has one of its own.
     if comptime!(split.combines) {
@@ -365,9 +453,8 @@ pub fn decode_attention_kernel<C: Float, W: Size>(
         sync_storage();
     }
 
-    score_keys::<C, W>(keys, &query, &mut scores, base, start, begin, end, split);
-    let mut loaded = Array::<Vector<C, W>>::new(n_batch as usize);
-    load_values::<C, W>(values, &mut loaded, base, start, begin, end, 0u32, n_batch, split);
+    freshen::<C, W>(&fresh, &mut loaded_keys, &mut loaded, position, start, begin, end, n_batch, split);
+    score_keys::<C, W>(keys, &mut loaded_keys, &query, &mut scores, base, start, begin, end, split);
     sync_cube();
     share_out(&scores, &mut shares, &mut totals, start, begin, end, split);
     sync_cube();

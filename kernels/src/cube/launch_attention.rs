@@ -4,6 +4,7 @@ use super::attention::{ATTENTION_UNITS, Scoring, attention_kernel};
 use super::decode_attention::{MAX_GROUP, Split, combine_kernel, decode_attention_kernel};
 use super::launch::{Element, buffer, with_elements};
 use super::ops::{Heads, ROW_UNITS, rope_append_kernel};
+use super::overlap;
 use cubecl::client::Client;
 use cubecl::prelude::*;
 use cubecl::server::Handle;
@@ -158,7 +159,8 @@ impl DecodeScratch {
         };
         let n_splits = layer.capacity.div_ceil(chunk) as u32;
         let combines = n_splits > 1 && hands_over;
-        let split = Split { heads, group, units, chunk: chunk as u32, n_splits, combines };
+        let overlaps = overlap::is_known(client);
+        let split = Split { heads, group, units, chunk: chunk as u32, n_splits, combines, overlaps };
         let n_partial = n_splits * heads.n_heads * (heads.head_dim + 2);
         let n_cubes = heads.n_heads / group;
         fits.then(|| DecodeScratch {

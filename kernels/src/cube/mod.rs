@@ -29,6 +29,7 @@ mod matrix;
 #[cfg(feature = "cuda")]
 pub mod nvidia;
 pub mod ops;
+pub mod overlap;
 pub mod quantize;
 mod reduce;
 mod staging;
@@ -41,7 +42,7 @@ pub use launch::{
     linear, linear_add, soft_cap,
 };
 pub use launch_attention::{DecodeScratch, LayerCache, attention, decode_attention, rope_append};
-pub use launch_logits::{choose, has_clock, score, stamp};
+pub use launch_logits::{ChooseScratch, choose, has_clock, score, stamp};
 pub use loader::{MatrixLoader, kept};
 pub use matrix::{DeviceMatrix, Kind};
 pub use tensor_core::{Gemv, Norm, Tuning, flash_attention, flash_fits, gemv, gemv_fits};

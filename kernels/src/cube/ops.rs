@@ -2,6 +2,7 @@
 //! argmax, negative log-likelihood. One cube a row, fp32 inside.
 
 use super::decode::{Decode, Format, Stored};
+use super::overlap::await_earlier;
 use super::reduce::{cube_max, cube_sum};
 use cubecl::prelude::*;
 
@@ -281,24 +282,60 @@ pub fn stamp_kernel(clock: &mut [u32]) {
 /// Finds the largest logit of the last row, remembers it as the next token and moves the position on: the end of a recorded step.
 /// With a clock it writes when that was, behind the readings of the steps before.
 ///
+/// Cubes look through parts of the row, and the last of them chooses; one cube does where cubes can't hand each other results.
+///
 /// # Shapes
-/// `logits` `[n]`, `state` as the `STATE_` constants say, `clock` two words a reading.
+/// `logits` `[n]`, `state` as the `STATE_` constants say, `clock` two words a reading, `found` `[n_cubes, 2]`: a part's largest logit
+/// and where it is; `counter` one word, zero before and after.
 #[cube(launch_unchecked, create_dummy_kernel)]
+#[expect(clippy::too_many_arguments, reason = "a kernel's buffers and sizes")]
 pub fn choose_kernel(
     logits: &[f32],
     state: &mut [u32],
     clock: &mut [u32],
+    found: &mut [u32],
+    counter: &mut [Atomic<u32>],
     n: u32,
+    #[comptime] n_cubes: u32,
     #[comptime] units: u32,
     #[comptime] has_clock: bool,
+    #[comptime] overlaps: bool,
 ) {
+    if comptime!(overlaps) {
+        await_earlier();
+    }
     let mut best = Shared::<[f32]>::new_slice(comptime!(units as usize));
     let mut place = Shared::<[u32]>::new_slice(comptime!(units as usize));
-    let (value, index) = best_of_row(logits, 0u32, n);
+    let part = (n + comptime!(n_cubes - 1)) / n_cubes;
+    let first = min(CUBE_POS_X * part, n);
+    let (value, index) = best_of_row(logits, first, min(part, n - first));
     best[UNIT_POS_X as usize] = value;
-    place[UNIT_POS_X as usize] = index;
+    place[UNIT_POS_X as usize] = first + index;
     fold_best(&mut best, &mut place, units);
+    if comptime!(n_cubes > 1) {
+        let mut is_last = Shared::<[u32]>::new_slice(1usize);
+        if UNIT_POS_X == 0 {
+            found[(2u32 * CUBE_POS_X) as usize] = u32::reinterpret(best[0]);
+            found[(2u32 * CUBE_POS_X + 1u32) as usize] = place[0];
+        }
+        sync_storage();
+        if UNIT_POS_X == 0 {
+            is_last[0] = u32::cast_from(counter[0].fetch_add(1u32) + 1u32 == n_cubes);
+        }
+        sync_cube();
+        if is_last[0] == 0u32 {
+            terminate!();
+        }
+        sync_storage();
+        let from = min(UNIT_POS_X, comptime!(n_cubes - 1));
+        best[UNIT_POS_X as usize] = f32::reinterpret(found[(2u32 * from) as usize]);
+        place[UNIT_POS_X as usize] = found[(2u32 * from + 1u32) as usize];
+        fold_best(&mut best, &mut place, units);
+    }
     if UNIT_POS_X == 0 {
+        if comptime!(n_cubes > 1) {
+            counter[0].store(0u32);
+        }
         let position = state[STATE_POSITION as usize];
         let n_chosen = state[STATE_HISTORY as usize];
         state[STATE_TOKEN as usize] = place[0];

@@ -2,10 +2,9 @@
 
 use super::flash::{self, flash_attention_kernel};
 use super::gemv::{
-    Affine4Pairs, Bf16Pairs, Codebook4Pairs, Epilogue, F16Pairs, GemvSpec, Int8Pairs, MAX_ROWS, SCALE_STRIDE, STEP,
-    gemv_kernel,
+    Affine4Pairs, Bf16Pairs, Codebook4Pairs, Epilogue, F16Pairs, GemvSpec, Int8Pairs, MAX_ROWS, STEP, gemv_kernel,
 };
-use super::{DeviceMatrix, Element, Kind, LayerCache};
+use super::{DeviceMatrix, Element, Kind, LayerCache, overlap};
 use cubecl::client::Client;
 use cubecl::prelude::*;
 use cubecl::server::Handle;
@@ -46,33 +45,28 @@ impl Tuning {
         let is_wide = matrix.n_cols >= 6144;
         let is_tall = matrix.n_rows >= 8192;
         let (planes, unroll, cubes_a_processor) = match (matrix.kind, is_wide, is_tall) {
-            (Kind::Codebook4 | Kind::Affine4, true, _) => (16, 2, 1),
-            (Kind::Codebook4 | Kind::Affine4, false, true) => (8, 1, 2),
-            (Kind::Codebook4 | Kind::Affine4, false, false) => (8, 2, 3),
-            (Kind::Int8, true, _) => (16, 3, 1),
-            (Kind::Int8, false, true) => (16, 1, 2),
-            (Kind::Int8, false, false) => (8, 2, 3),
-            (_, true, _) => (16, 2, 1),
-            (_, false, true) => (8, 2, 2),
-            (_, false, false) => (16, 1, 2),
+            (Kind::Codebook4 | Kind::Affine4, true, _) => (16, 4, 1),
+            (Kind::Codebook4 | Kind::Affine4, false, _) => (8, 3, 2),
+            (Kind::Int8, true, _) => (16, 4, 2),
+            (Kind::Int8, false, _) => (8, 3, 3),
+            (_, true, _) => (16, 4, 1),
+            (_, false, true) => (8, 3, 2),
+            (_, false, false) => (8, 3, 3),
         };
         let copies = if matrix.kind == Kind::Codebook4 { 32 } else { 8 };
         Tuning { planes, unroll, copies, cubes_a_processor }
     }
 }
 
-/// Bytes of shared memory that a launch takes: x, the table of pairs and the map, two tiles' scales, their zero points and sums.
+/// Bytes of shared memory that a launch takes: x, the table of pairs and the map, sums of x, two tiles' sums.
 fn shared_bytes(matrix: &DeviceMatrix, m: usize) -> usize {
     let tuning = Tuning::of(matrix);
-    let n_blocks = matrix.n_cols.div_ceil((matrix.format.block_size as usize).min(matrix.n_cols));
-    let scales = 2 * SCALE_STRIDE as usize * n_blocks;
-    let statistics = match matrix.kind {
-        Kind::Codebook4 => 256 * (tuning.copies as usize + 1) + scales,
-        Kind::Affine4 => 2 * scales + m * matrix.n_cols / STEP as usize,
+    let tables = match matrix.kind {
+        Kind::Codebook4 => 256 * (tuning.copies as usize + 1),
+        Kind::Affine4 => m * matrix.n_cols / STEP as usize,
         _ => 0,
     };
-    let sums = 2 * tuning.planes as usize * 16 * 2 * m;
-    2 * m * matrix.n_cols + 4 * (statistics + sums) + 64
+    2 * m * matrix.n_cols + 4 * (tables + 2 * tuning.planes as usize * 16 * m) + 64
 }
 
 /// Returns true where [`gemv`] takes this matrix on this device.
@@ -104,8 +98,9 @@ pub fn gemv(client: &Client, matrix: &DeviceMatrix, call: &Gemv<'_>, tuning: Tun
     let processors = client.properties().hardware.num_streaming_multiprocessors.unwrap_or(64);
     let count = CubeCount::Static(n_tiles.min(processors * tuning.cubes_a_processor), 1, 1);
     let four_bit = matches!(matrix.kind, Kind::Codebook4 | Kind::Affine4);
-    let slots = if four_bit && call.m <= 4 && matrix.n_cols.is_multiple_of(2 * STEP as usize) { 2 } else { 1 };
-    let n_steps = matrix.n_cols as u32 / (STEP * slots);
+    let slots = if four_bit && call.m == 1 && matrix.n_cols.is_multiple_of(2 * STEP as usize) { 2 } else { 1 };
+    let plane_steps = (matrix.n_cols as u32 / (STEP * slots)).div_ceil(tuning.planes);
+    let unroll = (1..=tuning.unroll).rev().find(|unroll| plane_steps % unroll == 0).unwrap_or(1);
     let spec = GemvSpec {
         n_rows: matrix.n_rows as u32,
         n_cols: matrix.n_cols as u32,
@@ -116,9 +111,10 @@ pub fn gemv(client: &Client, matrix: &DeviceMatrix, call: &Gemv<'_>, tuning: Tun
         has_bias: call.bias.is_some(),
         epilogue: call.epilogue,
         planes: tuning.planes,
-        unroll: tuning.unroll.min(n_steps.div_ceil(tuning.planes)),
+        unroll,
         copies: tuning.copies,
         slots,
+        overlaps: overlap::is_known(client),
     };
     let [n_codes, n_scales, n_aux, n_tables] = matrix.lens;
     let n_outputs = call.m * if paired { matrix.n_rows / 2 } else { matrix.n_rows };

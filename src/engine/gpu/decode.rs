@@ -15,7 +15,7 @@ use cubecl::client::{Client, Graph};
 use cubecl::server::Handle;
 use labpipe_kernels::cube::gemv::Epilogue;
 use labpipe_kernels::cube::ops::{STATE_HISTORY, STATE_POSITION, STATE_TOKEN};
-use labpipe_kernels::cube::{self, DecodeScratch, Element, Gemv, Norm, Place, Residual, Tuning};
+use labpipe_kernels::cube::{self, ChooseScratch, DecodeScratch, Element, Gemv, Norm, Place, Residual, Tuning};
 use std::time::Instant;
 
 /// The buffers of a step and its recording.
@@ -32,6 +32,7 @@ pub struct Decoder {
     state: Handle,
     /// For each layer, what the attention of one launch needs; nothing where the layer takes the generic kernels.
     scratches: Vec<Option<DecodeScratch>>,
+    choice: ChooseScratch,
     /// When each step ended, by the device's clock, where it has one.
     clock: Option<Handle>,
     /// Words of the state: position, token, and as many chosen tokens as the cache has room for.
@@ -69,6 +70,7 @@ impl Decoder {
             product: floats(spec.ffn_size),
             logits: floats(spec.vocab_size),
             state: client.create_from_slice(&vec![0u8; 4 * n_state]),
+            choice: ChooseScratch::new(client, spec.vocab_size),
             clock: cube::has_clock(client).then(|| client.empty(8 * n_state)),
             n_state,
             graph: None,
@@ -181,12 +183,23 @@ impl Decoder {
         // Compiles every kernel and writes only what the first step writes again.
         self.step(passes, cache);
         synchronize(client)?;
-        if client.start_capture().is_err() {
-            return Ok(());
+        self.graph = self.recording(passes, cache, cube::overlap::is_known(client));
+        if self.graph.is_none() && cube::overlap::is_known(client) {
+            self.graph = self.recording(passes, cache, false);
         }
-        self.step(passes, cache);
-        self.graph = client.stop_capture().ok();
         Ok(())
+    }
+
+    /// Returns the recording of a step, whose launches begin early where they `overlap`; nothing where the device can't.
+    fn recording(&self, passes: &Passes, cache: &GpuCache, overlap: bool) -> Option<Graph> {
+        let client = passes.client();
+        client.start_capture().ok()?;
+        self.step(passes, cache);
+        #[cfg(feature = "cuda")]
+        let is_whole = !overlap || cube::overlap::overlap(client).is_ok();
+        #[cfg(not(feature = "cuda"))]
+        let is_whole = !overlap;
+        client.stop_capture().ok().filter(|_| is_whole)
     }
 
     /// Launches everything between a token and the next.
@@ -212,7 +225,8 @@ impl Decoder {
         if let Some(cap) = spec.logit_softcap {
             cube::soft_cap(client, &self.logits, spec.vocab_size, cap as f32);
         }
-        cube::choose(client, &self.logits, spec.vocab_size, &self.state, self.n_state, self.clock.as_ref());
+        let (logits, state) = ((&self.logits, spec.vocab_size), (&self.state, self.n_state));
+        cube::choose(client, logits, state, self.clock.as_ref(), &self.choice);
     }
 
     fn attention(&self, passes: &Passes, cache: &GpuCache, layer_idx: usize, block: &GpuBlock) {

@@ -1,5 +1,5 @@
 //! Times the kernels on a CUDA device, one recorded graph a row: checked against the generic kernels first, weights rotated so that
-//! L2 does not hold them. `kernel-bench [gemv|gemm|step|sweep [KINDS]]`.
+//! L2 does not hold them. `kernel-bench [gemv|gemm|step|sweep [KINDS]|once [KIND]]`; `once` is what a profiler looks at.
 
 mod products;
 mod step;
@@ -9,6 +9,7 @@ use cubecl::client::Client;
 use cubecl::prelude::*;
 use cubecl::server::Handle;
 use labpipe_kernels::cube::nvidia::CudaParts;
+use labpipe_kernels::cube::overlap;
 use std::time::Instant;
 
 #[cube(launch_unchecked)]
@@ -31,6 +32,9 @@ fn time(client: &Client, n_calls: usize, mut launch: impl FnMut(usize)) -> Optio
     client.start_capture().ok()?;
     for i in 0..n_calls {
         launch(i);
+    }
+    if overlap::is_known(client) {
+        overlap::overlap(client).map_err(|error| eprintln!("{error}")).ok()?;
     }
     let graph = client.stop_capture().map_err(|error| eprintln!("capture: {error}")).ok()?;
     let mut samples = Vec::new();
@@ -80,8 +84,8 @@ fn copy_ceiling(client: &Client) -> f64 {
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
     let mode = std::env::args().nth(1).unwrap_or_else(|| "gemv".to_owned());
-    if !["gemv", "gemm", "step", "sweep"].contains(&mode.as_str()) {
-        return Err(format!("kernel-bench knows gemv, gemm, step and sweep, not {mode:?}").into());
+    if !["gemv", "gemm", "step", "sweep", "once"].contains(&mode.as_str()) {
+        return Err(format!("kernel-bench knows gemv, gemm, step, sweep and once, not {mode:?}").into());
     }
     // The driver is asked first: cubecl panics where there is none.
     if let Some(missing) = CudaParts::find().missing(0) {
@@ -94,6 +98,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         "gemm" => products::gemm_rows(&client)?,
         "step" => step::step_rows(&client, copy),
         "sweep" => step::sweep_rows(&client, copy),
+        "once" => step::once(&client),
         _ => {
             for m in [1, 4, 8] {
                 products::gemv_rows(&client, &["nf4", "nf4-double", "int4", "int8", "f16"], copy, m);

@@ -8,7 +8,7 @@ use cubecl::server::Handle;
 use labpipe_kernels::cube::gemv::Epilogue;
 use labpipe_kernels::cube::ops::{Gate, Heads};
 use labpipe_kernels::cube::{
-    self, DecodeScratch, DeviceMatrix, Element, Gemv, LayerCache, Norm, Place, Residual, Tuning,
+    self, ChooseScratch, DecodeScratch, DeviceMatrix, Element, Gemv, LayerCache, Norm, Place, Residual, Tuning,
 };
 
 const HEADS: Heads = Heads { n_heads: 24, n_kv_heads: 8, head_dim: 128, qk_norm: false, rotary_dim: 128 };
@@ -97,9 +97,8 @@ fn copies(client: &Client, kind: &str, of: Use, at_least: usize, random: &mut Ra
 
 fn tunings(kind: &str) -> Vec<Tuning> {
     let (copies, shapes): (u32, &[(u32, u32)]) = match kind {
-        "f16" => (8, &[(8, 1), (8, 2), (8, 3), (16, 1), (16, 2)]),
-        "int8" => (8, &[(8, 2), (8, 3), (16, 1), (16, 2), (16, 3)]),
-        _ => (32, &[(8, 1), (8, 2), (8, 3), (16, 1), (16, 2), (16, 4)]),
+        "f16" | "int8" => (8, &[(8, 3), (8, 4), (8, 6), (16, 2), (16, 3), (16, 4), (16, 8)]),
+        _ => (32, &[(8, 2), (8, 3), (8, 4), (12, 2), (12, 3), (16, 2), (16, 4)]),
     };
     let spread = |&(planes, unroll): &(u32, u32)| {
         [1, 2, 3, 4].map(|cubes_a_processor| Tuning { planes, unroll, copies, cubes_a_processor })
@@ -230,7 +229,9 @@ pub fn step_rows(client: &Client, copy: f64) {
     let attention = Attention::new(client, 1024, &mut random);
     let layer = attention.layer();
     let scratch = DecodeScratch::new(client, &layer).expect("heads that the kernel knows");
-    let choose = || cube::choose(client, &buffers.y, VOCAB, &attention.state, attention.capacity + 16, None);
+    let choice = ChooseScratch::new(client, VOCAB);
+    let state = (&attention.state, attention.capacity + 16);
+    let choose = || cube::choose(client, (&buffers.wide, VOCAB), state, None, &choice);
     attention.at(client, 0);
     println!("choose  {:7.2} us", us(time(client, 20, |_| choose())));
     let head = copies(client, "f16", HEAD, 1, &mut random);
@@ -280,5 +281,18 @@ pub fn step_rows(client: &Client, copy: f64) {
             });
             println!("{kind:11} a token from {position}: {:.3} ms, {:.0} tokens/s", us(step) / 1e3, 1e6 / us(step));
         }
+    }
+}
+
+/// Launches each product once as a step would, for a profiler.
+pub fn once(client: &Client) {
+    let mut random = Random(5);
+    let buffers = Buffers::new(client, &mut random);
+    let kind = std::env::args().nth(2).unwrap_or_else(|| "nf4-double".to_owned());
+    for of in USES {
+        let matrix = DeviceMatrix::upload(client, &random_weight(&kind, of.n, of.k, &mut random));
+        let matrix = matrix.expect("a scheme with kernels");
+        let want = buffers.reference(client, &matrix, of);
+        println!("{kind} {}: error {:.1e}", of.name, buffers.error(client, &matrix, of, Tuning::of(&matrix), &want));
     }
 }

@@ -7,26 +7,26 @@
 //! instructions than a dot product would, and decodes nothing twice.
 //!
 //! Memory is waited for as little as can be: codes, scales, x and what the results are added to are on their way before the first
-//! barrier, and a batch of codes always is while the one before it is multiplied.
+//! barrier; as soon as a step's codes are multiplied, those of a later one take their registers.
 //!
 //! The norm before a projection, its bias, the residual behind it and SiLU·up are fused here, since a token is bound by launches.
 //! NVIDIA only (sm_80 on): other runtimes take [`linear`](super::linear).
 
 mod fragments;
 mod multiply;
+mod scale;
 mod stage;
 
 pub use fragments::{
     Affine4Pairs, Bf16Pairs, Codebook4Pairs, F16Pairs, Fragments, Int8Pairs, Layout, mma_16x8x16, pack_pair,
 };
 
-pub(super) use stage::SCALE_STRIDE;
-
+use super::overlap::{await_earlier, await_earlier_with, let_later_begin};
 use cubecl::prelude::*;
-use multiply::{load_batch, multiply_batch};
+use multiply::{has_part, load_step, multiply_step};
+use scale::{choose_offsets, fetch_scales};
 use stage::{
-    fetch_map, fetch_row, fetch_scales, fetch_table, inverse_norm, pack_row, start_norm, tile_scales, turns, write_map,
-    write_scales, write_sums, write_table,
+    fetch_map, fetch_row, fetch_table, inverse_norm, pack_row, start_norm, turns, write_map, write_sums, write_table,
 };
 
 /// Columns that a plane handles in one step; block sizes are multiples of it.
@@ -61,13 +61,15 @@ pub struct GemvSpec {
     pub has_bias: bool,
     pub epilogue: Epilogue,
     pub planes: u32,
-    /// Steps whose codes a lane has in flight.
+    /// Steps whose codes a lane has in flight: a divisor of a plane's steps.
     pub unroll: u32,
     /// Copies of the code table in shared memory, a multiple of 8: 32 have no bank conflicts.
     pub copies: u32,
-    /// Blocks of 64 columns in a step, 1 or 2. A product has eight columns for x's rows: where half of them are free, a second
-    /// block's sums go there, and lanes read codes 16 bytes at a time.
+    /// Blocks of 64 columns in a step. A product has eight columns for x's rows: where x is a single row, two blocks' sums have columns
+    /// of their own, and lanes read codes 16 bytes at a time.
     pub slots: u32,
+    /// The launch may begin before the one in front of it ends: see [`overlap`](super::overlap).
+    pub overlaps: bool,
 }
 
 impl GemvSpec {
@@ -89,25 +91,29 @@ impl GemvSpec {
         self.n_cols / (STEP * self.slots)
     }
 
-    /// Columns of a product that are used: x's rows once a slot.
-    fn n_columns(self) -> u32 {
-        self.m * self.slots
+    /// Steps of a plane, the last of which may lie past the end.
+    fn n_plane_steps(self) -> u32 {
+        self.n_steps().div_ceil(self.planes)
+    }
+
+    /// Returns true where step `k` of every plane exists.
+    fn is_whole(self, k: u32) -> bool {
+        (k + 1) * self.planes <= self.n_steps()
+    }
+
+    /// A step has two blocks of a single row of x.
+    fn is_spread(self) -> bool {
+        self.slots == 2
+    }
+
+    /// Block scales that a lane fetches for a step.
+    fn lane_scales(self) -> u32 {
+        if self.is_spread() { 1 } else { 2 }
     }
 
     fn n_blocks(self) -> u32 {
         self.n_cols.div_ceil(self.block_size)
     }
-
-    /// Batches of steps that a plane takes one after the other.
-    fn n_batches(self) -> u32 {
-        self.n_steps().div_ceil(self.planes).div_ceil(self.unroll)
-    }
-}
-
-/// Returns the matrix's row that is row `within` (0 to 15) of a tile.
-#[cube]
-fn tile_row(tile: u32, within: u32, #[comptime] spec: GemvSpec) -> u32 {
-    tile * spec.tile_outputs() + within % 8u32 + (within / 8u32) * spec.distance()
 }
 
 /// What is fetched early for the results of a tile: the residual, biases and row scales of a unit's one result.
@@ -160,7 +166,7 @@ fn write_tile<S: Fragments>(
         let mut sum = 0.0f32;
         let mut second = 0.0f32;
         #[unroll]
-        for share in 0..comptime!(spec.planes * spec.slots) {
+        for share in 0..spec.planes {
             let at = partial_at + (comptime!(share * spec.m) + column) * 16u32 + within;
             sum += partial[at as usize];
             if comptime!(spec.is_paired()) {
@@ -220,11 +226,9 @@ pub fn gemv_kernel<S: Fragments, V: Size>(
     let layout = comptime!(S::layout());
     let width = V::value().comptime() as u32;
     let vectors = comptime!(layout.words * spec.slots / width);
-    let n_batches = comptime!(spec.n_batches());
-    let half_scales = comptime!(spec.n_blocks() * SCALE_STRIDE * if layout.has_zero { 2 } else { 1 });
-    let half_sums = comptime!(spec.planes * 16 * spec.n_columns());
+    let n_plane_steps = comptime!(spec.n_plane_steps());
+    let half_sums = comptime!(spec.planes * 16 * spec.m);
     let row_turns = comptime!(turns(spec.n_cols / 8, spec));
-    let scale_turns = comptime!(turns(tile_scales(spec), spec));
 
     let mut pairs = Shared::<[Vector<u32, Const<4>>]>::new_slice(comptime!((spec.m * spec.n_cols / 8) as usize));
     let mut partial = Shared::<[f32]>::new_slice(comptime!((2 * half_sums) as usize));
@@ -233,30 +237,36 @@ pub fn gemv_kernel<S: Fragments, V: Size>(
     let mut map = Shared::<[f32]>::new_slice(comptime!(if spec.nested { 256usize } else { 1 }));
     let mut sums_of_x =
         Shared::<[f32]>::new_slice(comptime!(if layout.has_zero { (spec.m * spec.n_cols / STEP) as usize } else { 1 }));
-    let mut staged =
-        Shared::<[f32]>::new_slice(comptime!(if layout.block_scale { (2 * half_scales) as usize } else { 1 }));
 
     let plane = UNIT_POS / 32u32;
     let lane = fragments::opaque(UNIT_POS % 32u32);
     let n_words = comptime!((spec.unroll * vectors) as usize);
     let mut words_0 = Array::<Vector<u32, V>>::new(n_words);
     let mut words_1 = Array::<Vector<u32, V>>::new(n_words);
-    let mut next_0 = Array::<Vector<u32, V>>::new(n_words);
-    let mut next_1 = Array::<Vector<u32, V>>::new(n_words);
-    let mut raw_scales = Array::<f32>::new(scale_turns as usize);
-    let mut raw_words = Array::<u32>::new(scale_turns as usize);
+    let n_raw = comptime!((n_plane_steps * spec.lane_scales()) as usize);
+    let mut raw_scales = Array::<f32>::new(n_raw);
+    let mut raw_words = Array::<u32>::new(n_raw);
     let mut offsets = Array::<f32>::new(3usize);
+    let mut row_offsets = Array::<f32>::new(comptime!(spec.lane_scales() as usize));
     let mut tail = Array::<f32>::new(5usize);
     let mut row = Array::<Vector<f32, Const<4>>>::new(comptime!((2 * row_turns) as usize));
     let mut norm_row = Array::<Vector<f32, Const<4>>>::new(comptime!((2 * row_turns) as usize));
 
-    load_batch::<S, V>(codes, &mut words_0, &mut words_1, CUBE_POS_X, plane, lane, 0u32, spec);
-    if comptime!(layout.block_scale) {
-        fetch_scales::<S>(scales, aux, &mut raw_scales, &mut raw_words, CUBE_POS_X, spec);
+    #[unroll]
+    for k in 0..spec.unroll {
+        load_step::<S, V>(codes, &mut words_0, &mut words_1, CUBE_POS_X, plane, lane, k, spec);
     }
-    fetch_row(x, &mut row, 0u32, spec);
+    if comptime!(layout.block_scale) {
+        #[unroll]
+        for k in 0..n_plane_steps {
+            fetch_scales::<S>(scales, aux, &mut raw_scales, &mut raw_words, CUBE_POS_X, plane, lane, k, spec);
+        }
+    }
     if comptime!(spec.norm) {
         fetch_row(norm_weight, &mut norm_row, 0u32, spec);
+    }
+    if comptime!(!spec.overlaps) {
+        fetch_row(x, &mut row, 0u32, spec);
     }
     if comptime!(layout.has_table) {
         let mut values = Array::<f32>::new(comptime!((2 * turns(32 * spec.copies, spec)) as usize));
@@ -267,6 +277,17 @@ pub fn gemv_kernel<S: Fragments, V: Size>(
         let mut values = Array::<f32>::new(comptime!(turns(256, spec) as usize));
         fetch_map(tables, &mut offsets, &mut values, spec);
         write_map(&values, &mut map, spec);
+    }
+    // So far nothing was touched that a launch before this one writes.
+    if comptime!(spec.overlaps) {
+        if comptime!(layout.has_table) {
+            // The table's stores keep what is fetched in front.
+            await_earlier();
+        } else {
+            await_earlier_with(words_1[comptime!(n_words - 1)].extract(0usize));
+        }
+        let_later_begin();
+        fetch_row(x, &mut row, 0u32, spec);
     }
     #[unroll]
     for x_row in 0..spec.m {
@@ -284,94 +305,117 @@ pub fn gemv_kernel<S: Fragments, V: Size>(
         }
         pack_row::<S>(&row, &norm_row, inverse, &mut pairs, comptime!(x_row * spec.n_cols / 8), spec);
     }
-    if comptime!(spec.nested && !spec.norm) {
-        // The map is there for all.
-        sync_cube();
-    }
-    if comptime!(layout.block_scale) {
-        write_scales::<S>(
-            &raw_scales,
-            &raw_words,
-            &offsets,
-            &map,
-            &mut staged,
-            CUBE_POS_X,
-            0u32,
-            segment_1,
-            segment_2,
-            spec,
-        );
-    }
     sync_cube();
     if comptime!(layout.has_zero) {
         write_sums::<S>(&pairs, &mut sums_of_x, spec);
         sync_cube();
     }
 
+    let (group, quarter) = (lane / 4u32, lane % 4u32);
+    let has_part = has_part(lane, spec);
+    let mut x_at = plane * comptime!(STEP / 8 * spec.slots) + quarter * comptime!(2 * spec.slots);
+    if comptime!(spec.m > 1) {
+        x_at += group % spec.m * comptime!(spec.n_cols / 8);
+    }
+    let mut x_words = Array::<Vector<u32, Const<4>>>::new(comptime!((2 * spec.slots) as usize));
+    #[unroll]
+    for half in 0..comptime!((2 * spec.slots) as usize) {
+        x_words[half] = Vector::<u32, Const<4>>::new(0u32);
+    }
     let mut parity = 0u32;
     let mut tile = CUBE_POS_X;
     while tile < n_tiles {
         let next = tile + CUBE_COUNT_X;
         fetch_tail::<S>(scales, bias, y, &mut tail, tile, spec);
-        if comptime!(layout.block_scale) {
-            if next < n_tiles {
-                fetch_scales::<S>(scales, aux, &mut raw_scales, &mut raw_words, next, spec);
-            }
+        if comptime!(spec.nested) {
+            choose_offsets(&offsets, &mut row_offsets, tile, lane, segment_1, segment_2, spec);
         }
-        let mut sums = Array::<f32>::new(4usize);
+        let mut sums = Array::<f32>::new(5usize);
         #[unroll]
-        for c in 0..4usize {
+        for c in 0..5usize {
             sums[c] = 0.0;
         }
-        let staged_at = parity * half_scales;
         #[unroll]
-        for batch in 0..n_batches {
-            if comptime!(batch + 1 < n_batches) {
-                load_batch::<S, V>(codes, &mut next_0, &mut next_1, tile, plane, lane, comptime!(batch + 1), spec);
-            } else if next < n_tiles {
-                load_batch::<S, V>(codes, &mut next_0, &mut next_1, next, plane, lane, 0u32, spec);
-            }
-            multiply_batch::<S, V>(
-                &words_0, &words_1, &mut sums, &pairs, &table, &staged, &sums_of_x, staged_at, plane, lane, batch, spec,
+        for k in 0..n_plane_steps {
+            multiply_step::<S, V>(
+                &words_0,
+                &words_1,
+                &mut sums,
+                &mut x_words,
+                &pairs,
+                &table,
+                &map,
+                &sums_of_x,
+                &raw_scales,
+                &raw_words,
+                &row_offsets,
+                x_at,
+                tile,
+                plane,
+                lane,
+                has_part,
+                k,
+                spec,
             );
-            #[unroll]
-            for i in 0..n_words {
-                words_0[i] = next_0[i];
-                words_1[i] = next_1[i];
+            let ahead = comptime!(k + spec.unroll);
+            if comptime!(ahead < n_plane_steps) {
+                load_step::<S, V>(codes, &mut words_0, &mut words_1, tile, plane, lane, ahead, spec);
+            } else if next < n_tiles {
+                let ahead = comptime!(ahead - n_plane_steps);
+                load_step::<S, V>(codes, &mut words_0, &mut words_1, next, plane, lane, ahead, spec);
+            }
+            if comptime!(layout.block_scale) {
+                if next < n_tiles {
+                    fetch_scales::<S>(scales, aux, &mut raw_scales, &mut raw_words, next, plane, lane, k, spec);
+                }
             }
         }
-        if comptime!(layout.block_scale) {
-            if next < n_tiles {
-                let other = (1u32 - parity) * half_scales;
-                write_scales::<S>(
-                    &raw_scales,
-                    &raw_words,
-                    &offsets,
-                    &map,
-                    &mut staged,
-                    next,
-                    other,
-                    segment_1,
-                    segment_2,
-                    spec,
-                );
-            }
-        }
-        // Column c of the product is row c % m of x in slot c / m: lane (group, quarter) has columns 2·quarter and 2·quarter + 1.
-        let (group, quarter) = (lane / 4u32, lane % 4u32);
         let partial_at = parity * half_sums;
-        #[unroll]
-        for c in 0..2usize {
-            let column = quarter * 2u32 + c as u32;
-            if column < comptime!(spec.n_columns()) {
-                let at = partial_at + (plane * comptime!(spec.n_columns()) + column) * 16u32 + group;
-                partial[at as usize] = sums[c];
-                partial[(at + 8u32) as usize] = sums[comptime!(c + 2)];
-            }
-        }
+        write_sums_of_plane::<S>(&sums, &mut partial, partial_at, plane, lane, spec);
         sync_cube();
         write_tile::<S>(&partial, &tail, y, tile, partial_at, spec);
         parity = 1u32 - parity;
         tile += CUBE_COUNT_X;
+    }
+}
+
+/// Leaves a plane's share of a tile's results in `partial`.
+///
+/// # Shapes
+/// `partial` `[planes, m, 16]` from `partial_at` on.
+#[cube]
+fn write_sums_of_plane<S: Fragments>(
+    sums: &Array<f32>,
+    partial: &mut Shared<[f32]>,
+    partial_at: u32,
+    plane: u32,
+    lane: u32,
+    #[comptime] spec: GemvSpec,
+) {
+    let (group, quarter) = (lane / 4u32, lane % 4u32);
+    if comptime!(spec.is_spread()) {
+        // The first of four lanes has the sums of row `group` and of the row eight below, for the two blocks of all steps.
+        let mut top = sums[0] + sums[1];
+        let mut bottom = sums[2] + sums[3];
+        if comptime!(S::layout().has_zero) {
+            let zeros = sums[4] + plane_shuffle_xor(sums[4], 1u32);
+            top -= zeros;
+            bottom -= plane_shuffle_xor(zeros, 2u32);
+        }
+        if quarter == 0u32 {
+            let at = partial_at + plane * 16u32 + group;
+            partial[at as usize] = top;
+            partial[(at + 8u32) as usize] = bottom;
+        }
+    } else {
+        #[unroll]
+        for c in 0..2usize {
+            let column = quarter * 2u32 + c as u32;
+            if column < spec.m {
+                let at = partial_at + (plane * spec.m + column) * 16u32 + group;
+                partial[at as usize] = sums[c];
+                partial[(at + 8u32) as usize] = sums[comptime!(c + 2)];
+            }
+        }
     }
 }

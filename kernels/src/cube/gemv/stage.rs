@@ -1,10 +1,10 @@
-//! What a cube brings into shared memory before it multiplies: x, the code table, the scales of a tile.
+//! What a cube brings into shared memory before it multiplies: x, the code table, the map of second-level scales.
 //!
 //! Everything is fetched before anything is waited for: a launch of a token is short, and each trip to memory shows.
 
 use super::fragments::{Fragments, high_half, low_half, pack_pair};
-use super::{GemvSpec, STEP, tile_row};
-use crate::cube::decode::{MAP, OFFSETS, f16_bits_to_f32};
+use super::{GemvSpec, STEP};
+use crate::cube::decode::{MAP, OFFSETS};
 use cubecl::prelude::*;
 
 /// Columns of x that a unit packs at once.
@@ -12,9 +12,6 @@ const UNIT_COLUMNS: u32 = 8;
 
 /// Copies of a pair that a unit writes in one turn.
 const TABLE_PART: u32 = 8;
-
-/// Distance of the scales of two blocks in shared memory: odd, so that neither writing nor reading meets in a bank.
-pub(in crate::cube) const SCALE_STRIDE: u32 = 17;
 
 /// Returns how often each unit takes a share of `n` things.
 pub(super) fn turns(n: u32, spec: GemvSpec) -> u32 {
@@ -164,76 +161,6 @@ pub(super) fn write_sums<S: Fragments>(
         }
         sums_of_x[at as usize] = sum;
         at += comptime!(spec.planes * 32);
-    }
-}
-
-/// Returns how many scales a tile has.
-pub(super) fn tile_scales(spec: GemvSpec) -> u32 {
-    16 * spec.n_cols.div_ceil(spec.block_size)
-}
-
-/// Fetches a tile's scales as they are stored: an fp32 number, a nested code or an fp16 scale with its zero point.
-#[cube]
-pub(super) fn fetch_scales<S: Fragments>(
-    scales: &[f32],
-    aux: &[u32],
-    raw_scales: &mut Array<f32>,
-    raw_words: &mut Array<u32>,
-    tile: u32,
-    #[comptime] spec: GemvSpec,
-) {
-    let n_blocks = comptime!(spec.n_cols.div_ceil(spec.block_size));
-    #[unroll]
-    for turn in 0..comptime!(turns(tile_scales(spec), spec)) {
-        let at = min(UNIT_POS + comptime!(turn * spec.planes * 32), comptime!(tile_scales(spec) - 1));
-        let index = tile_row(tile, at / n_blocks, spec) * n_blocks + at % n_blocks;
-        if comptime!(S::layout().has_zero) {
-            raw_words[turn as usize] = aux[index as usize];
-        } else if comptime!(spec.nested) {
-            raw_words[turn as usize] = (aux[(index / 4u32) as usize] >> ((index % 4u32) * 8u32)) & 0xffu32;
-            raw_scales[turn as usize] = scales[(index / 256u32) as usize];
-        } else {
-            raw_scales[turn as usize] = scales[index as usize];
-        }
-    }
-}
-
-/// Decodes what [`fetch_scales`] fetched into shared memory from `staged_at` on, and zero points behind it.
-#[cube]
-#[expect(clippy::too_many_arguments, reason = "a tile's buffers and where it lies")]
-pub(super) fn write_scales<S: Fragments>(
-    raw_scales: &Array<f32>,
-    raw_words: &Array<u32>,
-    offsets: &Array<f32>,
-    map: &Shared<[f32]>,
-    staged: &mut Shared<[f32]>,
-    tile: u32,
-    staged_at: u32,
-    segment_1: u32,
-    segment_2: u32,
-    #[comptime] spec: GemvSpec,
-) {
-    let n_blocks = comptime!(spec.n_cols.div_ceil(spec.block_size));
-    #[unroll]
-    for turn in 0..comptime!(turns(tile_scales(spec), spec)) {
-        let at = UNIT_POS + comptime!(turn * spec.planes * 32);
-        if at < comptime!(tile_scales(spec)) {
-            let within = at / n_blocks;
-            let place = staged_at + at % n_blocks * SCALE_STRIDE + within;
-            if comptime!(S::layout().has_zero) {
-                let stat = raw_words[turn as usize];
-                staged[place as usize] = f16_bits_to_f32(stat & 0xffffu32);
-                staged[(place + comptime!(n_blocks * SCALE_STRIDE)) as usize] = f32::cast_from(stat >> 16u32);
-            } else if comptime!(spec.nested) {
-                let row = tile_row(tile, within, spec);
-                let offset = select(row >= segment_1, offsets[1], offsets[0]);
-                let offset = select(row >= segment_2, offsets[2], offset);
-                let scaled = map[raw_words[turn as usize] as usize] * raw_scales[turn as usize];
-                staged[place as usize] = scaled + offset;
-            } else {
-                staged[place as usize] = raw_scales[turn as usize];
-            }
-        }
     }
 }
 
