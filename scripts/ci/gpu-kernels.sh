@@ -10,4 +10,5 @@ export LABPIPE_TEST_DEVICE=wgpu
 cargo test --release --locked --package labpipe-kernels --features wgpu --lib --test cube_kernels --test cube_quantize
 # One thread: what one test launches while another records a step would be recorded too.
 cargo test --release --locked --features wgpu --test families --test damaged_weights -- --test-threads 1
+cargo test --release --locked --features wgpu --lib gpu:: -- --test-threads 1
 cargo test --release --locked --features wgpu --test engine_reference -- --test-threads 1 logits greedy longer
