@@ -237,9 +237,13 @@ pub struct KeptLogProbs {
 /// One row of a `prefill-bench` record's `results`; times in seconds.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct PrefillResult {
-    /// `pp512`.
+    /// `pp512`; `pp512+nll` where every token was scored.
     pub label: String,
     pub n_prompt: usize,
+    /// A pass ends with the negative log-likelihoods of all its tokens, not with the last position's logits; the `ttft_s` are then
+    /// the times of such passes.
+    #[serde(default)]
+    pub scores: bool,
     pub n_samples: usize,
     pub samples_s: Vec<f64>,
     pub ttft_s_mean: f64,

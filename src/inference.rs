@@ -9,7 +9,7 @@ mod error;
 mod log_probs;
 
 pub use decode_check::{CHECKED_POSITIONS, DecodeCheck, check_decode, decode_budget};
-pub use device_probe::{DeviceFigures, DeviceProbe, OtherProcesses};
+pub use device_probe::{DeviceFigures, DeviceProbe, GpuIdentity, OtherProcesses};
 pub use error::InferenceError;
 pub use log_probs::{LogProbFormat, LogProbRows, LogProbSink, LogProbSource, argmax, diverge_logits, score_logits};
 
@@ -21,6 +21,7 @@ use labpipe_kernels::SchemeSpec;
 use serde::{Deserialize, Serialize};
 use std::ops::Range;
 use std::path::{Path, PathBuf};
+use std::time::Instant;
 
 /// Where weights come from.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -254,6 +255,16 @@ pub trait Model: Send {
     /// Scores `tokens[first_target..]`, each from all tokens of the slice before it; `first_target` ≥ 1. The slice may be one
     /// token longer than the context: what predicts nothing is then not run ([`run_for_scores`]).
     fn score(&mut self, tokens: &[u32], first_target: usize) -> Result<Vec<TokenScore>, InferenceError>;
+
+    /// Scores as `score` does and returns how many seconds that took, from an idle device to the scores on the host.
+    ///
+    /// # Errors
+    /// Those of `score`.
+    fn score_timed(&mut self, tokens: &[u32], first_target: usize) -> Result<(f64, Vec<TokenScore>), InferenceError> {
+        let start = Instant::now();
+        let scores = self.score(tokens, first_target)?;
+        Ok((start.elapsed().as_secs_f64(), scores))
+    }
 
     /// Runs `tokens` and hands over the logits of the positions `rows`, in order. The way to the host for whoever has no
     /// shorter one: one pass for each position here, so an engine does better.

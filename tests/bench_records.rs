@@ -107,8 +107,16 @@ impl Model for FakeModel {
         Ok(logits(tokens.len()))
     }
 
-    fn score(&mut self, _tokens: &[u32], _first_target: usize) -> Result<Vec<TokenScore>, InferenceError> {
-        Err(InferenceError::Unsupported("score".to_owned()))
+    fn score(&mut self, tokens: &[u32], first_target: usize) -> Result<Vec<TokenScore>, InferenceError> {
+        self.log.add(&format!("score{}", tokens.len()));
+        if self.fault == Fault::NotFinite {
+            return Err(InferenceError::NotFiniteResult { what: "logits".to_owned() });
+        }
+        Ok(vec![TokenScore { nll: 2.0, argmax: 1 }; tokens.len() - first_target])
+    }
+
+    fn score_timed(&mut self, tokens: &[u32], first_target: usize) -> Result<(f64, Vec<TokenScore>), InferenceError> {
+        Ok((0.25, self.score(tokens, first_target)?))
     }
 
     fn capture(
@@ -318,6 +326,36 @@ fn prefill(script: &Script) -> (Result<StageOutput, StageError>, Vec<(Level, Str
 
 fn decode(script: &Script) -> (Result<StageOutput, StageError>, Vec<(Level, String)>) {
     run("decode-bench", json!({"n_gen": 4, "n_depth": [0, 8], "samples": 2, "warmup": 1, "seed": 0}), script)
+}
+
+fn scoring(n_prompt: Value) -> Value {
+    json!({"n_prompt": n_prompt, "samples": 2, "warmup": 1, "seed": 0, "score": true})
+}
+
+#[test]
+fn a_prefill_that_scores_times_passes_to_every_tokens_likelihood() {
+    let script = script(Some(figures()), Fault::None);
+    let (output, _) = run("prefill-bench", scoring(json!([10, 20])), &script);
+    let output = output.expect("a record");
+    assert_eq!(script.log.taken(), "score10 begin score10 begin score10 take score20 begin score20 begin score20 take");
+    let row = &output.body["results"][1];
+    assert_eq!((row["label"].as_str(), row["scores"].as_bool()), (Some("pp20+nll"), Some(true)));
+    assert_eq!((row["samples_s"].clone(), row["tokens_per_second_mean"].as_f64()), (json!([0.25, 0.25]), Some(80.0)));
+    assert_eq!(output.body["power"][1]["label"].as_str(), Some("pp20+nll"));
+    let method = output.body["method"].as_str().expect("a method");
+    assert!(method.contains("negative log-likelihoods"), "{method}");
+    assert!(output.summary.starts_with("pp10+nll 40 ± 0 t/s"), "{}", output.summary);
+}
+
+#[test]
+fn a_prefill_that_can_not_score_says_why() {
+    let (output, _) = run("prefill-bench", scoring(json!([10])), &script(None, Fault::NotFinite));
+    let error = output.expect_err("no record").to_string();
+    assert!(error.contains("pp10+nll"), "{error}");
+    let catalogue = labpipe::stages::catalogue();
+    let params = scoring(json!([1, 2])).as_object().cloned().expect("a mapping");
+    let found = catalogue.get("prefill-bench").expect("the kind").check(&params);
+    assert_eq!(found.first().map(|problem| problem.0), Some("n_prompt"));
 }
 
 #[test]

@@ -26,6 +26,17 @@ stages:
   report:  { kind: report, inputs: [small, prefill, decode, ppl, diff] }
 "#;
 
+/// A prefill, and one that goes on to the likelihood of every token.
+const SCORED: &str = r#"
+version: 1
+name: scored
+stages:
+  base:    { kind: load, model: models/stories260k, dtype: f16 }
+  prefill: { kind: prefill-bench, model: base, n_prompt: 16, samples: 2, warmup: 0 }
+  scored:  { kind: prefill-bench, model: base, n_prompt: [16, 40], score: true, samples: 2, warmup: 1 }
+  report:  { kind: report, inputs: [prefill, scored] }
+"#;
+
 fn lab() -> Lab {
     let lab = Lab::new();
     lab.write("small.yaml", SMALL);
@@ -78,6 +89,9 @@ fn every_record_has_the_fields_of_the_contract() {
             "stderr",
         ],
     );
+    has_fields(&ppl, &["scoring_s", "scoring_tokens_per_second", "scoring_method"]);
+    let n_scored = |row: usize| ppl["results"][row]["n_scored"].as_u64().expect("a count");
+    assert!(ppl["n_tokens_run"].as_u64().expect("a count") > n_scored(0) + n_scored(2), "{ppl}");
     let statistics = ["mean", "stdev", "median", "p90", "p95", "p99", "min", "max"];
     let memory = ["weights_bytes", "pool_peak_bytes", "process_peak_bytes", "method"];
     let prefill = lab.record("prefill");
@@ -122,6 +136,24 @@ fn every_record_has_the_fields_of_the_contract() {
     );
     assert!(lab.path("results/latest/report/report.md").is_file());
     assert!(lab.path("results/latest/report/lbl_analysis.md").is_file());
+}
+
+#[test]
+fn a_prompt_whose_tokens_are_scored_is_timed_beside_prefill_and_not_taken_for_it() {
+    let lab = Lab::new();
+    lab.write("scored.yaml", SCORED);
+    lab.expect(0, &["run", "scored.yaml"]);
+    let scored = lab.record("scored");
+    assert_eq!((&scored["results"][1]["label"], &scored["results"][1]["scores"]), (&"pp40+nll".into(), &true.into()));
+    assert!(scored["results"][1]["ttft_s_min"].as_f64().expect("a time") > 0.0, "{scored}");
+    let read = |file: &str| std::fs::read_to_string(lab.path("results/latest/report").join(file)).expect("a report");
+    let rows = read("report.csv");
+    let metrics = |metric: &str| rows.lines().filter(|row| row.contains(metric)).count();
+    assert_eq!((metrics("scoring_tokens_per_second,pp"), metrics("prefill_tokens_per_second,pp")), (2, 1), "{rows}");
+    assert!(read("report.md").contains("Where a label ends with `+nll`"));
+    lab.write("short.yaml", &SCORED.replace("[16, 40]", "[1, 40]"));
+    let (_, told) = lab.expect(2, &["validate", "short.yaml"]);
+    assert!(told.contains("two tokens at least"), "{told}");
 }
 
 #[test]

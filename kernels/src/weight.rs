@@ -3,6 +3,8 @@
 use crate::dense::DenseType;
 use crate::{Packed, dense, schemes};
 use std::fmt;
+use std::fs::File;
+use std::io;
 use std::ops::Range;
 use std::sync::Arc;
 
@@ -11,6 +13,8 @@ use std::sync::Arc;
 pub struct SharedBytes {
     owner: Arc<dyn AsRef<[u8]> + Send + Sync>,
     range: Range<usize>,
+    /// The file that `owner` maps from its beginning on, where it does.
+    file: Option<Arc<File>>,
 }
 
 impl SharedBytes {
@@ -18,7 +22,13 @@ impl SharedBytes {
     pub fn new(owner: Arc<dyn AsRef<[u8]> + Send + Sync>, range: Range<usize>) -> SharedBytes {
         let n_bytes = (*owner).as_ref().len();
         let range = range.start.min(n_bytes)..range.end.min(n_bytes);
-        SharedBytes { owner, range }
+        SharedBytes { owner, range, file: None }
+    }
+
+    /// Takes `range` of a memory map of the whole of `file`, as [`new`](Self::new) does; [`read_into`](Self::read_into) then leaves the
+    /// map alone.
+    pub fn mapped(map: Arc<dyn AsRef<[u8]> + Send + Sync>, file: Arc<File>, range: Range<usize>) -> SharedBytes {
+        SharedBytes { file: Some(file), ..SharedBytes::new(map, range) }
     }
 
     /// Takes a vector of values as bytes.
@@ -30,13 +40,42 @@ impl SharedBytes {
             }
         }
         let n_bytes = std::mem::size_of_val(values.as_slice());
-        SharedBytes { owner: Arc::new(Values(values)), range: 0..n_bytes }
+        SharedBytes { owner: Arc::new(Values(values)), range: 0..n_bytes, file: None }
     }
 
     /// Returns a part of these bytes, of the same owner; less where `range` reaches past their end.
     pub fn slice(&self, range: Range<usize>) -> SharedBytes {
         let (start, end) = (self.range.start.saturating_add(range.start), self.range.start.saturating_add(range.end));
-        SharedBytes { owner: Arc::clone(&self.owner), range: start.min(self.range.end)..end.min(self.range.end) }
+        let range = start.min(self.range.end)..end.min(self.range.end);
+        SharedBytes { owner: Arc::clone(&self.owner), range, file: self.file.clone() }
+    }
+
+    /// Returns how many there are; reads none of them.
+    pub fn len(&self) -> usize {
+        self.range.len()
+    }
+
+    pub fn is_empty(&self) -> bool {
+        self.range.is_empty()
+    }
+
+    /// Copies the bytes from `at` on into `out`. Those of a file are read from it, not through its memory map: mapping page after page
+    /// costs the kernel as much as the copy, all threads of a process queue for it, and unmapping them costs it again.
+    ///
+    /// # Errors
+    /// `UnexpectedEof` where `out` reaches past the end, or the file was cut short since it was mapped; its other failures to be read.
+    pub fn read_into(&self, at: usize, out: &mut [u8]) -> io::Result<()> {
+        let start = self.range.start.saturating_add(at);
+        let end = start.saturating_add(out.len());
+        if end > self.range.end {
+            return Err(io::ErrorKind::UnexpectedEof.into());
+        }
+        #[cfg(unix)]
+        if let Some(file) = &self.file {
+            return std::os::unix::fs::FileExt::read_exact_at(&**file, out, start as u64);
+        }
+        out.copy_from_slice(&(*self.owner).as_ref()[start..end]);
+        Ok(())
     }
 
     pub fn as_slice(&self) -> &[u8] {
@@ -144,5 +183,38 @@ fn packed_scheme(packed: &Packed) -> &'static dyn schemes::Scheme {
     match schemes::scheme(&packed.spec.scheme) {
         Ok(scheme) => scheme,
         Err(_) => unreachable!("a packed matrix was made by a registered scheme"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[cfg(unix)]
+    #[test]
+    fn bytes_of_a_file_are_read_from_it_and_not_past_their_end() {
+        let path = std::env::temp_dir().join(format!("labpipe-shared-bytes-{}", std::process::id()));
+        std::fs::write(&path, b"0123456789").expect("a writable folder");
+        let file = Arc::new(File::open(&path).expect("the file is there"));
+        let bytes = SharedBytes::mapped(Arc::new(b"abcdefghij".to_vec()), Arc::clone(&file), 2..9).slice(1..5);
+        assert_eq!((bytes.len(), bytes.as_slice()), (4, &b"defg"[..]));
+        let mut out = [0; 3];
+        bytes.read_into(1, &mut out).expect("bytes that are there");
+        assert_eq!(&out, b"456");
+        let past_end = bytes.read_into(2, &mut out).expect_err("one byte too many");
+        assert_eq!(past_end.kind(), io::ErrorKind::UnexpectedEof);
+        std::fs::OpenOptions::new().write(true).open(&path).and_then(|file| file.set_len(5)).expect("a cut");
+        let cut = bytes.read_into(1, &mut out).expect_err("a file that ends early");
+        assert_eq!(cut.kind(), io::ErrorKind::UnexpectedEof);
+        std::fs::remove_file(&path).expect("the file is there");
+    }
+
+    #[test]
+    fn bytes_in_memory_are_copied() {
+        let bytes = SharedBytes::from_values(vec![1u16, 2, 3]).slice(2..6);
+        let mut out = [0; 4];
+        bytes.read_into(0, &mut out).expect("bytes that are there");
+        assert_eq!(out, [2, 0, 3, 0]);
+        assert!(bytes.read_into(usize::MAX, &mut out).is_err());
     }
 }

@@ -6,7 +6,7 @@
 
 use cubecl::client::Client;
 use labpipe_kernels::cube::ops::Heads;
-use labpipe_kernels::cube::{self, DecodeScratch, DeviceMatrix, Element, LayerCache};
+use labpipe_kernels::cube::{self, DecodeScratch, DeviceMatrix, Element, LayerCache, Piece, Place};
 use labpipe_kernels::dense::DenseType;
 use labpipe_kernels::weight::{DenseWeight, HostWeight, SharedBytes};
 use labpipe_kernels::{SchemeSpec, scheme};
@@ -98,6 +98,57 @@ fn dequantized_values_are_the_hosts_bit_for_bit() {
                 assert!(ulp <= max_ulp || *g == *w, "{name} {n}x{k} value {i}: {g} for {w}, {ulp} ulp");
             }
         }
+    }
+}
+
+#[test]
+fn a_piece_of_a_matrix_is_the_rows_and_columns_that_it_names() {
+    let client = client();
+    // Columns in whole eights, and ragged ones; rows on both sides of a gap, and one run of them.
+    for (n, k, rows, cols) in [
+        (48, 64, [3..10, 30..37], 8..40),
+        (65, 172, [0..1, 64..65], 3..172),
+        (130, 320, [17..130, 0..0], 64..320),
+        (130, 320, [5..6, 9..11], 0..320),
+    ] {
+        for (name, weight) in weights(n, k) {
+            let matrix = DeviceMatrix::upload(&client, &weight).expect("a known scheme");
+            let piece = Piece { rows: rows.clone(), cols: cols.clone() };
+            let n_values = piece.n_rows() * cols.len();
+            let out = client.create_from_slice(bytemuck::cast_slice(&vec![f32::NAN; n_values + 1]));
+            cube::dequantize_piece(&client, &matrix, Element::F32, &piece, &out);
+            let got = read(&client, out, n_values + 1);
+            let whole = client.empty(4 * n * k);
+            cube::dequantize(&client, &matrix, Element::F32, 0, n, &whole);
+            let whole = read(&client, whole, n * k);
+            let want = rows.iter().cloned().flatten().flat_map(|row| &whole[row * k..][cols.clone()]);
+            assert!(want.eq(&got[..n_values]), "{name} {n}x{k}, rows {rows:?}, columns {cols:?}");
+            assert!(got[n_values].is_nan(), "{name} {n}x{k} writes behind its end");
+        }
+    }
+}
+
+#[test]
+fn products_are_added_to_what_is_there() {
+    let client = client();
+    let (m, n, k, stride, y_first) = (9, 65, 172, 80, 10);
+    let x = values(m * k, 11);
+    let x_device = client.create_from_slice(bytemuck::cast_slice(&x));
+    let before = values(m * stride, 5);
+    let place = Place { x_row: 0, y_first, y_stride: stride };
+    for (name, weight) in weights(n, k) {
+        let matrix = DeviceMatrix::upload(&client, &weight).expect("a known scheme");
+        let y = client.create_from_slice(bytemuck::cast_slice(&before));
+        cube::linear_add(&client, &matrix, [Element::F32; 2], [&x_device, &y], place, m);
+        let got = read(&client, y, m * stride);
+        let mut want = before.clone();
+        for (x, y) in x.chunks_exact(k).zip(want.chunks_exact_mut(stride)) {
+            let mut row = vec![0.0f32; n];
+            weight.matvec_rows(0, x, &mut row);
+            row.iter().zip(&mut y[y_first..]).for_each(|(value, y)| *y += value);
+        }
+        let error = relative_error(&got, &want);
+        assert!(error < SUM_BUDGET, "{name}: relative error {error:.2e}");
     }
 }
 

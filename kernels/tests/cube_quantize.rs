@@ -6,14 +6,15 @@
 
 use cubecl::client::Client;
 use cubecl::server::Handle;
-use labpipe_kernels::cube::quantize::Reading;
+use labpipe_kernels::cube::quantize::{Book, Reading};
 use labpipe_kernels::cube::{
     self, DeviceMatrix, Element, FileMatrix, Form, LOSS_BUDGET, LossMeter, MatrixLoader, measuring_bytes,
 };
 use labpipe_kernels::dense::DenseType;
 use labpipe_kernels::weight::{DenseWeight, HostWeight, SharedBytes};
 use labpipe_kernels::{Packed, SchemeSpec, reconstruction_error, scheme};
-use std::convert::Infallible;
+use std::io;
+use std::sync::Arc;
 
 const SHAPES: [(usize, usize); 8] = [(1, 1), (1, 64), (3, 5), (7, 63), (48, 64), (65, 172), (130, 320), (512, 256)];
 const ELEMENTS: [Element; 3] = [Element::F32, Element::F16, Element::Bf16];
@@ -80,11 +81,9 @@ fn misaligned(mut bytes: Vec<u8>) -> SharedBytes {
 
 fn load(client: &Client, form: Form, k: usize, parts: &[FileMatrix]) -> DeviceMatrix {
     let mut loader = MatrixLoader::new(client);
-    let matrix = loader.load(form, k, parts, |_, _, _| Ok::<(), Infallible>(()));
+    let matrix = loader.load(form, k, parts, |_, _, bytes| bytes.map(drop));
     loader.settle().expect("a device that works");
-    match matrix {
-        Ok(matrix) => matrix,
-    }
+    matrix.expect("bytes that can be read")
 }
 
 fn words(client: &Client, handle: &Handle, n: usize) -> Vec<u32> {
@@ -305,9 +304,65 @@ fn the_first_piece_that_is_refused_is_named() {
     let reading = Reading { source: Element::F16, base: Element::F16 };
     let part = FileMatrix { n_rows: n, bytes: SharedBytes::from_values(vec![0u16; n * k]), reading };
     let mut loader = MatrixLoader::new(&client);
-    let refuse = |part: usize, at: usize, _: &[u8]| if at >= 4 << 20 { Err((part, at)) } else { Ok(()) };
+    let refuse = |part: usize, at: usize, _: io::Result<&[u8]>| if at >= 4 << 20 { Err((part, at)) } else { Ok(()) };
     let error = loader.load(Form::Plain(Element::F16), k, &[part], refuse).expect_err("a refusal");
     assert_eq!(error, (0, 4 << 20));
+}
+
+/// A file that goes with the test.
+struct Scratch(std::path::PathBuf);
+
+impl Scratch {
+    fn with(name: &str, bytes: &[u8]) -> Scratch {
+        let path = std::env::temp_dir().join(format!("labpipe-{name}-{}", std::process::id()));
+        std::fs::write(&path, bytes).expect("a writable folder");
+        Scratch(path)
+    }
+
+    fn open(&self) -> Arc<std::fs::File> {
+        Arc::new(std::fs::File::open(&self.0).expect("the file is there"))
+    }
+}
+
+impl Drop for Scratch {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_file(&self.0);
+    }
+}
+
+/// Larger than what is copied at a time, and no whole number of words.
+#[test]
+fn a_file_s_bytes_become_the_matrix_that_they_would_be_in_memory() {
+    let client = client();
+    let (n, k) = (2_819, 3_073);
+    let (bytes, _) = stored(&values(n * k, 77, true), Element::F16);
+    let at = 9;
+    let file = Scratch::with("matrix", &[vec![0xff; at], bytes.clone(), vec![0xff; 5]].concat());
+    // What is mapped is left alone where there is a file.
+    let mapped = SharedBytes::mapped(Arc::new(vec![0xaa; at + bytes.len() + 5]), file.open(), 0..usize::MAX);
+    let reading = Reading { source: Element::F16, base: Element::F16 };
+    for form in [Form::Plain(Element::F16), Form::Codebook { book: Book::Nf4, block_size: 64, nested: true }] {
+        let of = |bytes: SharedBytes| load(&client, form, k, &[FileMatrix { n_rows: n, bytes, reading }]);
+        let got = of(mapped.slice(at..at + bytes.len()));
+        let want = of(SharedBytes::new(Arc::new(bytes.clone()), 0..usize::MAX));
+        assert_eq!(got.lens, want.lens);
+        assert!(words(&client, &got.codes, got.lens[0]) == words(&client, &want.codes, want.lens[0]), "codes differ");
+        assert!(words(&client, &got.aux, got.lens[2]) == words(&client, &want.aux, want.lens[2]), "scales differ");
+    }
+}
+
+#[test]
+fn a_file_that_is_cut_short_meanwhile_is_an_error_at_its_first_piece_that_is_gone() {
+    let client = client();
+    let (n, k) = (1024, 4096);
+    let file = Scratch::with("cut", &vec![0; 2 * n * k]);
+    let bytes = SharedBytes::mapped(Arc::new(vec![0u8; 2 * n * k]), file.open(), 0..usize::MAX);
+    std::fs::OpenOptions::new().write(true).open(&file.0).and_then(|file| file.set_len(3 << 20)).expect("a cut");
+    let part = FileMatrix { n_rows: n, bytes, reading: Reading { source: Element::F16, base: Element::F16 } };
+    let mut loader = MatrixLoader::new(&client);
+    let look = |_: usize, at: usize, bytes: io::Result<&[u8]>| bytes.map(drop).map_err(|error| (at, error.kind()));
+    let error = loader.load(Form::Plain(Element::F16), k, &[part], look).expect_err("a file that ends early");
+    assert_eq!(error, (3 << 20, io::ErrorKind::UnexpectedEof));
 }
 
 #[test]
@@ -320,8 +375,7 @@ fn schemes_without_kernels_are_left_to_the_host() {
 
 /// Mean squared difference and ratio in dB as the device measures them.
 fn measured(client: &Client, matrix: &DeviceMatrix, file: &FileMatrix) -> (f64, Option<f64>) {
-    let loss = LossMeter::new(client).measure(matrix, file, || Ok::<(), Infallible>(()));
-    let Ok(loss) = loss;
+    let loss = LossMeter::new(client).measure(matrix, file, |_, bytes| bytes.map(|_| ())).expect("bytes in memory");
     loss.read(client).expect("a device that works")
 }
 
@@ -420,6 +474,6 @@ fn measuring_stops_when_it_is_told_to() {
     let (part, _) = part(64, 64, 1, Reading { source: Element::F32, base: Element::F32 });
     let form = Form::Int8;
     let matrix = load(&client, form, 64, std::slice::from_ref(&part));
-    let stopped = LossMeter::new(&client).measure(&matrix, &part, || Err("stop"));
+    let stopped = LossMeter::new(&client).measure(&matrix, &part, |_, _| Err("stop"));
     assert_eq!(stopped.err(), Some("stop"));
 }

@@ -38,9 +38,9 @@ pub fn sample<T, E>(
     Ok(samples)
 }
 
-/// Returns what names a prefill: `pp512`.
-pub fn prefill_label(n_prompt: usize) -> String {
-    format!("pp{n_prompt}")
+/// Returns what names a prefill: `pp512`, and `pp512+nll` where all its tokens are scored.
+pub fn prefill_label(n_prompt: usize, scores: bool) -> String {
+    if scores { format!("pp{n_prompt}+nll") } else { format!("pp{n_prompt}") }
 }
 
 /// Returns what names a decode: `tg128`, `tg128 @ d512`.
@@ -70,13 +70,14 @@ pub fn power_result(label: &str, n_tokens: usize, seen: DeviceFigures) -> PowerR
 }
 
 /// Builds a prefill row from samples in seconds; nothing where there are none.
-pub fn prefill_result(n_prompt: usize, samples_s: Vec<f64>) -> Option<PrefillResult> {
+pub fn prefill_result(n_prompt: usize, scores: bool, samples_s: Vec<f64>) -> Option<PrefillResult> {
     let ttft = statistics(&samples_s)?;
     let rates: Vec<f64> = samples_s.iter().map(|sample_s| n_prompt as f64 / sample_s).collect();
     let rate = statistics(&rates)?;
     Some(PrefillResult {
-        label: prefill_label(n_prompt),
+        label: prefill_label(n_prompt, scores),
         n_prompt,
+        scores,
         n_samples: samples_s.len(),
         samples_s,
         ttft_s_mean: ttft.mean,
@@ -128,7 +129,7 @@ mod tests {
         let mut latencies = [9.0, 8.0, 1.0, 3.0].into_iter();
         let plan = SamplePlan { warmup: 2, samples: 2 };
         let samples = sample(plan, &NullProgress, || (), |_| latencies.next().ok_or(())).expect("samples");
-        let row = prefill_result(10, samples).expect("a row");
+        let row = prefill_result(10, false, samples).expect("a row");
         assert_eq!((row.label.as_str(), row.ttft_s_mean, row.n_samples), ("pp10", 2.0, 2));
         assert!((row.tokens_per_second_mean - (10.0 + 10.0 / 3.0) / 2.0).abs() < 1e-12);
     }

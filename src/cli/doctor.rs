@@ -21,7 +21,7 @@ pub fn doctor() -> Result<u8, CliError> {
         }
         Ok((engine, reason)) => {
             let info = engine.info();
-            let environment = environment(&info);
+            let environment = environment(&info, engine::gpus().as_deref());
             let _ = writeln!(text, "engine:  {}", info.backend);
             let _ = writeln!(text, "device:  {} (auto takes {reason})", info.device);
             let _ = writeln!(text, "clock:   {}", info.clock);
@@ -57,8 +57,10 @@ fn cuda() -> String {
     let version =
         parts.driver.as_deref().map_or("no driver".to_owned(), |version| format!("driver for CUDA {version}"));
     let verdict = parts.missing(0).map_or("usable".to_owned(), |reason| format!("not usable: {reason}"));
+    let kept = labpipe_kernels::cube::kernel_store::folder()
+        .map_or("not kept".to_owned(), |folder| format!("kept in {}", folder.display()));
     format!(
-        "{version}, {} devices, NVRTC {}, cuBLAS {}; {verdict}",
+        "{version}, {} devices, NVRTC {}, cuBLAS {}; {verdict}; compiled kernels are {kept}",
         parts.n_devices,
         found(parts.has_nvrtc),
         found(parts.has_cublas)

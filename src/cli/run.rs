@@ -2,6 +2,7 @@
 
 use super::args::{Global, RerunArgs, RunArgs};
 use super::download::download;
+use super::engine;
 use super::error::CliError;
 use super::print;
 use super::workspace::{Planned, Read, planned, read};
@@ -87,7 +88,7 @@ fn start(global: &Global, file: &Path, read: Read, selection: &Selection, jobs: 
         device_asked: read.options.device.clone(),
         device: info.device.clone(),
         device_reason,
-        environment: environment(&info),
+        environment: environment(&info, engine::gpus().as_deref()),
         started_at: timestamp(),
         ended_at: None,
         load_average_after: None,

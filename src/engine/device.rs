@@ -41,7 +41,10 @@ fn unavailable(device: &str, reason: &str) -> InferenceError {
 #[cfg(feature = "cuda")]
 fn cuda(index: usize) -> Result<Arc<dyn Engine>, String> {
     use super::board::{BoardProbe, PERIOD};
+    use labpipe_kernels::cube::kernel_store::KernelStore;
     let identity = super::nvidia::probe(index)?;
+    // Before the first client is made: cubecl reads its settings once.
+    let kernels = KernelStore::open(&labpipe_kernels::cube::nvidia::CudaParts::find().compiler());
     let client = cubecl::Device::cuda(index).map_err(|error| format!("open CUDA device {index}: {error}"))?.client();
     let physical = client.properties().identity.physical.clone();
     let bus_id = physical.and_then(|card| card.pci_address).map(|address| address.to_string());
@@ -53,7 +56,7 @@ fn cuda(index: usize) -> Result<Arc<dyn Engine>, String> {
         device: Box::new(move || Some(Box::new(BoardProbe::new(board.clone()?, Some(PERIOD))))),
         free_bytes: Arc::new(move || free.as_ref()?.free_bytes()),
     };
-    Ok(Arc::new(super::gpu::GpuEngine::new(client, identity, senses)))
+    Ok(Arc::new(super::gpu::GpuEngine::new(client, identity, senses, kernels)))
 }
 
 #[cfg(not(feature = "cuda"))]
@@ -73,7 +76,7 @@ fn wgpu() -> Result<Arc<dyn Engine>, String> {
         device: Box::new(|| None),
         free_bytes: Arc::new(|| None),
     };
-    Ok(Arc::new(super::gpu::GpuEngine::new(client, device, senses)))
+    Ok(Arc::new(super::gpu::GpuEngine::new(client, device, senses, None)))
 }
 
 #[cfg(not(feature = "wgpu"))]

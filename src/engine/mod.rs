@@ -34,3 +34,5 @@ pub use burn_engine::BurnEngine;
 pub use device::build;
 pub use families::FAMILIES;
 pub use memory::rss_anon_bytes;
+#[cfg(feature = "cuda")]
+pub use nvidia::gpus;

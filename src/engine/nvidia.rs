@@ -2,7 +2,7 @@
 
 use super::board::{Board, BoardSample};
 use crate::artifact::MemoryFigures;
-use crate::inference::{MemoryProbe, OtherProcesses};
+use crate::inference::{GpuIdentity, MemoryProbe, OtherProcesses};
 use labpipe_kernels::cube::nvidia::CudaParts;
 use nvml_wrapper::bitmasks::device::ThrottleReasons;
 use nvml_wrapper::enum_wrappers::device::Clock;
@@ -35,6 +35,19 @@ pub fn probe(index: usize) -> Result<String, String> {
     let driver = nvml.sys_driver_version().unwrap_or_else(|_| "unknown".to_owned());
     let power = device.enforced_power_limit().map_or(String::new(), |mw| format!(", power limit {} W", mw / 1000));
     Ok(format!("cuda:{index}: {name}, driver {driver}{power}"))
+}
+
+/// Returns the machine's GPUs in NVML's order; nothing where it is missing.
+pub fn gpus() -> Option<Vec<GpuIdentity>> {
+    let nvml = Nvml::init().ok()?;
+    let driver = nvml.sys_driver_version().ok();
+    let devices = (0..nvml.device_count().ok()?).filter_map(|index| nvml.device_by_index(index).ok());
+    let identity = |device: Device<'_>| GpuIdentity {
+        name: device.name().unwrap_or_else(|_| "NVIDIA GPU".to_owned()),
+        driver: driver.clone(),
+        memory_bytes: device.memory_info().ok().map(|info| info.total),
+    };
+    Some(devices.map(identity).collect())
 }
 
 /// Where NVML finds a device. CUDA counts devices in another order than NVML (the fastest first), and only those that

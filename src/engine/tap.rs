@@ -57,12 +57,6 @@ impl<'a> Tap<'a> {
         Tap { capture: None }
     }
 
-    /// Returns true where nothing is captured.
-    #[cfg(any(feature = "cuda", feature = "wgpu"))]
-    pub fn is_closed(&self) -> bool {
-        self.capture.is_none()
-    }
-
     /// Captures what `filter` chooses.
     ///
     /// # Errors

@@ -356,6 +356,11 @@ impl UnreadWeight {
         }
         Err(InferenceError::NotFinite { path: path.clone(), tensor: self.name.clone(), index, value })
     }
+
+    /// Returns the error of bytes that could not be read.
+    pub fn unreadable(&self, error: &std::io::Error) -> InferenceError {
+        self.tensor.unreadable(&self.name, error)
+    }
 }
 
 /// Packs a matrix with a scheme.

@@ -40,6 +40,7 @@ pub struct GgufTensor {
 #[derive(Debug)]
 pub struct GgufFile {
     path: PathBuf,
+    file: Arc<File>,
     map: Arc<Mmap>,
     metadata: BTreeMap<String, MetaValue>,
     tensors: BTreeMap<String, GgufTensor>,
@@ -59,8 +60,13 @@ impl GgufFile {
         // SAFETY: labpipe never writes model files; a file cut short by somebody else while it is mapped raises SIGBUS, as
         // with every program that maps models.
         let map = unsafe { Mmap::map(&file) }.map_err(|error| fail(error.to_string()))?;
-        let mut file =
-            GgufFile { path: path.to_owned(), map: Arc::new(map), metadata: BTreeMap::new(), tensors: BTreeMap::new() };
+        let mut file = GgufFile {
+            path: path.to_owned(),
+            file: Arc::new(file),
+            map: Arc::new(map),
+            metadata: BTreeMap::new(),
+            tensors: BTreeMap::new(),
+        };
         let map = Arc::clone(&file.map);
         file.read_header(&map)?;
         Ok(file)
@@ -247,7 +253,7 @@ impl GgufFile {
     /// Returns a tensor's bytes as they lie in the file.
     pub fn bytes(&self, tensor: &GgufTensor) -> SharedBytes {
         let owner: Arc<Mmap> = Arc::clone(&self.map);
-        SharedBytes::new(owner, tensor.range.clone())
+        SharedBytes::mapped(owner, Arc::clone(&self.file), tensor.range.clone())
     }
 
     /// Returns the first value of a tensor of blocks that is NaN or infinite, with its index; it keeps one row a thread. Nothing for

@@ -1,4 +1,17 @@
-//! What a device's board tells of itself while something is timed: energy, clocks, and who else uses it.
+//! What a device's board tells of itself: what it is and, while something is timed, energy, clocks, and who else uses it.
+
+use serde::Serialize;
+
+/// A GPU of the machine, whether the engine uses it or not.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct GpuIdentity {
+    /// `NVIDIA H200`.
+    pub name: String,
+    /// Version of its driver; null where it does not tell.
+    pub driver: Option<String>,
+    /// Memory in all; null where it does not tell.
+    pub memory_bytes: Option<u64>,
+}
 
 /// What was seen over the timed regions of one case. Null where the device does not tell.
 #[derive(Debug, Clone, PartialEq, Default)]

@@ -89,7 +89,11 @@ fn prefill(evidence: &Evidence<'_>) -> Option<Section> {
     let intro = "Time to the first token's logits (TTFT): one pass over the whole prompt on a synchronized device, \
         after warm-up, tokenizing and sampling \
                  outside of the clock; n passes.";
-    section("Prefill", intro, &table, &[])
+    let scored =
+        "Where a label ends with `+nll`, the time is that to the negative log-likelihoods of all tokens of the prompt.";
+    let has_scored = evidence.prefills.iter().any(|row| row.result.scores);
+    let intro = if has_scored { format!("{intro} {scored}") } else { intro.to_owned() };
+    section("Prefill", &intro, &table, &[])
 }
 
 fn decode(evidence: &Evidence<'_>) -> Option<Section> {

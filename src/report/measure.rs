@@ -68,16 +68,19 @@ impl Source<'_> {
         }
     }
 
-    /// Returns the speed and latency of a prefill.
+    /// Returns the speed and latency of a prefill, or of scoring a text in one pass.
     pub fn prefill(&self, row: &PrefillResult) -> Vec<Measure> {
         let n = row.samples_s.len();
-        let rate = self.measure("prefill_tokens_per_second", &row.label, row.tokens_per_second_mean, "tokens/s", n);
-        let ttft = self.measure("ttft_s", &row.label, row.ttft_s_mean, "s", n);
+        let (metrics, end) = match row.scores {
+            false => (["prefill_tokens_per_second", "ttft_s"], "the first token's logits"),
+            true => (["scoring_tokens_per_second", "scoring_s"], "all tokens' negative log-likelihoods"),
+        };
+        let rate = self.measure(metrics[0], &row.label, row.tokens_per_second_mean, "tokens/s", n);
+        let time = self.measure(metrics[1], &row.label, row.ttft_s_mean, "s", n);
         vec![
             rate.spread(row.tokens_per_second_stdev, SpreadKind::Stdev)
-                .method("mean over passes of n_prompt / time to the first token's logits"),
-            ttft.spread(row.ttft_s_stdev, SpreadKind::Stdev)
-                .method("mean time to the first token's logits over passes"),
+                .method(&format!("mean over passes of n_prompt / time to {end}")),
+            time.spread(row.ttft_s_stdev, SpreadKind::Stdev).method(&format!("mean time to {end} over passes")),
         ]
     }
 

@@ -83,6 +83,7 @@ fn prefill_row(n_prompt: usize, seconds: &[f64]) -> PrefillResult {
     PrefillResult {
         label: format!("pp{n_prompt}"),
         n_prompt,
+        scores: false,
         n_samples: ttft.n,
         samples_s: seconds.to_vec(),
         ttft_s_mean: ttft.mean,

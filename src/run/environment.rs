@@ -1,11 +1,11 @@
 //! The machine and the program, for `run.json`: what another person needs to repeat a run. No secrets, no environment
 //! variables.
 
-use crate::inference::EngineInfo;
+use crate::inference::{EngineInfo, GpuIdentity};
 use serde_json::{Map, Value, json};
 
-/// Returns what is known of machine and program.
-pub fn environment(engine: &EngineInfo) -> Value {
+/// Returns what is known of machine and program. `gpus` is null where nobody could look for them.
+pub fn environment(engine: &EngineInfo, gpus: Option<&[GpuIdentity]>) -> Value {
     json!({
         "labpipe_version": env!("CARGO_PKG_VERSION"),
         "build": build(),
@@ -19,7 +19,7 @@ pub fn environment(engine: &EngineInfo) -> Value {
         "memory_bytes": memory_bytes(),
         "load_average_before": load_average(),
         "variables": variables(),
-        "gpus": Value::Array(Vec::new()),
+        "gpus": gpus,
     })
 }
 
@@ -39,13 +39,14 @@ fn build() -> Value {
 
 /// Variables that change what is computed, how fast, or from which files; none that may hold a secret.
 fn variables() -> Value {
-    const NAMES: [&str; 9] = [
+    const NAMES: [&str; 10] = [
         "CUDA_VISIBLE_DEVICES",
         "CUBECL_DEBUG_OPTION",
         "HF_HOME",
         "HF_HUB_CACHE",
         "HF_HUB_OFFLINE",
         "LABPIPE_CACHE",
+        "LABPIPE_KERNEL_CACHE",
         "LABPIPE_RESULTS",
         "RAYON_NUM_THREADS",
         "SAVE_EVAL_RESULTS",
@@ -82,4 +83,30 @@ pub fn memory_bytes() -> Option<u64> {
     let line = info.lines().find_map(|line| line.strip_prefix("MemTotal:"))?;
     let kib: u64 = line.trim().strip_suffix("kB")?.trim().parse().ok()?;
     Some(kib * 1024)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn gpus_are_listed_and_null_where_nobody_could_look() {
+        let engine = EngineInfo {
+            backend: "burn-cuda 0.22".to_owned(),
+            device: "cuda:0: NVIDIA H200".to_owned(),
+            numerics_version: 1,
+            clock: "a clock".to_owned(),
+            is_host: false,
+        };
+        let gpu = GpuIdentity {
+            name: "NVIDIA H200".to_owned(),
+            driver: Some("580.1".to_owned()),
+            memory_bytes: Some(150_754_820_096),
+        };
+        let listed = environment(&engine, Some(&[gpu]));
+        let want = json!([{"name": "NVIDIA H200", "driver": "580.1", "memory_bytes": 150_754_820_096_u64}]);
+        assert_eq!(listed["gpus"], want);
+        assert_eq!(environment(&engine, Some(&[]))["gpus"], json!([]));
+        assert_eq!(environment(&engine, None)["gpus"], Value::Null);
+    }
 }

@@ -20,9 +20,11 @@ pub fn metrics_rows(results: &BTreeMap<String, Arc<StageInput>>, ts: &str) -> Ve
         let row = rows.entry(model.address.clone()).or_insert_with(|| start(model, ts));
         match result.kind.as_str() {
             "prefill-bench" => {
-                let longest = list::<PrefillResult>(result).into_iter().max_by_key(|row| row.n_prompt);
-                row.prompt_length = longest.as_ref().map(|row| row.n_prompt as u64);
-                row.avg_prefill_tps = longest.map(|row| row.tokens_per_second_mean);
+                let prefills = list::<PrefillResult>(result).into_iter().filter(|row| !row.scores);
+                if let Some(longest) = prefills.max_by_key(|row| row.n_prompt) {
+                    row.prompt_length = Some(longest.n_prompt as u64);
+                    row.avg_prefill_tps = Some(longest.tokens_per_second_mean);
+                }
             }
             "decode-bench" => {
                 row.avg_decode_tps = list::<DecodeResult>(result).first().map(|row| row.tokens_per_second)

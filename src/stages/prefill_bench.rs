@@ -1,4 +1,4 @@
-//! `prefill-bench`: how fast a prompt is read, in one pass to the first token's logits.
+//! `prefill-bench`: how fast a prompt is read, in one pass to the first token's logits, or to all its tokens' likelihoods.
 
 use super::MODELS;
 use super::bench_power::Watch;
@@ -6,17 +6,17 @@ use super::bench_tokens::{describe, size, sizes, tokens, too_long};
 use crate::artifact::PrefillResult;
 use crate::bench::{SamplePlan, prefill_label, prefill_result, sample};
 use crate::stage::{
-    ParamDefault, ParamDesc, ParamType, Stage, StageContext, StageDescription, StageError, StageOutput,
+    ParamDefault, ParamDesc, ParamType, Params, Stage, StageContext, StageDescription, StageError, StageOutput,
 };
-use serde_json::{Map, json};
+use serde_json::{Map, Value, json};
 
 /// The kind.
 pub struct PrefillBench;
 
 static DESCRIPTION: StageDescription = StageDescription {
     kind: "prefill-bench",
-    summary: "Times whole prompts in one pass to the first token's logits.",
-    version: 2,
+    summary: "Times whole prompts in one pass to the first token's logits, or to every token's likelihood.",
+    version: 3,
     measures: true,
     computes: true,
     params: &[
@@ -49,6 +49,13 @@ static DESCRIPTION: StageDescription = StageDescription {
             help: "passes before those",
         },
         ParamDesc {
+            name: "score",
+            ty: ParamType::Bool,
+            unit: None,
+            default: ParamDefault::Json("false"),
+            help: "go on to the negative log-likelihood of every token of the prompt, as ppl does",
+        },
+        ParamDesc {
             name: "text",
             ty: ParamType::TextSource,
             unit: None,
@@ -68,9 +75,19 @@ static DESCRIPTION: StageDescription = StageDescription {
 const METHOD: &str = "each sample is one pass over the whole prompt from an empty cache to the last position's logits on the \
                       host; tokenizing and sampling stay outside";
 
+const SCORE_METHOD: &str = "each sample is one pass over the whole prompt from an empty cache to the negative log-likelihoods of \
+                            all its tokens but the first on the host, as ppl scores a window; tokens a second count the whole \
+                            prompt; tokenizing stays outside";
+
 impl Stage for PrefillBench {
     fn description(&self) -> &'static StageDescription {
         &DESCRIPTION
+    }
+
+    fn check(&self, params: &Params) -> Vec<(&'static str, String, Option<String>)> {
+        let is_short = scores(params) && sizes(params, "n_prompt").iter().any(|n| *n < 2);
+        let message = "score needs prompts of two tokens at least: the first has nothing before it".to_owned();
+        if is_short { vec![("n_prompt", message, None)] } else { Vec::new() }
     }
 
     fn run(&self, context: &StageContext<'_>) -> Result<StageOutput, StageError> {
@@ -82,6 +99,7 @@ impl Stage for PrefillBench {
             return Err(too_long(&format!("n_prompt {longest}"), longest, &info));
         }
         let tokens = tokens(context, &info, longest)?;
+        let scores = scores(context.params);
         let plan = SamplePlan { warmup: size(context.params, "warmup"), samples: size(context.params, "samples") };
         let mut model = context.models.acquire(&recipe, context.progress)?;
         // After loading: what quantizing took for a moment is not what running takes.
@@ -91,7 +109,7 @@ impl Stage for PrefillBench {
         context.progress.begin(Some((lengths.len() * (plan.warmup + plan.samples)) as u64), "passes");
         let mut results: Vec<PrefillResult> = Vec::new();
         for n_prompt in lengths {
-            let (prompt, label) = (&tokens[..n_prompt], prefill_label(n_prompt));
+            let (prompt, label) = (&tokens[..n_prompt], prefill_label(n_prompt, scores));
             let samples_s = sample(
                 plan,
                 context.progress,
@@ -101,21 +119,35 @@ impl Stage for PrefillBench {
                     if counts {
                         watch.begin();
                     }
-                    let prefilled = model.prefill(prompt).map_err(|error| error.in_case(&label))?;
-                    Ok::<_, StageError>(prefilled.duration_s)
+                    let duration_s = match scores {
+                        false => model.prefill(prompt).map(|prefilled| prefilled.duration_s),
+                        true => model.score_timed(prompt, 1).map(|(duration_s, _)| duration_s),
+                    };
+                    Ok::<_, StageError>(duration_s.map_err(|error| error.in_case(&label))?)
                 },
             )?;
             watch.case(&label, n_prompt * samples_s.len());
             probe.mark();
-            results.extend(prefill_result(n_prompt, samples_s));
+            results.extend(prefill_result(n_prompt, scores, samples_s));
         }
         let summary: Vec<String> = results.iter().map(|row| summary(row, &watch)).collect();
         let mut body = Map::new();
         body.insert("results".to_owned(), json!(results));
         watch.describe(&mut body, context.progress);
-        describe(&mut body, probe.finish(), &**model, &context.engine.info(), METHOD);
+        describe(
+            &mut body,
+            probe.finish(),
+            &**model,
+            &context.engine.info(),
+            if scores { SCORE_METHOD } else { METHOD },
+        );
         Ok(StageOutput { body, summary: summary.join(", ") })
     }
+}
+
+/// Returns true where every token of a prompt is scored.
+fn scores(params: &Params) -> bool {
+    params.get("score").and_then(Value::as_bool).unwrap_or(false)
 }
 
 fn summary(row: &PrefillResult, watch: &Watch) -> String {

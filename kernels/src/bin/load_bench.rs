@@ -1,15 +1,16 @@
 //! Times how fast matrices of Llama-3.2-3B's shape go from host memory to the device: plain, and quantized there.
 //!
-//!     cargo run --release -p labpipe-kernels --features cuda --bin load-bench [SCHEME..]
+//!     cargo run --release -p labpipe-kernels --features cuda --bin load-bench [file=PATH] [SCHEME..]
 //!
 //! SCHEME is `f16`, `nf4`, `nf4-dq`, `fp4`, `int8` or `int4`; all of them unless named. The source is a buffer of 1 GiB, larger than
-//! processors' caches, that is read again and again; a file's page faults are not in these times.
+//! processors' caches, that is read again and again; with `file=PATH` it is written to a new file there, which is read as a model's is.
 
 use labpipe_kernels::SchemeSpec;
 use labpipe_kernels::cube::quantize::Reading;
 use labpipe_kernels::cube::{Element, FileMatrix, Form, MatrixLoader};
 use labpipe_kernels::weight::SharedBytes;
-use std::convert::Infallible;
+use std::io::Write;
+use std::sync::Arc;
 use std::time::Instant;
 
 const N_LAYERS: usize = 28;
@@ -46,18 +47,33 @@ impl Source {
     }
 }
 
+/// Returns what is read: a buffer, or the file that it is written to and that goes again when it is opened.
+fn source(file: Option<&str>) -> std::io::Result<SharedBytes> {
+    // Small values of both signs; a multiplicative walk through fp16's bits below 1.
+    let halves = (0..SOURCE_BYTES / 2).map(|i| ((i as u32).wrapping_mul(2_654_435_761) >> 16) as u16 & 0xafff);
+    let bytes: Vec<u8> = halves.flat_map(u16::to_le_bytes).collect();
+    let Some(path) = file else { return Ok(SharedBytes::new(Arc::new(bytes), 0..SOURCE_BYTES)) };
+    std::fs::OpenOptions::new().write(true).create_new(true).open(path)?.write_all(&bytes)?;
+    let file = std::fs::File::open(path)?;
+    std::fs::remove_file(path)?;
+    Ok(SharedBytes::mapped(Arc::new(bytes), Arc::new(file), 0..SOURCE_BYTES))
+}
+
 fn main() -> Result<(), Box<dyn std::error::Error>> {
-    let named: Vec<String> = std::env::args().skip(1).collect();
+    let (files, named): (Vec<String>, Vec<String>) =
+        std::env::args().skip(1).partition(|argument| argument.starts_with("file="));
+    let file = files.first().and_then(|argument| argument.strip_prefix("file="));
     let all = ["f16", "nf4", "nf4-dq", "fp4", "int8", "int4"].map(str::to_owned);
     #[cfg(not(feature = "wgpu"))]
     if let Some(missing) = labpipe_kernels::cube::nvidia::CudaParts::find().missing(0) {
         return Err(format!("load-bench takes a GPU: {missing}").into());
     }
+    // Without what earlier runs compiled: LABPIPE_KERNEL_CACHE=off.
+    let _kernels = labpipe_kernels::cube::kernel_store::KernelStore::open(
+        &labpipe_kernels::cube::nvidia::CudaParts::find().compiler(),
+    );
     let client = cubecl::Device::default().client();
-    // Small values of both signs; a multiplicative walk through fp16's bits below 1.
-    let halves: Vec<u16> =
-        (0..SOURCE_BYTES / 2).map(|i| ((i as u32).wrapping_mul(2_654_435_761) >> 16) as u16 & 0xafff).collect();
-    let mut source = Source { bytes: SharedBytes::from_values(halves), at: 0 };
+    let mut source = Source { bytes: source(file)?, at: 0 };
     println!("{:>8} {:>10} {:>8} {:>10} {:>10}", "scheme", "first s", "then s", "GB/s", "device MB");
     for name in if named.is_empty() { &all[..] } else { &named } {
         let form = Form::of(spec(name).as_ref(), Element::F16)?.ok_or("no kernels for this scheme")?;
@@ -68,17 +84,15 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
             let start = Instant::now();
             let mut held = Vec::new();
             let mut loader = MatrixLoader::new(&client);
-            let mut load = |loader: &mut MatrixLoader<'_>, form, rows: &[usize], n_cols| {
+            let mut load = |loader: &mut MatrixLoader<'_>, form, rows: &[usize], n_cols| -> std::io::Result<_> {
                 let parts: Vec<FileMatrix> = rows.iter().map(|n| source.part(*n, n_cols)).collect();
-                n_read += parts.iter().map(|part| part.bytes.as_slice().len()).sum::<usize>();
-                match loader.load(form, n_cols, &parts, |_, _, _| Ok::<(), Infallible>(())) {
-                    Ok(matrix) => matrix,
-                }
+                n_read += parts.iter().map(|part| part.bytes.len()).sum::<usize>();
+                loader.load(form, n_cols, &parts, |_, _, bytes| bytes.map(drop))
             };
-            held.push(load(&mut loader, Form::Plain(Element::F16), &[128_256], HIDDEN));
+            held.push(load(&mut loader, Form::Plain(Element::F16), &[128_256], HIDDEN)?);
             for _ in 0..N_LAYERS {
                 for (rows, n_cols) in PROJECTIONS {
-                    held.push(load(&mut loader, form, rows, n_cols));
+                    held.push(load(&mut loader, form, rows, n_cols)?);
                 }
                 loader.turn()?;
             }

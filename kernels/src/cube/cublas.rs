@@ -16,8 +16,9 @@ use std::ffi::c_void;
 /// Oldest driver whose context events work, as CUDA numbers versions.
 const MIN_DRIVER_VERSION: i32 = 12_050;
 
-/// Bytes that cuBLAS may use between products: what NVIDIA recommends for Hopper.
-const WORKSPACE_BYTES: usize = 32 << 20;
+/// Bytes that cuBLAS may use within a product. NVIDIA recommends 32 MiB for Hopper, for products that are split over their inner
+/// dimension; those of a prefill have tiles enough.
+pub const WORKSPACE_BYTES: usize = 8 << 20;
 
 /// Why cuBLAS is not used.
 #[derive(Debug, thiserror::Error)]
@@ -85,7 +86,7 @@ impl Cublas {
         if !unsafe { blas_sys::is_culib_present() } {
             return Err(CublasError::Missing);
         }
-        let workspace = client.empty(WORKSPACE_BYTES);
+        let workspace = super::kept(client, WORKSPACE_BYTES);
         let at = Operand::of(client, &workspace, Element::F32)?.address;
         let mut version = 0;
         // SAFETY: plain driver calls; every out-pointer is a local that outlives its call.
@@ -122,7 +123,7 @@ impl Cublas {
         }
     }
 
-    /// Writes `y = x · Wᵀ` with fp32 sums, after everything launched so far and before everything launched later.
+    /// Writes `y = x · Wᵀ`, or adds it to y, with fp32 sums, after everything launched so far and before everything launched later.
     ///
     /// # Shapes
     /// `x` `[m, k]` with rows `x_stride` elements apart, `w` `[n, k]`, `y` `[m, n]` with rows `y_stride` apart.
@@ -139,8 +140,9 @@ impl Cublas {
         y: Operand,
         y_stride: usize,
         [m, n, k]: [usize; 3],
+        adds: bool,
     ) -> Result<(), CublasError> {
-        let (one, zero) = (1.0f32, 0.0f32);
+        let (one, kept) = (1.0f32, if adds { 1.0f32 } else { 0.0f32 });
         client.flush().map_err(|error| CublasError::Call(error.to_string()))?;
         // SAFETY: the operands are live device buffers of these shapes (the caller keeps their handles), and the scalars outlive the call.
         unsafe {
@@ -159,7 +161,7 @@ impl Cublas {
                 x.address as *const c_void,
                 cuda_type(x.element),
                 x_stride as i32,
-                (&raw const zero).cast(),
+                (&raw const kept).cast(),
                 y.address as *mut c_void,
                 cuda_type(y.element),
                 y_stride as i32,

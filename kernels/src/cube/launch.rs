@@ -1,7 +1,7 @@
 //! Launches of the kernels that every runtime has.
 
 use super::decode::{Affine4, Codebook4, DenseBf16, DenseF16, DenseF32, Int8};
-use super::dequantize::{VECTOR_VALUES, dequantize_kernel, dequantize_vectors_kernel};
+use super::dequantize::{PlaceLaunch, VECTOR_VALUES, dequantize_kernel, dequantize_vectors_kernel};
 use super::linear::{CUBE_UNITS, TILE_ROWS, linear_kernel};
 use super::ops::{
     AddNorm, Gate, ROW_UNITS, add_bias_kernel, add_norm_kernel, embed_kernel, gate_kernel, soft_cap_kernel,
@@ -11,6 +11,7 @@ use cubecl::client::Client;
 use cubecl::prelude::*;
 use cubecl::server::Handle;
 use half::{bf16, f16};
+use std::ops::Range;
 
 /// Element type of activations.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -69,12 +70,42 @@ impl Place {
 pub fn linear(
     client: &Client,
     matrix: &DeviceMatrix,
+    elements: [Element; 2],
+    x: &Handle,
+    bias: Option<&Handle>,
+    y: &Handle,
+    place: Place,
+    m: usize,
+) {
+    launch_linear(client, matrix, elements, x, bias, y, place, m, false);
+}
+
+/// Adds `x · Wᵀ` to y.
+///
+/// # Shapes
+/// As [`linear`].
+pub fn linear_add(
+    client: &Client,
+    matrix: &DeviceMatrix,
+    elements: [Element; 2],
+    [x, y]: [&Handle; 2],
+    place: Place,
+    m: usize,
+) {
+    launch_linear(client, matrix, elements, x, None, y, place, m, true);
+}
+
+#[expect(clippy::too_many_arguments, reason = "a product's operands and sizes")]
+fn launch_linear(
+    client: &Client,
+    matrix: &DeviceMatrix,
     [x_element, y_element]: [Element; 2],
     x: &Handle,
     bias: Option<&Handle>,
     y: &Handle,
     place: Place,
     m: usize,
+    adds: bool,
 ) {
     let plane = client.properties().hardware.plane_size_max.max(1);
     let units = CUBE_UNITS.max(plane);
@@ -100,6 +131,7 @@ pub fn linear(
                     place.y_stride as u32,
                     matrix.format,
                     bias.is_some(),
+                    adds,
                 )
             }
         };
@@ -118,15 +150,53 @@ pub fn linear(
     with_decoder!(matrix.kind, by_element);
 }
 
+/// Rows and columns of a matrix that are decoded together.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Piece {
+    /// The second rows follow the first ones; they may be none.
+    pub rows: [Range<usize>; 2],
+    pub cols: Range<usize>,
+}
+
+impl Piece {
+    /// Whole rows.
+    pub fn rows(matrix: &DeviceMatrix, rows: Range<usize>) -> Piece {
+        Piece { rows: [rows, 0..0], cols: 0..matrix.n_cols }
+    }
+
+    pub fn n_rows(&self) -> usize {
+        self.rows[0].len() + self.rows[1].len()
+    }
+
+    fn place(&self) -> PlaceLaunch {
+        PlaceLaunch::new(
+            self.rows[0].start as u32,
+            self.rows[0].len() as u32,
+            self.rows[1].start as u32,
+            self.cols.start as u32,
+            self.cols.len() as u32,
+        )
+    }
+}
+
 /// Writes rows `first_row..first_row + n` as plain numbers.
 ///
 /// # Shapes
 /// `out` `[n, n_cols]`.
 pub fn dequantize(client: &Client, matrix: &DeviceMatrix, element: Element, first_row: usize, n: usize, out: &Handle) {
-    let n_values = n * matrix.n_cols;
+    dequantize_piece(client, matrix, element, &Piece::rows(matrix, first_row..first_row + n), out);
+}
+
+/// Writes a piece of a matrix as plain numbers.
+///
+/// # Shapes
+/// `out` `[piece.n_rows(), piece.cols.len()]`.
+pub fn dequantize_piece(client: &Client, matrix: &DeviceMatrix, element: Element, piece: &Piece, out: &Handle) {
+    let n_values = piece.n_rows() * piece.cols.len();
     let units = 256;
-    if matrix.n_cols.is_multiple_of(VECTOR_VALUES as usize) {
-        return dequantize_vectors(client, matrix, element, first_row, n, out);
+    let is_whole = |n: usize| n.is_multiple_of(VECTOR_VALUES as usize);
+    if is_whole(matrix.n_cols) && is_whole(piece.cols.start) && is_whole(piece.cols.len()) {
+        return dequantize_vectors(client, matrix, element, piece, out);
     }
     let count = cube_count(n_values.div_ceil(units));
     macro_rules! call {
@@ -139,7 +209,7 @@ pub fn dequantize(client: &Client, matrix: &DeviceMatrix, element: Element, firs
                     CubeDim::new_1d(units as u32),
                     matrix.argument(),
                     BufferArg::from_raw_parts(out.clone(), n_values),
-                    first_row as u32,
+                    piece.place(),
                     n_values as u32,
                     matrix.format,
                 )
@@ -158,15 +228,9 @@ pub fn dequantize(client: &Client, matrix: &DeviceMatrix, element: Element, firs
     with_decoder!(matrix.kind, by_element);
 }
 
-fn dequantize_vectors(
-    client: &Client,
-    matrix: &DeviceMatrix,
-    element: Element,
-    first_row: usize,
-    n: usize,
-    out: &Handle,
-) {
-    let n_groups = n * matrix.n_cols / VECTOR_VALUES as usize;
+fn dequantize_vectors(client: &Client, matrix: &DeviceMatrix, element: Element, piece: &Piece, out: &Handle) {
+    let n_values = piece.n_rows() * piece.cols.len();
+    let n_groups = n_values / VECTOR_VALUES as usize;
     macro_rules! call {
         ($decoder:ty, $float:ty, $width:literal) => {
             // SAFETY: rows are whole groups of eight values, and the output holds all of them.
@@ -177,8 +241,8 @@ fn dequantize_vectors(
                     CubeDim::new_1d(256),
                     $width,
                     matrix.argument(),
-                    BufferArg::from_raw_parts(out.clone(), n * matrix.n_cols / $width),
-                    first_row as u32,
+                    BufferArg::from_raw_parts(out.clone(), n_values / $width),
+                    piece.place(),
                     n_groups as u32,
                     matrix.format,
                 )

@@ -91,19 +91,21 @@ pub fn score(
     [first, n]: [usize; 2],
     vocab: usize,
 ) {
+    // A row is one cube's: more units have more of it on its way.
+    let units = if client.name() == "cuda" { 1024 } else { CHOOSE_UNITS };
     // SAFETY: the buffers have the lengths given.
     unsafe {
         nll_kernel::launch_unchecked(
             client,
             CubeCount::Static(n as u32, 1, 1),
-            CubeDim::new_1d(CHOOSE_UNITS),
+            CubeDim::new_1d(units),
             buffer(logits, n * vocab),
             buffer(targets, n_targets),
             buffer(nll, n_targets),
             buffer(choice, n_targets),
             vocab as u32,
             first as u32,
-            CHOOSE_UNITS,
+            units,
         )
     }
 }

@@ -1,4 +1,4 @@
-//! `y = x · Wᵀ + b` for any scheme, shape and runtime, a plane of lanes a weight row: what the fast kernels fall back to.
+//! `y = x · Wᵀ + b`, or `y += x · Wᵀ`, for any scheme, shape and runtime, a plane of lanes a weight row: what the fast kernels fall back to.
 
 use super::decode::{Decode, Format, Stored};
 use cubecl::prelude::*;
@@ -24,6 +24,7 @@ pub fn linear_kernel<D: Decode, A: Float, O: Float>(
     y_stride: u32,
     #[comptime] format: Format,
     #[comptime] has_bias: bool,
+    #[comptime] adds: bool,
 ) {
     let planes = CUBE_DIM_X / PLANE_DIM;
     let row = CUBE_POS_X * planes + UNIT_POS_X / PLANE_DIM;
@@ -53,7 +54,11 @@ pub fn linear_kernel<D: Decode, A: Float, O: Float>(
                 if comptime!(has_bias) {
                     sum += bias[row as usize];
                 }
-                y[((first + i) * y_stride + y_first + row) as usize] = O::cast_from(sum);
+                let at = ((first + i) * y_stride + y_first + row) as usize;
+                if comptime!(adds) {
+                    sum += f32::cast_from(y[at]);
+                }
+                y[at] = O::cast_from(sum);
             }
         }
     }

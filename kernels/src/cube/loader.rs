@@ -16,6 +16,7 @@ use cubecl::prelude::*;
 use cubecl::server::{Handle, ServerError};
 use rayon::prelude::*;
 use std::future::Future;
+use std::io;
 use std::pin::Pin;
 
 /// Makes matrices on a device. What is read of the host is bounded by tiles in pinned memory; what the device holds besides the
@@ -69,7 +70,7 @@ impl<'a> MatrixLoader<'a> {
     }
 
     /// Makes one matrix of `parts`, their rows one after the other. `look` is given pieces of them before they are copied: part, byte
-    /// within it, bytes; several threads call it.
+    /// within it, the bytes or why they were not read; several threads call it.
     ///
     /// Where `form` has second-level scales, they are there after the next but one [`turn`](Self::turn), or [`settle`](Self::settle).
     ///
@@ -80,7 +81,7 @@ impl<'a> MatrixLoader<'a> {
         form: Form,
         n_cols: usize,
         parts: &[FileMatrix],
-        look: impl Fn(usize, usize, &[u8]) -> Result<(), E> + Sync,
+        look: impl Fn(usize, usize, io::Result<&[u8]>) -> Result<(), E> + Sync,
     ) -> Result<DeviceMatrix, E> {
         let sizes: Vec<Sizes> = parts.iter().map(|part| form.sizes(part.n_rows, n_cols)).collect();
         let words = |n: usize| n.div_ceil(4).max(1);
@@ -150,7 +151,7 @@ impl<'a> MatrixLoader<'a> {
         n_cols: usize,
         part: &FileMatrix,
         target: &Target<'_>,
-        look: impl Fn(usize, &[u8]) -> Result<(), E> + Sync,
+        look: impl Fn(usize, io::Result<&[u8]>) -> Result<(), E> + Sync,
     ) -> Result<Option<UnsettledPart>, E> {
         let (n_values, size) = (part.n_rows * n_cols, part.reading.source.size_bytes());
         if form == Form::Plain(part.reading.source) {

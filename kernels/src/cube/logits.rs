@@ -121,6 +121,27 @@ fn best_of_row(logits: &[f32], base: u32, n: u32) -> (f32, u32) {
     (value, index)
 }
 
+/// Returns a unit's own part of the sum over a row of e^(logit - largest).
+#[cube]
+fn exp_sum_of_row(logits: &[f32], base: u32, n: u32, largest: f32) -> f32 {
+    let mut sum = 0.0f32;
+    let mut at = UNIT_POS_X;
+    while at < n {
+        let mut some = Array::<f32>::new(IN_FLIGHT as usize);
+        #[unroll]
+        for i in 0..IN_FLIGHT {
+            let place = at + i * CUBE_DIM_X;
+            some[i as usize] = logits[(base + select(place < n, place, at)) as usize];
+        }
+        #[unroll]
+        for i in 0..IN_FLIGHT {
+            sum += select(at + i * CUBE_DIM_X < n, (some[i as usize] - largest).exp(), 0.0f32);
+        }
+        at += IN_FLIGHT * CUBE_DIM_X;
+    }
+    sum
+}
+
 /// Leaves the best of all units in slot 0, the first of equals.
 #[cube]
 fn fold_best(best: &mut Shared<[f32]>, place: &mut Shared<[u32]>, #[comptime] units: u32) {
@@ -163,13 +184,7 @@ pub fn nll_kernel(
     let base = CUBE_POS_X * vocab;
     let (value, index) = best_of_row(logits, base, vocab);
     let largest = cube_max(value, &mut scratch);
-    let mut sum = 0.0f32;
-    let mut at = UNIT_POS_X;
-    while at < vocab {
-        sum += (logits[(base + at) as usize] - largest).exp();
-        at += CUBE_DIM_X;
-    }
-    let total = cube_sum(sum, &mut scratch);
+    let total = cube_sum(exp_sum_of_row(logits, base, vocab, largest), &mut scratch);
     best[UNIT_POS_X as usize] = value;
     place[UNIT_POS_X as usize] = index;
     fold_best(&mut best, &mut place, units);

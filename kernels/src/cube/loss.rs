@@ -10,6 +10,7 @@ use crate::error::mse_and_sqnr;
 use cubecl::client::Client;
 use cubecl::prelude::*;
 use cubecl::server::{Handle, ServerError};
+use std::io;
 
 /// Values that are decoded at a time: 32 MiB of them.
 const TILE_VALUES: usize = 8 << 20;
@@ -43,22 +44,21 @@ impl<'a> LossMeter<'a> {
         LossMeter { client, raw: None, decoded: None }
     }
 
-    /// Compares a matrix with the file's values that it was made of, which pass through a tile once more. `go_on` is asked before
-    /// every piece of them; second-level scales are settled.
+    /// Compares a matrix with the file's values that it was made of, which pass through a tile once more; second-level scales are
+    /// settled. `look` is given pieces of them as [`MatrixLoader::load`](super::MatrixLoader::load)'s is.
     ///
     /// # Errors
-    /// What `go_on` returns.
+    /// What `look` returns for the first piece that it refuses.
     pub fn measure<E: Send>(
         &mut self,
         matrix: &DeviceMatrix,
         file: &FileMatrix,
-        go_on: impl Fn() -> Result<(), E> + Sync,
+        look: impl Fn(usize, io::Result<&[u8]>) -> Result<(), E> + Sync,
     ) -> Result<Loss, E> {
         let (n_cols, size) = (matrix.n_cols, file.reading.source.size_bytes());
         let tile_rows = tile_rows(matrix.n_rows, n_cols);
         let n_sums = matrix.n_rows.div_ceil(tile_rows) * (tile_rows * n_cols).div_ceil(CUBE_VALUES);
         let sums = self.client.create_from_slice(&vec![0; 16 * n_sums.max(1)]);
-        let look = |_: usize, _: &[u8]| go_on();
         for (tile_idx, first_row) in (0..matrix.n_rows).step_by(tile_rows).enumerate() {
             let n_rows = tile_rows.min(matrix.n_rows - first_row);
             let n = n_rows * n_cols;

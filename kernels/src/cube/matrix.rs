@@ -1,5 +1,6 @@
 //! A stored matrix on the device.
 
+use super::Element;
 use super::decode::{Format, OFFSETS, StoredLaunch};
 use crate::dense::DenseType;
 use crate::schemes::dynamic_map::dynamic_map;
@@ -45,6 +46,30 @@ pub struct DeviceMatrix {
 pub(super) const NO_BLOCKS: u32 = 1 << 30;
 
 impl DeviceMatrix {
+    /// Returns a matrix of plain numbers that lie in a buffer already.
+    ///
+    /// # Shapes
+    /// `values` `[n_rows, n_cols]` at least, in whole words of four bytes.
+    pub fn plain(element: Element, values: &Handle, n_rows: usize, n_cols: usize) -> DeviceMatrix {
+        let kind = match element {
+            Element::F32 => Kind::F32,
+            Element::F16 => Kind::F16,
+            Element::Bf16 => Kind::Bf16,
+        };
+        DeviceMatrix {
+            kind,
+            format: Format { block_size: NO_BLOCKS, nested: false },
+            n_rows,
+            n_cols,
+            codes: values.clone(),
+            scales: values.clone(),
+            aux: values.clone(),
+            tables: values.clone(),
+            segments: [u32::MAX; 2],
+            lens: [(n_rows * n_cols * element.size_bytes()).div_ceil(4), 1, 1, 1],
+        }
+    }
+
     /// Copies a matrix from the host in its stored form.
     ///
     /// # Errors

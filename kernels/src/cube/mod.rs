@@ -20,6 +20,7 @@ mod dequantize;
 pub mod flash;
 mod form;
 pub mod gemv;
+pub mod kernel_store;
 mod launch;
 mod launch_attention;
 mod launch_logits;
@@ -40,7 +41,8 @@ mod tile;
 
 pub use form::{FileMatrix, Form};
 pub use launch::{
-    Element, Place, Residual, add_bias, add_norm, dequantize, embed, gate, gate_columns, linear, soft_cap,
+    Element, Piece, Place, Residual, add_bias, add_norm, dequantize, dequantize_piece, embed, gate, gate_columns,
+    linear, linear_add, soft_cap,
 };
 pub use launch_attention::{DecodeScratch, LayerCache, attention, decode_attention, rope_append};
 pub use launch_logits::{ChooseScratch, choose, has_clock, score, stamp};

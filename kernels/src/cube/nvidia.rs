@@ -36,6 +36,16 @@ impl CudaParts {
         parts
     }
 
+    /// Returns what compiles kernels: the driver, as the CUDA it supports, and NVRTC.
+    pub fn compiler(&self) -> String {
+        let (mut major, mut minor) = (0, 0);
+        if self.has_nvrtc {
+            // SAFETY: writes two integers, which outlive the call; where it fails they stay 0.
+            let _ = unsafe { cudarc::nvrtc::sys::nvrtcVersion(&mut major, &mut minor) };
+        }
+        format!("driver for CUDA {}, NVRTC {major}.{minor}", self.driver.as_deref().unwrap_or("none"))
+    }
+
     /// Returns why device `index` can't be used, or nothing.
     pub fn missing(&self, index: usize) -> Option<String> {
         match self {

@@ -161,7 +161,7 @@ pub fn codebook_codes_kernel(
         let largest = absmax[(first_block + at / block_size) as usize];
         let scale = 1.0f32 / largest;
         let mut word = 0u32;
-        #[unroll]
+        // Unrolled, the kernel would run no faster for the time that compiling it takes: it waits for memory.
         for i in 0..8u32 {
             let mut code = 0u32;
             if at + i < n_values {
@@ -175,11 +175,11 @@ pub fn codebook_codes_kernel(
                 }
                 // A block of zeros divides zero by zero, which is above no threshold.
                 code = select(largest == 0.0f32, 0u32, code);
-            } else if comptime!(i % 2 == 1 && book == Book::Nf4) {
+            } else if comptime!(book == Book::Nf4) {
                 // The odd nibble behind an odd number of values holds the code of 0.
-                code = select(at + i == n_values, 7u32, 0u32);
+                code = select(at + i == n_values && i % 2u32 == 1u32, 7u32, 0u32);
             }
-            word |= code << comptime!((i ^ 1) * 4);
+            word |= code << ((i ^ 1u32) * 4u32);
         }
         codes[(first_word + word_at) as usize] = word;
     }

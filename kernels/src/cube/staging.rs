@@ -1,21 +1,26 @@
-//! Bytes of the host on their way to the device: pieces that threads copy to pinned memory while earlier ones are in transit.
+//! Bytes of the host on their way to the device: chunks that threads read into pinned memory while earlier ones are in transit.
 
 use crate::weight::SharedBytes;
 use cubecl::bytes::{AccessError, AccessPolicy, AllocationController, AllocationProperty, Bytes};
 use cubecl::client::Client;
 use cubecl::server::Handle;
 use rayon::prelude::*;
+use std::io;
 use std::mem::MaybeUninit;
 use std::ops::Range;
 
-/// Bytes that a thread looks at and copies at a time: they stay in its cache between the two.
-const PIECE_BYTES: usize = 2 << 20;
+/// Bytes that are copied to the device at a time. Above ten MiB the runtime waits for the chunk before the last when it has started to
+/// copy one, so that three are in use at most; pinning a page takes the driver longer than filling it.
+const CHUNK_BYTES: usize = 16 << 20;
+
+/// Bytes that a thread reads and looks at at a time: they stay in its cache between the two.
+const PIECE_BYTES: usize = 512 << 10;
 
 /// Copies `source[range]` to `target` from byte `at` (a multiple of four) on. The last word is filled with zeros; the buffer is whole
-/// words. `look` is given every piece's position in `source` and its bytes before they are copied, by several threads.
+/// words. `look` is given every piece's position in `source` and its bytes, or why they were not read, before they are copied, by
+/// several threads.
 ///
-/// Pieces go through the runtime's pinned memory where it has any, so that they are copied while the device works; it bounds how
-/// much of it is in use by waiting for what was copied before.
+/// Pieces are read into the runtime's pinned memory where it has any, so that they are copied while the device works.
 ///
 /// # Errors
 /// What `look` returns for the first piece that it refuses.
@@ -25,34 +30,36 @@ pub fn stage<E: Send>(
     range: Range<usize>,
     target: &Handle,
     at: usize,
-    look: &(impl Fn(usize, &[u8]) -> Result<(), E> + Sync),
+    look: &(impl Fn(usize, io::Result<&[u8]>) -> Result<(), E> + Sync),
 ) -> Result<(), E> {
-    // Every thread would have a stream of its own, and pinned memory with it.
+    // Pinned memory belongs to a stream, and every thread would have one of its own.
     let stream = target.stream;
-    let starts: Vec<usize> = range.clone().step_by(PIECE_BYTES).collect();
-    let copy = |start: &usize| {
-        let piece = source.slice(*start..(*start + PIECE_BYTES).min(range.end));
-        look(*start, piece.as_slice())?;
-        stream.executes(|| write(client, &piece, target, at + (start - range.start)));
-        Ok(())
-    };
-    // All pieces are looked at, so that the first that is refused is named whichever thread meets it.
-    starts.par_iter().map(copy).collect::<Vec<Result<(), E>>>().into_iter().collect()
+    for start in range.clone().step_by(CHUNK_BYTES) {
+        let n_bytes = CHUNK_BYTES.min(range.end - start);
+        let n_whole = n_bytes.next_multiple_of(4);
+        let mut chunk = stream.executes(|| room(client, n_whole));
+        fill(source, start, &mut chunk[..n_bytes], look)?;
+        chunk[n_bytes..].fill(0);
+        let part = part(target, at + (start - range.start), n_whole);
+        stream.executes(|| client.write(&part, chunk));
+    }
+    Ok(())
 }
 
-fn write(client: &Client, piece: &SharedBytes, target: &Handle, at: usize) {
-    let n_bytes = piece.as_slice().len();
-    let whole = n_bytes / 4 * 4;
-    if whole > 0 {
-        let mut bytes = in_place(&piece.slice(0..whole));
-        client.staging(std::iter::once(&mut bytes), false);
-        client.write(&part(target, at, whole), bytes);
-    }
-    if whole < n_bytes {
-        let mut last = piece.as_slice()[whole..].to_vec();
-        last.resize(4, 0);
-        client.write(&part(target, at + whole, 4), Bytes::from_bytes_vec(last));
-    }
+fn fill<E: Send>(
+    source: &SharedBytes,
+    first: usize,
+    chunk: &mut [u8],
+    look: &(impl Fn(usize, io::Result<&[u8]>) -> Result<(), E> + Sync),
+) -> Result<(), E> {
+    let read = |(piece_idx, piece): (usize, &mut [u8])| {
+        let at = first + piece_idx * PIECE_BYTES;
+        let read = source.read_into(at, piece);
+        look(at, read.map(|()| &*piece))
+    };
+    // All pieces are looked at, so that the first that is refused is named whichever thread meets it.
+    let looked: Vec<Result<(), E>> = chunk.par_chunks_mut(PIECE_BYTES).enumerate().map(read).collect();
+    looked.into_iter().collect()
 }
 
 fn part(target: &Handle, at: usize, n_bytes: usize) -> Handle {
@@ -60,16 +67,22 @@ fn part(target: &Handle, at: usize, n_bytes: usize) -> Handle {
     target.clone().offset_start(at as u64).offset_end(behind)
 }
 
-/// Bytes that stay where they are.
-struct InPlace(SharedBytes);
-
-fn in_place(bytes: &SharedBytes) -> Bytes {
-    let len = bytes.as_slice().len();
-    // SAFETY: all of the slice is initialized.
-    unsafe { Bytes::from_controller(Box::new(InPlace(bytes.clone())), len) }
+/// Returns memory for so many bytes: pinned where the runtime has such.
+fn room(client: &Client, n_bytes: usize) -> Bytes {
+    // SAFETY: nothing reads these bytes: they are asked for staging, and dropped.
+    let mut bytes = unsafe { Bytes::from_controller(Box::new(Unmade(n_bytes)), n_bytes) };
+    client.staging(std::iter::once(&mut bytes), false);
+    match bytes.property() {
+        AllocationProperty::Pinned | AllocationProperty::Native => bytes,
+        _ => Bytes::from_bytes_vec(vec![0; n_bytes]),
+    }
 }
 
-impl AllocationController for InPlace {
+/// Bytes that are nowhere. The runtime puts its own in their place, and asks these to be copied there, which costs nothing; it has no
+/// other way to hand out pinned memory.
+struct Unmade(usize);
+
+impl AllocationController for Unmade {
     fn alloc_align(&self) -> usize {
         1
     }
@@ -79,13 +92,16 @@ impl AllocationController for InPlace {
     }
 
     unsafe fn memory_mut(&mut self, _policy: AccessPolicy) -> Result<&mut [MaybeUninit<u8>], AccessError> {
-        // They may lie in a file.
         Err(AccessError::WouldCopy)
     }
 
     fn memory(&self, _policy: AccessPolicy) -> Result<&[MaybeUninit<u8>], AccessError> {
-        let bytes = self.0.as_slice();
-        // SAFETY: the same bytes, of a type with the same layout that asks for less.
-        Ok(unsafe { std::slice::from_raw_parts(bytes.as_ptr().cast(), bytes.len()) })
+        Err(AccessError::WouldCopy)
     }
+
+    fn capacity(&self) -> usize {
+        self.0
+    }
+
+    unsafe fn copy_into(&self, _buf: &mut [u8]) {}
 }

@@ -5,6 +5,7 @@ use half::{bf16, f16};
 use labpipe_kernels::dense::DenseType;
 use labpipe_kernels::weight::SharedBytes;
 use rayon::prelude::*;
+use std::io;
 
 /// Values a thread takes at a time.
 const CHUNK: usize = 1 << 16;
@@ -63,28 +64,36 @@ pub fn to_dtype(values: &[f32], dtype: DType) -> SharedBytes {
 
 /// Returns the first value that is NaN or infinite, with its index.
 pub fn first_not_finite(dtype: DType, bytes: &[u8]) -> Option<(usize, f32)> {
-    let size = dtype.size_bytes();
-    // An exponent of all ones marks NaN and infinities in each of the three types.
-    let bad = |raw: &[u8]| match (dtype, raw) {
-        (DType::F32, [_, _, b2, b3]) => (u16::from_le_bytes([*b2, *b3]) & 0x7f80) == 0x7f80,
-        (DType::F16, [b0, b1]) => (u16::from_le_bytes([*b0, *b1]) & 0x7c00) == 0x7c00,
-        (DType::Bf16, [b0, b1]) => (u16::from_le_bytes([*b0, *b1]) & 0x7f80) == 0x7f80,
-        _ => false,
-    };
-    let chunk_idx = bytes.par_chunks(CHUNK * size).position_first(|chunk| {
-        // Without an early exit the scan of a whole chunk vectorizes.
-        chunk.chunks_exact(size).fold(false, |any, raw| any | bad(raw))
-    })?;
-    let first = chunk_idx * CHUNK;
-    let within = bytes[first * size..].chunks_exact(size).position(bad)?;
-    let index = first + within;
-    let mut value = [0.0f32];
-    fill_f32(dtype, &bytes[index * size..(index + 1) * size], &mut value);
-    Some((index, value[0]))
+    let chunks = bytes.par_chunks(CHUNK * dtype.size_bytes()).enumerate();
+    chunks
+        .map(|(chunk_idx, chunk)| found_at(chunk_idx, first_beyond(dtype, dtype, chunk)))
+        .find_first(Option::is_some)?
+}
+
+/// As [`first_not_finite`], of values that are read a chunk a thread: a file's pages are not mapped for it.
+///
+/// # Errors
+/// Why the bytes before the first such value could not be read.
+pub fn read_first_not_finite(dtype: DType, bytes: &SharedBytes) -> io::Result<Option<(usize, f32)>> {
+    let chunk_bytes = CHUNK * dtype.size_bytes();
+    let chunks = (0..bytes.len().div_ceil(chunk_bytes)).into_par_iter();
+    let looked = chunks.map_init(
+        || vec![0u8; chunk_bytes],
+        |chunk, chunk_idx| {
+            let first = chunk_idx * chunk_bytes;
+            let chunk = &mut chunk[..chunk_bytes.min(bytes.len() - first)];
+            bytes.read_into(first, chunk)?;
+            Ok(found_at(chunk_idx, first_beyond(dtype, dtype, chunk)))
+        },
+    );
+    looked.find_first(|looked| !matches!(looked, Ok(None))).unwrap_or(Ok(None))
+}
+
+fn found_at(chunk_idx: usize, found: Option<(usize, f32)>) -> Option<(usize, f32)> {
+    found.map(|(index, value)| (chunk_idx * CHUNK + index, value))
 }
 
 /// Returns the first value that is not finite in `base`: NaN, infinite, or beyond that type's range. One thread reads all bytes.
-#[cfg(any(feature = "cuda", feature = "wgpu"))]
 pub fn first_beyond(stored: DType, base: DType, bytes: &[u8]) -> Option<(usize, f32)> {
     // The smallest magnitude, as bits, that rounds to infinity.
     let limit = match (stored, base) {
@@ -121,7 +130,6 @@ pub fn first_beyond(stored: DType, base: DType, bytes: &[u8]) -> Option<(usize, 
 mod tests {
     use super::*;
 
-    #[cfg(any(feature = "cuda", feature = "wgpu"))]
     #[test]
     fn a_value_is_beyond_a_type_where_its_conversion_is_infinite() {
         for stored in DType::ALL {
@@ -130,7 +138,8 @@ mod tests {
                     for value in [edge, -edge] {
                         let bytes = to_dtype(&[1.0, value], stored);
                         let exact = to_f32(stored, bytes.as_slice());
-                        let want = first_not_finite(base, to_dtype(&exact, base).as_slice()).map(|(index, _)| index);
+                        let rounded = to_f32(base, to_dtype(&exact, base).as_slice());
+                        let want = rounded.iter().position(|value| !value.is_finite());
                         let found = first_beyond(stored, base, bytes.as_slice());
                         assert_eq!(found.map(|(index, _)| index), want, "{value} in {stored} as {base}");
                         assert!(found.is_none_or(|(_, value)| value.to_bits() == exact[1].to_bits()));
@@ -147,8 +156,10 @@ mod tests {
             assert_eq!(first_not_finite(dtype, to_dtype(&values, dtype).as_slice()), None);
             values[170_001] = f32::INFINITY;
             values[170_005] = f32::NAN;
-            let found = first_not_finite(dtype, to_dtype(&values, dtype).as_slice());
-            assert_eq!(found, Some((170_001, f32::INFINITY)), "{dtype}");
+            let bytes = to_dtype(&values, dtype);
+            let found = Some((170_001, f32::INFINITY));
+            assert_eq!(first_not_finite(dtype, bytes.as_slice()), found, "{dtype}");
+            assert_eq!(read_first_not_finite(dtype, &bytes).expect("bytes in memory"), found, "{dtype}");
         }
     }
 

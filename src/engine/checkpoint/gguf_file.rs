@@ -275,20 +275,19 @@ impl GgufCheckpoint {
     /// Checks that all tensors that can be read hold finite values; places are those of the file's own order of rows.
     ///
     /// # Errors
-    /// `NotFinite`; `Cancelled`.
+    /// `NotFinite`; `File` where one could not be read; `Cancelled`.
     pub fn check_values(&self, progress: &dyn Progress) -> Result<(), InferenceError> {
         progress.begin(Some(self.file.tensors().count() as u64), "tensors");
         for (name, tensor) in self.file.tensors() {
             if progress.is_cancelled() {
                 return Err(InferenceError::Cancelled);
             }
-            let found = match tensor.ty.dtype {
-                Some(dtype) => super::first_not_finite(dtype, self.file.bytes(tensor).as_slice()),
-                None => self.file.first_not_finite(tensor),
-            };
-            if let Some((index, value)) = found {
-                let (path, tensor) = (self.file.path().to_owned(), name.to_owned());
-                return Err(InferenceError::NotFinite { path, tensor, index, value });
+            let path = self.file.path().to_owned();
+            if let Some(dtype) = tensor.ty.dtype {
+                let (shape, bytes) = (tensor.shape.clone(), self.file.bytes(tensor));
+                StoredTensor { dtype, shape, bytes, path }.check_values(name)?;
+            } else if let Some((index, value)) = self.file.first_not_finite(tensor) {
+                return Err(InferenceError::NotFinite { path, tensor: name.to_owned(), index, value });
             }
             progress.advance(1);
         }

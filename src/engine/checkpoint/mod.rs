@@ -9,7 +9,7 @@ mod safetensors_file;
 
 #[cfg(any(feature = "cuda", feature = "wgpu"))]
 pub use convert::first_beyond;
-pub use convert::{dense_type, first_not_finite, to_dtype, to_f32};
+pub use convert::{dense_type, first_not_finite, read_first_not_finite, to_dtype, to_f32};
 pub use gguf_file::{GgufCheckpoint, is_gguf};
 pub use random::random_values;
 pub use safetensors_file::SafetensorsFolder;
@@ -29,6 +29,34 @@ pub struct StoredTensor {
     /// Row-major, little-endian; may be misaligned for the element type.
     pub bytes: SharedBytes,
     pub path: PathBuf,
+}
+
+impl StoredTensor {
+    /// Checks that all values are finite. They are read, not mapped: whoever asks for a tensor's values alone has no use for its pages.
+    ///
+    /// # Errors
+    /// `NotFinite`, `File`.
+    pub fn check_values(&self, name: &str) -> Result<(), InferenceError> {
+        match read_first_not_finite(self.dtype, &self.bytes) {
+            Ok(None) => Ok(()),
+            Ok(Some((index, value))) => {
+                let (path, tensor) = (self.path.clone(), name.to_owned());
+                Err(InferenceError::NotFinite { path, tensor, index, value })
+            }
+            Err(error) => Err(self.unreadable(name, &error)),
+        }
+    }
+
+    /// Returns the error of a tensor whose bytes could not be read.
+    pub fn unreadable(&self, name: &str, error: &std::io::Error) -> InferenceError {
+        let reason = match error.kind() {
+            std::io::ErrorKind::UnexpectedEof => {
+                format!("it ends within tensor {name}: it was cut short while it was read")
+            }
+            _ => format!("tensor {name}: {error}"),
+        };
+        InferenceError::File { path: self.path.clone(), reason }
+    }
 }
 
 /// A source of tensors.

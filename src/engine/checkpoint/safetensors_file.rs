@@ -1,7 +1,7 @@
 //! A folder of safetensors files: `model.safetensors`, or shards with `model.safetensors.index.json`.
 
+use super::StoredTensor;
 use super::bitsandbytes::is_packed;
-use super::{StoredTensor, first_not_finite};
 use crate::event::Progress;
 use crate::inference::InferenceError;
 use crate::units::DType;
@@ -172,7 +172,7 @@ impl SafetensorsFolder {
     /// Checks that all weights and biases hold finite values. Other tensors (buffers that some exporters save) are never used.
     ///
     /// # Errors
-    /// `NotFinite`; `Cancelled`.
+    /// `NotFinite`; `File` where one could not be read; `Cancelled`.
     pub fn check_values(&self, progress: &dyn Progress) -> Result<(), InferenceError> {
         progress.begin(Some(self.tensors.len() as u64), "tensors");
         for (name, tensor) in &self.tensors {
@@ -181,9 +181,8 @@ impl SafetensorsFolder {
             }
             // Packed codes may lie in a container of floats.
             let is_used = name.ends_with(".bias") || name.ends_with(".weight") && !is_packed(self, name);
-            if is_used && let Some((index, value)) = first_not_finite(tensor.dtype, tensor.bytes.as_slice()) {
-                let path = tensor.path.clone();
-                return Err(InferenceError::NotFinite { path, tensor: name.clone(), index, value });
+            if is_used {
+                tensor.check_values(name)?;
             }
             progress.advance(1);
         }
@@ -191,10 +190,10 @@ impl SafetensorsFolder {
     }
 
     fn add_file(&mut self, path: &Path) -> Result<(), InferenceError> {
-        let file = File::open(path).map_err(|error| fail(path, error.to_string()))?;
+        let file = Arc::new(File::open(path).map_err(|error| fail(path, error.to_string()))?);
         // SAFETY: labpipe never writes model files; a file cut short by somebody else while it is mapped raises SIGBUS, as
         // with every program that maps models.
-        let map = unsafe { Mmap::map(&file) }.map_err(|error| fail(path, error.to_string()))?;
+        let map = unsafe { Mmap::map(&*file) }.map_err(|error| fail(path, error.to_string()))?;
         let owner: Arc<Mmap> = Arc::new(map);
         let parsed = SafeTensors::deserialize(&owner).map_err(|error| {
             fail(path, format!("its header does not fit the file ({error}); was the download cut short?"))
@@ -205,7 +204,7 @@ impl SafetensorsFolder {
                 return Err(fail(path, format!("no tensor is named {name:?}; the file is damaged")));
             }
             let first = view.data().as_ptr() as usize - base;
-            let bytes = SharedBytes::new(owner.clone(), first..first + view.data().len());
+            let bytes = SharedBytes::mapped(owner.clone(), Arc::clone(&file), first..first + view.data().len());
             self.raw.insert(name.to_owned(), RawTensor::of(&view, &bytes, path));
             let dtype = match view.dtype() {
                 Dtype::F32 => DType::F32,

@@ -1,5 +1,6 @@
 //! The [`Engine`] on a GPU.
 
+use super::arena::Arena;
 use super::model::GpuModel;
 use super::pass::Passes;
 use super::products::{Products, element};
@@ -18,10 +19,12 @@ use crate::inference::{
 use crate::units::DType;
 use burn::tensor::Device;
 use cubecl::client::Client;
+use labpipe_kernels::cube::Element;
+use labpipe_kernels::cube::kernel_store::KernelStore;
 use std::path::Path;
 
 /// Grows when the numbers that this engine computes change.
-const NUMERICS_VERSION: u32 = 2;
+const NUMERICS_VERSION: u32 = 3;
 
 /// cubecl on one device.
 pub struct GpuEngine {
@@ -31,11 +34,13 @@ pub struct GpuEngine {
     info: EngineInfo,
     senses: Senses,
     room: Room,
+    /// Written when the engine goes: what was compiled has been by then.
+    _kernels: Option<KernelStore>,
 }
 
 impl GpuEngine {
-    /// Takes a device that was found; `device` identifies it in records.
-    pub fn new(client: Client, device: String, senses: Senses) -> GpuEngine {
+    /// Takes a device that was found; `device` identifies it in records, `kernels` keeps what is compiled for it.
+    pub fn new(client: Client, device: String, senses: Senses, kernels: Option<KernelStore>) -> GpuEngine {
         let info = EngineInfo {
             backend: format!("burn-{} 0.22 (cubecl 0.11)", client.name()),
             device,
@@ -44,7 +49,7 @@ impl GpuEngine {
             is_host: false,
         };
         let room = Room::new(&client, &senses);
-        GpuEngine { client, host: BurnEngine::cpu(), info, senses, room }
+        GpuEngine { client, host: BurnEngine::cpu(), info, senses, room, _kernels: kernels }
     }
 
     /// Fills in what a GPU computes in where the recipe leaves it open: what weights are stored in, so far as the device can.
@@ -68,18 +73,13 @@ impl GpuEngine {
     fn tidy(&self) {
         let _ = self.client.memory_cleanup();
     }
-}
 
-impl Engine for GpuEngine {
-    fn info(&self) -> EngineInfo {
-        self.info.clone()
-    }
-
-    fn inspect(&self, recipe: &ModelRecipe) -> Result<ModelInfo, InferenceError> {
-        self.host.inspect(&self.settled(recipe)?)
-    }
-
-    fn open(&self, recipe: &ModelRecipe, progress: &dyn Progress) -> Result<Box<dyn Model>, InferenceError> {
+    fn load(
+        &self,
+        recipe: &ModelRecipe,
+        progress: &dyn Progress,
+        products: impl FnOnce(Client, Element) -> Products + Send,
+    ) -> Result<GpuModel, InferenceError> {
         let recipe = self.settled(recipe)?;
         let info = self.host.inspect(&recipe)?;
         let compute = info.compute_dtype;
@@ -94,11 +94,34 @@ impl Engine for GpuEngine {
         let (spec, checkpoint) = self.host.prepare(&recipe)?;
         let host = Device::flex();
         let reader = WeightReader { checkpoint: &checkpoint, spec: &spec, recipe: &recipe, device: &host };
-        let weights = GpuWeights::load(&self.client, &reader, progress)?;
+        // What opens a library for products and what copies weights wait for different things. A thread has a stream of its own unless
+        // it is told to use another's.
+        let stream = self.client.empty(4).stream;
+        let (weights, products) = std::thread::scope(|scope| {
+            let open = || stream.executes(|| products(self.client.clone(), element(compute)));
+            let products = scope.spawn(open);
+            let weights = GpuWeights::load(&self.client, &reader, progress);
+            (weights, products.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)))
+        });
+        let weights = weights?;
         super::decode::synchronize(&self.client)?;
         self.tidy();
-        let products = Products::new(self.client.clone(), element(compute));
-        Ok(Box::new(GpuModel::new(info, Passes { spec, weights, products, compute }, self.room.clone())))
+        let passes = Passes { spec, weights, products, compute, arena: Arena::default() };
+        Ok(GpuModel::new(info, passes, self.room.clone()))
+    }
+}
+
+impl Engine for GpuEngine {
+    fn info(&self) -> EngineInfo {
+        self.info.clone()
+    }
+
+    fn inspect(&self, recipe: &ModelRecipe) -> Result<ModelInfo, InferenceError> {
+        self.host.inspect(&self.settled(recipe)?)
+    }
+
+    fn open(&self, recipe: &ModelRecipe, progress: &dyn Progress) -> Result<Box<dyn Model>, InferenceError> {
+        Ok(Box::new(self.load(recipe, progress, Products::new)?))
     }
 
     fn survey(
@@ -134,5 +157,78 @@ impl Engine for GpuEngine {
 
     fn free_bytes(&self) -> Option<u64> {
         self.room.free_bytes()
+    }
+}
+
+/// Panels, which passes take where cuBLAS is: by it on an NVIDIA GPU, elsewhere by the kernels that a software Vulkan runs too.
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::event::NullProgress;
+    use crate::inference::ModelSource;
+    use std::path::PathBuf;
+    use std::sync::Arc;
+
+    fn engine() -> GpuEngine {
+        let client = cubecl::Device::default().client();
+        let senses = Senses {
+            memory: Box::new(|| Box::new(crate::engine::memory::HostProbe::start())),
+            device: Box::new(|| None),
+            free_bytes: Arc::new(|| None),
+        };
+        GpuEngine::new(client, "a GPU".to_owned(), senses, None)
+    }
+
+    fn recipe(folder: &str, scheme: Option<&str>, compute: DType) -> ModelRecipe {
+        let config = |scheme: &str| {
+            crate::quantization::parse(&format!("scheme: {scheme}\n"), scheme, scheme).expect("a config")
+        };
+        ModelRecipe {
+            source: ModelSource::Path(PathBuf::from(env!("CARGO_MANIFEST_DIR")).join(folder)),
+            dtype: Some(compute),
+            compute_dtype: Some(compute),
+            quantization: scheme.map(config),
+        }
+    }
+
+    /// Holds passes in panels of several sizes against those without, where products are rounded before they are added.
+    fn compare(folder: &str, scheme: Option<&str>) {
+        let engine = engine();
+        let halves = (engine.client.name() == "cuda").then_some((DType::F16, 0.05));
+        for (compute, budget) in [Some((DType::F32, 1e-3)), halves].into_iter().flatten() {
+            let recipe = recipe(folder, scheme, compute);
+            let load = |products: &(dyn Fn(Client, Element) -> Products + Sync)| {
+                engine.load(&recipe, &NullProgress, products).expect("a model")
+            };
+            let mut model = load(&Products::without_cublas);
+            let vocab = model.info().vocab_size as u32;
+            let tokens: Vec<u32> = (0..40).map(|i| (i * 37 + 11) % vocab).collect();
+            let scores = model.score(&tokens, 1).expect("scores");
+            // From a row or two at a time to everything at once.
+            for panel_bytes in [1, 40_000, 1 << 22] {
+                let mut panels = load(&|client, element| Products::in_panels(client, element, panel_bytes));
+                for pass in 0..2 {
+                    let found = panels.score(&tokens, 1).expect("scores");
+                    for (a, b) in scores.iter().zip(&found) {
+                        let what = format!("{folder} {scheme:?} {compute}, panels of {panel_bytes} bytes, pass {pass}");
+                        assert!((a.nll - b.nll).abs() < budget, "{what}: {} and {}", a.nll, b.nll);
+                    }
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn products_in_panels_that_are_added_to_the_residual_stream_score_the_same() {
+        for scheme in [None, Some("nf4"), Some("int8"), Some("int4")] {
+            compare("models/stories260k", scheme);
+        }
+    }
+
+    #[test]
+    fn families_with_norms_or_biases_behind_their_products_score_the_same_in_panels() {
+        for family in ["gemma2", "gemma3", "llama", "phi3", "qwen2"] {
+            compare(&format!("tests/fixtures/families/{family}"), Some("nf4"));
+        }
     }
 }

@@ -4,6 +4,7 @@
 //! the executor for CPUs, over weights in stored form. On CUDA large products go through cuBLAS and small ones through tensor-core
 //! kernels; elsewhere both go through a kernel that any runtime has.
 
+mod arena;
 mod cache;
 mod decode;
 mod engine;
@@ -14,6 +15,7 @@ mod room;
 mod rope;
 mod rows;
 mod survey;
+mod taps;
 mod weights;
 
 pub use engine::GpuEngine;

@@ -2,22 +2,21 @@
 
 use super::cache::GpuCache;
 use super::decode::{Decoder, synchronize};
-use super::pass::Passes;
+use super::pass::{Hidden, PassPlan, Passes};
 use super::room::Room;
-use super::rows::{Rows, read};
+use super::rows::{Rows, device_error, floats, read};
 use crate::engine::tap::Tap;
 use crate::event::Progress;
 use crate::inference::{
     CaptureFilter, CaptureSink, Decoded, InferenceError, Model, ModelInfo, Prefilled, TakeLogits, TokenScore, argmax,
-    run_for_scores,
+    check_targets, run_for_scores,
 };
-use cubecl::server::Handle;
 use labpipe_kernels::cube::{self, Element};
 use std::ops::Range;
 use std::time::Instant;
 
-/// Bytes of logits on the device at a time.
-const LOGIT_BYTES: usize = 64 << 20;
+/// Bytes of logits on the device at a time. They lie where the pass had its own buffers; the head is read once for each.
+const LOGIT_BYTES: usize = 48 << 20;
 
 /// A loaded model on a GPU.
 pub struct GpuModel {
@@ -42,8 +41,9 @@ impl GpuModel {
             return Err(InferenceError::ContextTooLong { asked: n_ctx, n_ctx_max });
         }
         if self.cache.as_ref().is_none_or(|cache| cache.capacity < n_ctx) {
-            // The old one goes first, and the recording that names its buffers.
+            // The old one goes first, the recording that names its buffers, and what passes over shorter contexts needed.
             (self.decoder, self.cache) = (None, None);
+            self.passes.arena.release();
             let asked_bytes = GpuCache::bytes_of(&self.passes.spec, self.passes.compute, n_ctx);
             self.room.check(&format!("a key-value cache of {n_ctx} tokens"), asked_bytes)?;
             let cache = GpuCache::new(self.passes.client(), &self.passes.spec, self.passes.compute, n_ctx);
@@ -56,26 +56,77 @@ impl GpuModel {
         Ok(())
     }
 
-    /// Runs `tokens` in an emptied cache and returns what the head reads.
-    fn hidden_states(&mut self, tokens: &[u32], tap: &mut Tap<'_>) -> Result<Handle, InferenceError> {
-        self.emptied_cache(tokens.len())?;
-        let Some(cache) = self.cache.as_mut() else { unreachable!("it was just made") };
-        self.passes.hidden_states(tokens, cache, tap)
+    /// Makes room for a pass of `n_tokens`, in an emptied cache, and for `n_rows` rows of its logits at a time.
+    fn prepare(&mut self, n_tokens: usize, is_unseen: bool, n_rows: usize) -> Result<PassPlan, InferenceError> {
+        self.emptied_cache(n_tokens)?;
+        let plan = self.passes.plan(n_tokens, is_unseen, 4 * self.info.vocab_size * n_rows);
+        let n_bytes = plan.layout.n_bytes;
+        if !self.passes.arena.holds(n_bytes) {
+            self.passes.arena.release();
+            self.room.check(&format!("the activations of {n_tokens} tokens"), n_bytes as u64)?;
+            let client = self.passes.client().clone();
+            let held = self.passes.arena.get(&client, n_bytes);
+            self.settled(|model| model.room.check_allocated(std::iter::once(&held)))?;
+        }
+        Ok(plan)
     }
 
-    /// Computes logits of rows `first..first + n`, `[n, vocab]` f32 on the device.
-    fn logits(&mut self, hidden: &Handle, first: usize, n: usize, out: &Handle) -> Result<(), InferenceError> {
+    /// Runs `tokens` in the cache and the memory that were prepared.
+    fn pass(&mut self, tokens: &[u32], tap: &mut Tap<'_>, plan: &PassPlan) -> Result<Hidden, InferenceError> {
+        let Some(cache) = self.cache.as_mut() else { unreachable!("`prepare` made it") };
+        self.passes.hidden_states(tokens, cache, tap, plan)
+    }
+
+    /// Gives the memory of passes back where `run` fails: cubecl keeps a failure on what it left unwritten, and the next pass
+    /// would find it there.
+    fn settled<T>(
+        &mut self,
+        run: impl FnOnce(&mut GpuModel) -> Result<T, InferenceError>,
+    ) -> Result<T, InferenceError> {
+        let result = run(self);
+        if result.is_err() {
+            self.passes.arena.release();
+        }
+        result
+    }
+
+    /// Computes logits of rows `first..first + n`, `[n, vocab]` f32, where the pass left room for them.
+    fn head(&mut self, hidden: &Hidden, [first, n]: [usize; 2]) -> Result<(), InferenceError> {
         let vocab = self.info.vocab_size;
         let Passes { products, weights, spec, .. } = &mut self.passes;
-        products.logits(hidden, &weights.lm_head, out, [first, n])?;
+        products.logits(&hidden.rows, &weights.lm_head, &hidden.logits, [first, n], &hidden.panel)?;
         if let Some(cap) = spec.logit_softcap {
-            cube::soft_cap(&products.client, out, n * vocab, cap as f32);
+            cube::soft_cap(&products.client, &hidden.logits, n * vocab, cap as f32);
         }
         Ok(())
     }
 
-    fn logit_rows(&self) -> usize {
-        (LOGIT_BYTES / (4 * self.info.vocab_size)).clamp(1, 1024)
+    /// Returns how many of `n` rows of logits there are at a time.
+    fn logit_rows(&self, n: usize) -> usize {
+        logit_rows(self.info.vocab_size).min(n.max(1))
+    }
+
+    /// Scores `targets`, the first of which row `first_row` of the pass predicts.
+    fn scores(
+        &mut self,
+        hidden: &Hidden,
+        targets: &[u32],
+        first_row: usize,
+    ) -> Result<Vec<TokenScore>, InferenceError> {
+        let (vocab, n, client) = (self.info.vocab_size, targets.len(), self.passes.client().clone());
+        let rows = self.logit_rows(n);
+        let target_bytes: Vec<u8> = targets.iter().flat_map(|token| token.to_le_bytes()).collect();
+        let targets_device = client.create_from_slice(&target_bytes);
+        let (nll, choice) = (client.empty(4 * n), client.empty(4 * n));
+        for first in (0..n).step_by(rows) {
+            let chunk = rows.min(n - first);
+            self.head(hidden, [first_row + first, chunk])?;
+            cube::score(&client, &hidden.logits, &targets_device, &nll, &choice, n, [first, chunk], vocab);
+        }
+        let bytes = client.read(vec![nll, choice]).map_err(device_error)?;
+        let choices = bytes[1].chunks_exact(4).map(|b| u32::from_le_bytes([b[0], b[1], b[2], b[3]]));
+        let nll = floats(&bytes[0], Element::F32);
+        Ok(nll.iter().zip(choices).map(|(nll, argmax)| TokenScore { nll: f64::from(*nll), argmax }).collect())
     }
 
     fn refuse_empty(tokens: &[u32], what: &str) -> Result<(), InferenceError> {
@@ -111,17 +162,17 @@ impl Model for GpuModel {
 
     fn prefill(&mut self, tokens: &[u32]) -> Result<Prefilled, InferenceError> {
         Self::refuse_empty(tokens, "prefill")?;
-        self.emptied_cache(tokens.len())?;
-        let vocab = self.info.vocab_size;
+        let plan = self.prepare(tokens.len(), true, 1)?;
         let client = self.passes.client().clone();
-        let out = client.empty(4 * vocab);
-        synchronize(&client)?;
-        let start = Instant::now();
-        let hidden = self.hidden_states(tokens, &mut Tap::closed())?;
-        self.logits(&hidden, tokens.len() - 1, 1, &out)?;
-        synchronize(&client)?;
-        let duration_s = start.elapsed().as_secs_f64();
-        let logits = read(&client, &out, Element::F32, vocab)?;
+        let (duration_s, logits) = self.settled(|model| {
+            synchronize(&client)?;
+            let start = Instant::now();
+            let hidden = model.pass(tokens, &mut Tap::closed(), &plan)?;
+            model.head(&hidden, [tokens.len() - 1, 1])?;
+            synchronize(&client)?;
+            let duration_s = start.elapsed().as_secs_f64();
+            Ok((duration_s, read(&client, &hidden.logits, Element::F32, model.info.vocab_size)?))
+        })?;
         let next_token =
             argmax(&logits).ok_or_else(|| InferenceError::NotFiniteResult { what: "logits".to_owned() })?;
         self.next_token = Some(next_token);
@@ -175,40 +226,22 @@ impl Model for GpuModel {
 
     fn last_logits(&mut self, tokens: &[u32]) -> Result<Vec<f32>, InferenceError> {
         Self::refuse_empty(tokens, "run")?;
-        let vocab = self.info.vocab_size;
-        let client = self.passes.client().clone();
-        let out = client.empty(4 * vocab);
-        let hidden = self.hidden_states(tokens, &mut Tap::closed())?;
-        self.logits(&hidden, tokens.len() - 1, 1, &out)?;
-        read(&client, &out, Element::F32, vocab)
+        let plan = self.prepare(tokens.len(), true, 1)?;
+        self.settled(|model| {
+            let hidden = model.pass(tokens, &mut Tap::closed(), &plan)?;
+            model.head(&hidden, [tokens.len() - 1, 1])?;
+            read(model.passes.client(), &hidden.logits, Element::F32, model.info.vocab_size)
+        })
     }
 
     fn score(&mut self, tokens: &[u32], first_target: usize) -> Result<Vec<TokenScore>, InferenceError> {
-        if first_target == 0 || first_target >= tokens.len() {
-            return Err(InferenceError::Unsupported(format!(
-                "score from token {first_target} of {}: the first token of a window has nothing before it",
-                tokens.len()
-            )));
-        }
-        let targets = &tokens[first_target..];
-        let client = self.passes.client().clone();
-        let hidden = self.hidden_states(run_for_scores(tokens, self.info.n_ctx_max), &mut Tap::closed())?;
-        let (vocab, n) = (self.info.vocab_size, targets.len());
-        let rows = self.logit_rows().min(n);
-        let out = client.empty(4 * rows * vocab);
-        let target_bytes: Vec<u8> = targets.iter().flat_map(|token| token.to_le_bytes()).collect();
-        let targets_device = client.create_from_slice(&target_bytes);
-        let (nll, choice) = (client.empty(4 * n), client.empty(4 * n));
-        for first in (0..n).step_by(rows) {
-            let chunk = rows.min(n - first);
-            self.logits(&hidden, first_target - 1 + first, chunk, &out)?;
-            cube::score(&client, &out, &targets_device, &nll, &choice, n, [first, chunk], vocab);
-        }
-        let nll = read(&client, &nll, Element::F32, n)?;
-        let choice = client.read_one(choice).map_err(super::rows::device_error)?;
-        let choices = choice.chunks_exact(4).map(|b| u32::from_le_bytes([b[0], b[1], b[2], b[3]]));
-        let scores: Vec<TokenScore> =
-            nll.iter().zip(choices).map(|(nll, argmax)| TokenScore { nll: f64::from(*nll), argmax }).collect();
+        check_targets(tokens, first_target)?;
+        let run = run_for_scores(tokens, self.info.n_ctx_max);
+        let plan = self.prepare(run.len(), true, self.logit_rows(tokens.len() - first_target))?;
+        let scores = self.settled(|model| {
+            let hidden = model.pass(run, &mut Tap::closed(), &plan)?;
+            model.scores(&hidden, &tokens[first_target..], first_target - 1)
+        })?;
         match scores.iter().all(|score| score.nll.is_finite()) {
             true => Ok(scores),
             false => Err(InferenceError::NotFiniteResult { what: "logits".to_owned() }),
@@ -218,16 +251,18 @@ impl Model for GpuModel {
     /// One pass, and the logits some rows at a time; the way of `score_keeping` and `score_against` until they pack and compare
     /// on the device.
     fn logits(&mut self, tokens: &[u32], rows: Range<usize>, take: &mut TakeLogits<'_>) -> Result<(), InferenceError> {
+        let n_rows = self.logit_rows(rows.len());
+        let plan = self.prepare(tokens.len(), true, n_rows)?;
         let client = self.passes.client().clone();
-        let hidden = self.hidden_states(tokens, &mut Tap::closed())?;
-        let (vocab, n_rows) = (self.info.vocab_size, self.logit_rows().min(rows.len().max(1)));
-        let out = client.empty(4 * n_rows * vocab);
-        for first in rows.clone().step_by(n_rows) {
-            let chunk = n_rows.min(rows.end - first);
-            GpuModel::logits(self, &hidden, first, chunk, &out)?;
-            take(&read(&client, &out, Element::F32, chunk * vocab)?)?;
-        }
-        Ok(())
+        self.settled(|model| {
+            let hidden = model.pass(tokens, &mut Tap::closed(), &plan)?;
+            for first in rows.clone().step_by(n_rows) {
+                let chunk = n_rows.min(rows.end - first);
+                model.head(&hidden, [first, chunk])?;
+                take(&read(&client, &hidden.logits, Element::F32, chunk * model.info.vocab_size)?)?;
+            }
+            Ok(())
+        })
     }
 
     fn capture(
@@ -238,22 +273,30 @@ impl Model for GpuModel {
         progress: &dyn Progress,
     ) -> Result<(), InferenceError> {
         let mut tap = Tap::open(filter, sink, progress)?;
-        let hidden = self.hidden_states(tokens, &mut tap)?;
-        if !tap.wants("lm_head") {
-            return Ok(());
-        }
         let (n, vocab) = (tokens.len(), self.info.vocab_size);
-        let rows = self.logit_rows().min(n);
+        let rows = self.logit_rows(n);
+        let plan = self.prepare(n, false, rows)?;
         let client = self.passes.client().clone();
-        let out = client.empty(4 * rows * vocab);
-        for first in (0..n).step_by(rows) {
-            let chunk = rows.min(n - first);
-            self.logits(&hidden, first, chunk, &out)?;
-            tap.set_first_token(first);
-            let (element, stride) = (Element::F32, vocab);
-            let logits = Rows { client: &client, handle: &out, element, n: chunk, stride, first: 0, width: vocab };
-            tap.output("lm_head", None, "lm_head", &logits)?;
-        }
-        Ok(())
+        self.settled(|model| {
+            let hidden = model.pass(tokens, &mut tap, &plan)?;
+            if !tap.wants("lm_head") {
+                return Ok(());
+            }
+            for first in (0..n).step_by(rows) {
+                let chunk = rows.min(n - first);
+                model.head(&hidden, [first, chunk])?;
+                tap.set_first_token(first);
+                let (handle, element) = (&hidden.logits, Element::F32);
+                let logits = Rows { client: &client, handle, element, n: chunk, stride: vocab, first: 0, width: vocab };
+                tap.output("lm_head", None, "lm_head", &logits)?;
+            }
+            Ok(())
+        })
     }
+}
+
+/// Returns how many rows of logits fit, in tiles of tensor cores where there are that many.
+fn logit_rows(vocab_size: usize) -> usize {
+    let n = LOGIT_BYTES / (4 * vocab_size);
+    if n >= 32 { (n / 32 * 32).min(1024) } else { n.max(1) }
 }

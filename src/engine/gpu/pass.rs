@@ -1,11 +1,13 @@
 //! The forward pass over whole sequences: an interpreter of the spec over buffers on the device.
 
+use super::arena::{Arena, Layout, Mlp, Needs, part};
 use super::cache::GpuCache;
-use super::products::Products;
+use super::products::{GateRows, Panel, Products};
 use super::rows::Rows;
-use super::weights::{GpuWeights, Projection};
+use super::taps::{tap_columns, tap_projection};
+use super::weights::{GpuBlock, GpuWeights, Projection};
 use crate::engine::spec::{Activation, ModelSpec, NormRole};
-use crate::engine::tap::{Source, Tap, Values};
+use crate::engine::tap::{Source, Tap};
 use crate::inference::InferenceError;
 use crate::units::DType;
 use cubecl::client::Client;
@@ -31,20 +33,40 @@ pub struct Passes {
     pub weights: GpuWeights,
     pub products: Products,
     pub compute: DType,
+    pub arena: Arena,
 }
 
-/// Buffers of one pass of `n` tokens.
-struct Buffers {
-    n: usize,
-    x: Handle,       // [n, hidden] f32, the residual stream
-    normed: Handle,  // [n, hidden]; what attention puts out too, once the norm's rows are used
-    qkv: Handle,     // [n, q + 2 kv]
-    q: Handle,       // [n, q]; what a half-block adds too, once the queries are used
-    gate_up: Handle, // [n, 2 ffn], or narrower where the MLP runs panel by panel
-    product: Handle, // [n, ffn]
-    state: Handle,   // position of the first token
-    /// The MLP runs panel by panel: nobody looks at what is before the activation.
-    is_gated: bool,
+/// How a pass goes, and the memory it takes.
+#[derive(Clone)]
+pub struct PassPlan {
+    pub layout: Layout,
+    mlp: Mlp,
+    /// Products of half-blocks are added to the residual stream, not put out.
+    adds: bool,
+}
+
+/// What a pass leaves in the arena, until the next one.
+pub struct Hidden {
+    /// `[n, hidden]` in the activations' type, normed for the head.
+    pub rows: Handle,
+    /// Room for the logits that the plan was made for.
+    pub logits: Handle,
+    pub panel: Panel,
+}
+
+/// Buffers of one pass of `n` tokens, shaped as [`Layout`] says.
+pub struct Buffers {
+    pub n: usize,
+    x: Handle,
+    normed: Handle,
+    pub qkv: Handle,
+    delta: Handle,
+    wide: Handle,
+    product: Handle,
+    panel: Panel,
+    state: Handle, // position of the first token
+    mlp: Mlp,
+    adds: bool,
 }
 
 impl Passes {
@@ -52,10 +74,50 @@ impl Passes {
         &self.products.client
     }
 
+    /// Plans a pass of `n` tokens; `is_unseen` where no tap is open, `logit_bytes` what is computed of its logits at a time.
+    pub fn plan(&self, n: usize, is_unseen: bool, logit_bytes: usize) -> PassPlan {
+        let (spec, products, blocks) = (&self.spec, &self.products, &self.weights.blocks);
+        let (size, hidden, ffn) = (products.element.size_bytes(), spec.hidden_size, spec.ffn_size);
+        let is_bare = |block: &GpuBlock| {
+            let norms = [&block.attn_out_norm, &block.mlp_out_norm];
+            norms.iter().all(|norm| norm.is_none()) && block.o.bias.is_none() && block.down.bias.is_none()
+        };
+        let adds = is_unseen && products.has_panels() && blocks.iter().all(is_bare);
+        let is_decoded = |projection: &Projection| projection.parts.iter().any(|part| products.is_decoded(part));
+        let is_gated = |block: &GpuBlock| {
+            block.gate_up.parts.len() == 1 && is_decoded(&block.gate_up) && block.gate_up.bias.is_none()
+        };
+        // Panels mean more launches: short passes have no need of them.
+        let is_large = n * 2 * ffn * size > GATED_BYTES || products.is_tested();
+        let has_panels = is_unseen && is_large && blocks.iter().all(is_gated);
+        let decodes = products.is_decoded(&self.weights.lm_head)
+            || blocks
+                .iter()
+                .any(|block| [&block.qkv, &block.o, &block.gate_up, &block.down].into_iter().any(is_decoded));
+        let panel_bytes = match decodes {
+            true => products.panel_bytes(hidden, hidden.max(spec.q_width()).max(ffn), has_panels && adds),
+            false => 0,
+        };
+        let mlp = match has_panels {
+            true => products.mlp_panels(panel_bytes, hidden, ffn, adds),
+            false => Mlp::Whole,
+        };
+        let layout = Layout::new(&Needs {
+            n,
+            size,
+            hidden,
+            q: spec.q_width(),
+            kv: spec.kv_width(),
+            ffn,
+            has_deltas: !adds,
+            mlp,
+            panel_bytes,
+            logit_bytes,
+        });
+        PassPlan { layout, mlp, adds }
+    }
+
     /// Runs `tokens` behind those that the cache holds and returns the residual stream after the last block, normed for the head.
-    ///
-    /// # Shapes
-    /// Result `[n, hidden]` in the activations' type.
     ///
     /// # Errors
     /// `ContextTooLong`, `TokenOutOfRange`, the device's failures, and what `tap` returns.
@@ -64,14 +126,15 @@ impl Passes {
         tokens: &[u32],
         cache: &mut GpuCache,
         tap: &mut Tap<'_>,
-    ) -> Result<Handle, InferenceError> {
+        plan: &PassPlan,
+    ) -> Result<Hidden, InferenceError> {
         let n = tokens.len();
         self.check(tokens, cache)?;
         let client = self.products.client.clone();
         for rope in &mut cache.ropes {
             rope.prepare(&client, cache.n_tokens + n);
         }
-        let buffers = self.buffers(&client, n, cache.n_tokens, tap.is_closed());
+        let buffers = self.buffers(&client, n, cache.n_tokens, plan);
         let token_bytes: Vec<u8> = tokens.iter().flat_map(|token| token.to_le_bytes()).collect();
         let tokens_device = client.create_from_slice(&token_bytes);
         let scale = self.spec.embedding_scale as f32;
@@ -90,7 +153,8 @@ impl Passes {
             tap.output(&format!("model.layers.{last}"), Some(last), "block", &rows)?;
         }
         tap.output("model.norm", None, "norm", &self.rows(&client, &buffers.normed, self.products.element, n, hidden))?;
-        Ok(buffers.normed)
+        let held = self.arena.get(&client, plan.layout.n_bytes);
+        Ok(Hidden { rows: buffers.normed, logits: part(&held, &plan.layout.logits), panel: buffers.panel })
     }
 
     fn check(&self, tokens: &[u32], cache: &GpuCache) -> Result<(), InferenceError> {
@@ -105,27 +169,23 @@ impl Passes {
         }
     }
 
-    fn buffers(&self, client: &Client, n: usize, n_past: usize, is_unseen: bool) -> Buffers {
-        let size = self.products.element.size_bytes();
-        let spec = &self.spec;
-        let (q, hidden, ffn) = (spec.q_width(), spec.hidden_size, spec.ffn_size);
+    fn buffers(&mut self, client: &Client, n: usize, n_past: usize, plan: &PassPlan) -> Buffers {
+        let at = &plan.layout;
         let mut state = [0u8; 16];
         state[4 * STATE_POSITION as usize..][..4].copy_from_slice(&(n_past as u32).to_le_bytes());
-        let widths: Option<Vec<usize>> =
-            self.weights.blocks.iter().map(|block| self.products.gated_width(&block.gate_up)).collect();
-        // Panels mean more launches: short passes have no need of them.
-        let is_large = n * 2 * ffn * size > GATED_BYTES;
-        let gated_width = widths.filter(|_| is_unseen && is_large).and_then(|widths| widths.into_iter().max());
+        let held = self.arena.get(client, at.n_bytes);
         Buffers {
             n,
-            x: client.empty(n * hidden * 4),
-            normed: client.empty(n * hidden.max(q) * size),
-            qkv: client.empty(n * (q + 2 * spec.kv_width()) * size),
-            q: client.empty(n * hidden.max(q) * size),
-            gate_up: client.empty(n * gated_width.unwrap_or(2 * ffn) * size),
-            product: client.empty(n * ffn * size),
+            x: part(&held, &at.x),
+            normed: part(&held, &at.normed),
+            qkv: part(&held, &at.qkv),
+            delta: part(&held, &at.delta),
+            wide: part(&held, &at.wide),
+            product: part(&held, &at.product),
+            panel: Panel { handle: part(&held, &at.panel), n_bytes: at.panel.len() },
             state: client.create_from_slice(&state),
-            is_gated: gated_width.is_some(),
+            mlp: plan.mlp,
+            adds: plan.adds,
         }
     }
 
@@ -141,7 +201,7 @@ impl Passes {
         });
         let step = Residual {
             x: &buffers.x,
-            delta: delta.map(|_| &buffers.q),
+            delta: delta.map(|_| &buffers.delta),
             delta_norm,
             norm: norm.map(|norm| (norm, &buffers.normed)),
             eps: self.spec.block.norm_eps as f32,
@@ -173,7 +233,7 @@ impl Passes {
         let normed = self.rows(&client, &buffers.normed, element, n, hidden);
         tap.output(&attn_norm_name, layer, "norm", &normed)?;
         let block = &self.weights.blocks[layer_idx];
-        self.products.project(&buffers.normed, &block.qkv, &buffers.qkv, n)?;
+        self.products.project(&buffers.normed, &block.qkv, &buffers.qkv, n, &buffers.panel)?;
         let names: &[&str] = if self.spec.block.fused_qkv {
             &["self_attn.qkv_proj"]
         } else {
@@ -182,37 +242,101 @@ impl Passes {
         tap_projection(tap, layer_idx, names, &attn_norm_name, &normed, &block.qkv, &buffers.qkv)?;
         self.tap_head_norms(layer_idx, buffers, tap)?;
         let view = cache.layer(&self.spec, block, layer_idx);
-        cube::rope_append(&client, element, &view, &buffers.qkv, &buffers.q, &buffers.state, n);
+        // The norm's rows are used by now, and so is what was projected once queries, keys and values have gone where they belong.
+        let (queries, out) = (&buffers.normed, &buffers.qkv);
+        cube::rope_append(&client, element, &view, &buffers.qkv, queries, &buffers.state, n);
         if cube::flash_fits(&client, element, &view) {
-            cube::flash_attention(&client, element, &view, &buffers.q, &buffers.normed, &buffers.state, n);
+            cube::flash_attention(&client, element, &view, queries, out, &buffers.state, n);
         } else {
-            cube::attention(&client, element, &view, &buffers.q, &buffers.normed, &buffers.state, n);
+            cube::attention(&client, element, &view, queries, out, &buffers.state, n);
         }
-        let attended = self.rows(&client, &buffers.normed, element, n, self.spec.q_width());
+        self.attention_out(layer_idx, buffers, delta, tap)?;
+
+        self.step(&client, buffers, delta.take(), Some(&self.weights.blocks[layer_idx].mlp_norm));
+        tap.output(&mlp_norm_name, layer, "norm", &normed)?;
+        self.mlp(layer_idx, buffers, delta, &mlp_norm_name, tap)
+    }
+
+    /// Projects what attention put out.
+    fn attention_out(
+        &mut self,
+        layer_idx: usize,
+        buffers: &Buffers,
+        delta: &mut Option<(bool, usize)>,
+        tap: &mut Tap<'_>,
+    ) -> Result<(), InferenceError> {
+        let (client, o) = (self.products.client.clone(), &self.weights.blocks[layer_idx].o);
+        let (n, element, layer) = (buffers.n, self.products.element, Some(layer_idx));
+        if buffers.adds {
+            return self.products.project_add(&buffers.qkv, o, &buffers.x, n, &buffers.panel);
+        }
+        let name = |leaf: &str| format!("model.layers.{layer_idx}.{leaf}");
+        let attended = self.rows(&client, &buffers.qkv, element, n, self.spec.q_width());
         let (attn_name, o_name) = (name("self_attn.attn"), name("self_attn.o_proj"));
         tap.output(&attn_name, layer, "attn", &attended)?;
         tap.shared_input(&o_name, layer, "o_proj", &Source { module: &attn_name, op: "attn" }, &attended)?;
-        self.products.project(&buffers.normed, &block.o, &buffers.q, n)?;
-        let out = self.rows(&client, &buffers.q, element, n, hidden);
+        self.products.project(&buffers.qkv, o, &buffers.delta, n, &buffers.panel)?;
+        let out = self.rows(&client, &buffers.delta, element, n, self.spec.hidden_size);
         tap.output(&o_name, layer, "o_proj", &out)?;
-        self.tap_out_norm(layer_idx, NormRole::AttnOut, &out, tap)?;
+        *delta = Some((false, layer_idx));
+        self.tap_out_norm(layer_idx, NormRole::AttnOut, &out, tap)
+    }
 
-        self.step(&client, buffers, Some((false, layer_idx)), Some(&self.weights.blocks[layer_idx].mlp_norm));
-        tap.output(&mlp_norm_name, layer, "norm", &normed)?;
-        self.gate_up(layer_idx, buffers, &mlp_norm_name, tap)?;
-        let block = &self.weights.blocks[layer_idx];
-        let ffn = self.spec.ffn_size;
-        let product = self.rows(&client, &buffers.product, element, n, ffn);
-        tap.input(&name("mlp.down_proj"), layer, "down_proj", &product)?;
-        self.products.project(&buffers.product, &block.down, &buffers.q, n)?;
-        let down = self.rows(&client, &buffers.q, element, n, hidden);
-        tap.output(&name("mlp.down_proj"), layer, "down_proj", &down)?;
-        self.tap_out_norm(layer_idx, NormRole::MlpOut, &down, tap)?;
+    fn mlp(
+        &mut self,
+        layer_idx: usize,
+        buffers: &Buffers,
+        delta: &mut Option<(bool, usize)>,
+        mlp_norm_name: &str,
+        tap: &mut Tap<'_>,
+    ) -> Result<(), InferenceError> {
+        match buffers.mlp {
+            Mlp::Panels { gate_rows, product_cols } => {
+                self.mlp_in_panels(layer_idx, buffers, gate_rows, product_cols)?;
+                if buffers.adds {
+                    return Ok(());
+                }
+            }
+            Mlp::Whole => self.gate_up(layer_idx, buffers, mlp_norm_name, tap)?,
+        }
+        let (client, down) = (self.products.client.clone(), &self.weights.blocks[layer_idx].down);
+        let (n, element, layer) = (buffers.n, self.products.element, Some(layer_idx));
+        if buffers.adds {
+            return self.products.project_add(&buffers.product, down, &buffers.x, n, &buffers.panel);
+        }
+        let name = format!("model.layers.{layer_idx}.mlp.down_proj");
+        let product = self.rows(&client, &buffers.product, element, n, self.spec.ffn_size);
+        tap.input(&name, layer, "down_proj", &product)?;
+        self.products.project(&buffers.product, down, &buffers.delta, n, &buffers.panel)?;
+        let out = self.rows(&client, &buffers.delta, element, n, self.spec.hidden_size);
+        tap.output(&name, layer, "down_proj", &out)?;
         *delta = Some((true, layer_idx));
+        self.tap_out_norm(layer_idx, NormRole::MlpOut, &out, tap)
+    }
+
+    /// Runs gate and up panel by panel; where products are added to the residual stream, down too, as soon as its columns are there.
+    fn mlp_in_panels(
+        &mut self,
+        layer_idx: usize,
+        buffers: &Buffers,
+        gate_rows: usize,
+        product_cols: usize,
+    ) -> Result<(), InferenceError> {
+        let block = &self.weights.blocks[layer_idx];
+        let (n, ffn, act) = (buffers.n, self.spec.ffn_size, gate(self.spec.block.activation));
+        let targets = [&buffers.wide, &buffers.product];
+        for first in (0..ffn).step_by(product_cols) {
+            let cols = first..(first + product_cols).min(ffn);
+            let rows = GateRows { rows: cols.clone(), at_a_time: gate_rows };
+            self.products.gated(&buffers.normed, &block.gate_up, act, &rows, targets, n, &buffers.panel)?;
+            if buffers.adds {
+                self.products.add_columns(&buffers.product, &block.down, &cols, &buffers.x, n, &buffers.panel)?;
+            }
+        }
         Ok(())
     }
 
-    /// Runs the MLP up to its product of activated gate and up.
+    /// Runs the MLP up to its product of activated gate and up, all at once.
     fn gate_up(
         &mut self,
         layer_idx: usize,
@@ -221,136 +345,25 @@ impl Passes {
         tap: &mut Tap<'_>,
     ) -> Result<(), InferenceError> {
         let client = self.products.client.clone();
-        let (n, element, layer) = (buffers.n, self.products.element, Some(layer_idx));
+        let (n, element) = (buffers.n, self.products.element);
         let (hidden, ffn) = (self.spec.hidden_size, self.spec.ffn_size);
         let name = |leaf: &str| format!("model.layers.{layer_idx}.{leaf}");
         let act = gate(self.spec.block.activation);
-        if buffers.is_gated {
-            let block = &self.weights.blocks[layer_idx];
-            let targets = [&buffers.gate_up, &buffers.product];
-            return self.products.gated(&buffers.normed, &block.gate_up, act, targets, n);
-        }
         let normed = self.rows(&client, &buffers.normed, element, n, hidden);
         let block = &self.weights.blocks[layer_idx];
-        self.products.project(&buffers.normed, &block.gate_up, &buffers.gate_up, n)?;
+        self.products.project(&buffers.normed, &block.gate_up, &buffers.wide, n, &buffers.panel)?;
         let names: &[&str] =
             if self.spec.block.fused_gate_up { &["mlp.gate_up_proj"] } else { &["mlp.gate_proj", "mlp.up_proj"] };
-        tap_projection(tap, layer_idx, &names[..1], mlp_norm_name, &normed, &block.gate_up, &buffers.gate_up)?;
+        tap_projection(tap, layer_idx, &names[..1], mlp_norm_name, &normed, &block.gate_up, &buffers.wide)?;
         if tap.wants(&name("mlp.act_fn")) {
-            cube::gate(&client, element, act, false, &buffers.gate_up, &buffers.product, [n, ffn]);
+            cube::gate(&client, element, act, false, &buffers.wide, &buffers.product, [n, ffn]);
             let activated = self.rows(&client, &buffers.product, element, n, ffn);
-            tap.output(&name("mlp.act_fn"), layer, "act", &activated)?;
+            tap.output(&name("mlp.act_fn"), Some(layer_idx), "act", &activated)?;
         }
         if names.len() > 1 {
-            tap_columns(tap, layer_idx, names[1], mlp_norm_name, &normed, &buffers.gate_up, [ffn, ffn, 2 * ffn])?;
+            tap_columns(tap, layer_idx, names[1], mlp_norm_name, &normed, &buffers.wide, [ffn, ffn, 2 * ffn])?;
         }
-        cube::gate(&client, element, act, true, &buffers.gate_up, &buffers.product, [n, ffn]);
+        cube::gate(&client, element, act, true, &buffers.wide, &buffers.product, [n, ffn]);
         Ok(())
     }
-
-    /// Gives the tap what the norms on queries and keys put out. The kernel that rotates norms on its way and stores no such values,
-    /// so they are computed here from the projections', in the same precision.
-    fn tap_head_norms(&self, layer_idx: usize, buffers: &Buffers, tap: &mut Tap<'_>) -> Result<(), InferenceError> {
-        let Some(norm) = &self.weights.blocks[layer_idx].qk_norm else { return Ok(()) };
-        let (q, kv) = (self.spec.q_width(), self.spec.kv_width());
-        for (role, weight, first, width) in [(NormRole::Q, &norm.q_host, 0, q), (NormRole::K, &norm.k_host, q, kv)] {
-            let module = format!("model.layers.{layer_idx}.{}", self.spec.norm_name(role));
-            if tap.wants(&module) {
-                let rows = Rows {
-                    client: self.client(),
-                    handle: &buffers.qkv,
-                    element: self.products.element,
-                    n: buffers.n,
-                    stride: q + 2 * kv,
-                    first,
-                    width,
-                };
-                let normed = Normed { values: norm_rows(rows.read()?, weight, self.spec.block.norm_eps), width };
-                tap.output(&module, Some(layer_idx), "norm", &normed)?;
-            }
-        }
-        Ok(())
-    }
-
-    /// As [`tap_head_norms`](Self::tap_head_norms), for a norm before the residual sum.
-    fn tap_out_norm(
-        &self,
-        layer_idx: usize,
-        role: NormRole,
-        delta: &Rows<'_>,
-        tap: &mut Tap<'_>,
-    ) -> Result<(), InferenceError> {
-        let block = &self.weights.blocks[layer_idx];
-        let weight = if role == NormRole::MlpOut { &block.mlp_out_norm } else { &block.attn_out_norm };
-        let module = format!("model.layers.{layer_idx}.{}", self.spec.norm_name(role));
-        if let Some(weight) = weight.as_ref().filter(|_| tap.wants(&module)) {
-            let weight = super::rows::read(self.client(), weight, Element::F32, self.spec.hidden_size)?;
-            let normed = Normed {
-                values: norm_rows(delta.read()?, &weight, self.spec.block.norm_eps),
-                width: self.spec.hidden_size,
-            };
-            tap.output(&module, Some(layer_idx), "norm", &normed)?;
-        }
-        Ok(())
-    }
-}
-
-/// Gives the tap the input and the outputs of linears that are one product here.
-fn tap_projection(
-    tap: &mut Tap<'_>,
-    layer_idx: usize,
-    names: &[&str],
-    norm_name: &str,
-    normed: &Rows<'_>,
-    projection: &Projection,
-    y: &Handle,
-) -> Result<(), InferenceError> {
-    let mut first = 0;
-    for (leaf, width) in names.iter().zip(&projection.widths) {
-        tap_columns(tap, layer_idx, leaf, norm_name, normed, y, [first, *width, projection.n_out])?;
-        first += width;
-    }
-    Ok(())
-}
-
-fn tap_columns(
-    tap: &mut Tap<'_>,
-    layer_idx: usize,
-    leaf: &str,
-    norm_name: &str,
-    normed: &Rows<'_>,
-    y: &Handle,
-    [first, width, stride]: [usize; 3],
-) -> Result<(), InferenceError> {
-    let module = format!("model.layers.{layer_idx}.{leaf}");
-    let op = leaf.rsplit('.').next().unwrap_or(leaf);
-    tap.shared_input(&module, Some(layer_idx), op, &Source { module: norm_name, op: "norm" }, normed)?;
-    let rows = Rows { client: normed.client, handle: y, element: normed.element, n: normed.n, stride, first, width };
-    tap.output(&module, Some(layer_idx), op, &rows)
-}
-
-/// Values that a fused kernel does not store.
-struct Normed {
-    values: Vec<f32>,
-    width: usize,
-}
-
-impl Values for Normed {
-    fn width(&self) -> usize {
-        self.width
-    }
-
-    fn read(&self) -> Result<Vec<f32>, InferenceError> {
-        Ok(self.values.clone())
-    }
-}
-
-/// RMSNorm over rows as wide as `weight`.
-fn norm_rows(mut values: Vec<f32>, weight: &[f32], eps: f64) -> Vec<f32> {
-    for row in values.chunks_exact_mut(weight.len()) {
-        let squares: f32 = row.iter().map(|value| value * value).sum();
-        let scale = 1.0 / (squares / row.len() as f32 + eps as f32).sqrt();
-        row.iter_mut().zip(weight).for_each(|(value, weight)| *value *= scale * weight);
-    }
-    values
 }

@@ -1,20 +1,26 @@
-//! Products with stored matrices: which kernel does one, and the scratch that a quantized one is decoded into.
+//! Products with stored matrices: which kernel does one, and how a quantized one is decoded on its way.
+//!
+//! Where cuBLAS is, quantized rows are decoded to a panel, which it multiplies; it also adds what a half-block puts out to the
+//! residual stream, in fp32. Elsewhere one kernel decodes and multiplies.
 
+use super::arena::Mlp;
 use super::weights::Projection;
 use crate::inference::InferenceError;
 use crate::units::DType;
 use cubecl::client::Client;
 use cubecl::server::Handle;
 #[cfg(feature = "cuda")]
-use labpipe_kernels::cube::Kind;
-#[cfg(feature = "cuda")]
 use labpipe_kernels::cube::cublas::{Cublas, CublasError, Operand};
 use labpipe_kernels::cube::ops::Gate;
-use labpipe_kernels::cube::{self, DeviceMatrix, Element, Place};
+use labpipe_kernels::cube::{self, DeviceMatrix, Element, Kind, Piece, Place};
+use std::ops::Range;
 
-/// Bytes of decoded rows that are multiplied at a time: they stay in L2 between the two kernels.
-#[cfg(feature = "cuda")]
+/// Bytes of decoded rows at most: they stay in L2 between the two kernels.
 const PANEL_BYTES: usize = 24 << 20;
+
+/// Rows that are decoded at a time where memory counts. At 2,048 tokens their product is 128 tiles of 128 by 256, which the 132
+/// multiprocessors of a Hopper GPU do at once.
+const PANEL_ROWS: usize = 2048;
 
 /// Returns the kernels' name for an element type.
 pub fn element(dtype: DType) -> Element {
@@ -32,8 +38,30 @@ pub struct Products {
     pub element: Element,
     #[cfg(feature = "cuda")]
     blas: Option<Cublas>,
-    #[cfg(feature = "cuda")]
-    panel: Option<Handle>,
+    /// Tests take the way of cuBLAS without it, in panels of so many bytes.
+    test_panel_bytes: Option<usize>,
+}
+
+/// Scratch that a piece of a quantized matrix is decoded into.
+pub struct Panel {
+    pub handle: Handle,
+    pub n_bytes: usize,
+}
+
+/// Gate rows of a product, with the up rows that belong to them.
+pub struct GateRows {
+    pub rows: Range<usize>,
+    pub at_a_time: usize,
+}
+
+/// Where a product goes.
+#[derive(Clone, Copy)]
+struct Target<'a> {
+    y: &'a Handle,
+    element: Element,
+    place: Place,
+    /// It is added to what is there.
+    adds: bool,
 }
 
 impl Products {
@@ -42,11 +70,67 @@ impl Products {
         Products {
             #[cfg(feature = "cuda")]
             blas: if client.name() == "cuda" { Cublas::open(&client).ok() } else { None },
-            #[cfg(feature = "cuda")]
-            panel: None,
+            test_panel_bytes: None,
             client,
             element,
         }
+    }
+
+    /// Takes the kernels that every device has.
+    #[cfg(test)]
+    pub fn without_cublas(client: Client, element: Element) -> Products {
+        Products {
+            #[cfg(feature = "cuda")]
+            blas: None,
+            test_panel_bytes: None,
+            client,
+            element,
+        }
+    }
+
+    /// Takes the way of cuBLAS, where there is none with the kernels that every device has.
+    #[cfg(test)]
+    pub fn in_panels(client: Client, element: Element, panel_bytes: usize) -> Products {
+        Products { test_panel_bytes: Some(panel_bytes), ..Products::new(client, element) }
+    }
+
+    /// Returns true where quantized matrices are decoded to panels and products are added to the residual stream.
+    pub fn has_panels(&self) -> bool {
+        #[cfg(feature = "cuda")]
+        if self.blas.is_some() {
+            return true;
+        }
+        self.test_panel_bytes.is_some()
+    }
+
+    /// Returns true in tests of panels, which short passes take too then.
+    pub fn is_tested(&self) -> bool {
+        self.test_panel_bytes.is_some()
+    }
+
+    /// Returns true where a matrix is decoded to a panel on its way.
+    pub fn is_decoded(&self, matrix: &DeviceMatrix) -> bool {
+        let is_plain = matches!(
+            (matrix.kind, self.element),
+            (Kind::F32, Element::F32) | (Kind::F16, Element::F16) | (Kind::Bf16, Element::Bf16)
+        );
+        self.has_panels() && !is_plain
+    }
+
+    /// Returns how many bytes a panel has for matrices whose longest rows have `n_cols` columns, `hidden` those of most.
+    pub fn panel_bytes(&self, hidden: usize, n_cols: usize, is_narrow: bool) -> usize {
+        let size = self.element.size_bytes();
+        let n_bytes = if is_narrow { (PANEL_ROWS * hidden * size).min(PANEL_BYTES) } else { PANEL_BYTES };
+        self.test_panel_bytes.unwrap_or(n_bytes).max(2 * n_cols * size)
+    }
+
+    /// Returns how an MLP runs panel by panel; `adds` where down's products are added to the residual stream.
+    pub fn mlp_panels(&self, panel_bytes: usize, hidden: usize, ffn: usize, adds: bool) -> Mlp {
+        let n_rows = panel_bytes / (2 * hidden * self.element.size_bytes());
+        // Whole tiles, and columns that are decoded eight at a time.
+        let gate_rows = if n_rows >= 64 { n_rows / 64 * 64 } else { n_rows }.clamp(1, ffn);
+        let product_cols = if adds { (2 * gate_rows).min(ffn) } else { ffn };
+        Mlp::Panels { gate_rows, product_cols }
     }
 
     /// Writes `y = x · Wᵀ + b`.
@@ -56,96 +140,119 @@ impl Products {
     ///
     /// # Errors
     /// `Device` where cuBLAS fails.
-    pub fn project(&mut self, x: &Handle, projection: &Projection, y: &Handle, m: usize) -> Result<(), InferenceError> {
+    pub fn project(
+        &mut self,
+        x: &Handle,
+        projection: &Projection,
+        y: &Handle,
+        m: usize,
+        panel: &Panel,
+    ) -> Result<(), InferenceError> {
         let y_stride = projection.n_out;
-        let mut y_first = 0;
-        for part in &projection.parts {
-            self.multiply(x, part, y, Place { x_row: 0, y_first, y_stride }, m, self.element)?;
-            y_first += part.n_rows;
-        }
+        self.project_into(x, projection, y, self.element, false, m, panel)?;
         if let Some(bias) = &projection.bias {
             cube::add_bias(&self.client, self.element, y, bias, m, y_stride);
         }
         Ok(())
     }
 
-    /// Returns how many columns [`gated`](Self::gated) needs beside x, or nothing where it does not take a projection: one matrix of
-    /// gate rows, then up rows, that is decoded panel by panel.
-    #[cfg(feature = "cuda")]
-    pub fn gated_width(&self, projection: &Projection) -> Option<usize> {
-        let [matrix] = projection.parts.as_slice() else { return None };
-        let is_decoded = !is_plain(matrix.kind, self.element);
-        (self.blas.is_some() && is_decoded && projection.bias.is_none())
-            .then(|| 2 * self.gated_rows(matrix.n_cols, matrix.n_rows / 2))
-    }
-
-    /// As with cuBLAS, which is not here.
-    #[cfg(not(feature = "cuda"))]
-    pub fn gated_width(&self, _projection: &Projection) -> Option<usize> {
-        None
-    }
-
-    /// Gate rows of a panel, which holds as many up rows.
-    #[cfg(feature = "cuda")]
-    fn gated_rows(&self, n_cols: usize, n_rows: usize) -> usize {
-        (PANEL_BYTES / (2 * n_cols * self.element.size_bytes())).clamp(1, n_rows)
-    }
-
-    /// Writes `y = act(x · gateᵀ) · (x · upᵀ)` a panel at a time: the sums before the activation take `wide` and no more.
+    /// Adds `x · Wᵀ` to `y`, which is the residual stream; the caller asked [`has_panels`](Self::has_panels), and there is no bias.
     ///
     /// # Shapes
-    /// `x` `[m, n_in]`, `wide` `[m, gated_width]`, `y` `[m, n_out / 2]`.
+    /// `x` `[m, n_in]`, `y` `[m, n_out]` f32.
     ///
     /// # Errors
     /// As [`project`](Self::project).
-    #[cfg(feature = "cuda")]
+    pub fn project_add(
+        &mut self,
+        x: &Handle,
+        projection: &Projection,
+        y: &Handle,
+        m: usize,
+        panel: &Panel,
+    ) -> Result<(), InferenceError> {
+        self.project_into(x, projection, y, Element::F32, true, m, panel)
+    }
+
+    #[expect(clippy::too_many_arguments, reason = "a product's operands, where it goes, and scratch")]
+    fn project_into(
+        &mut self,
+        x: &Handle,
+        projection: &Projection,
+        y: &Handle,
+        element: Element,
+        adds: bool,
+        m: usize,
+        panel: &Panel,
+    ) -> Result<(), InferenceError> {
+        let mut y_first = 0;
+        for part in &projection.parts {
+            let place = Place { x_row: 0, y_first, y_stride: projection.n_out };
+            self.multiply(x, part, Target { y, element, place, adds }, m, panel)?;
+            y_first += part.n_rows;
+        }
+        Ok(())
+    }
+
+    /// Writes `y = act(x · gateᵀ) · (x · upᵀ)` for some gate rows, a panel at a time: the sums before the activation
+    /// take `wide` and no more. The projection is one matrix of gate rows, then up rows, without a bias.
+    ///
+    /// # Shapes
+    /// `x` `[m, n_in]`, `wide` `[m, 2·at_a_time]`, `y` `[m, rows]`.
+    ///
+    /// # Errors
+    /// As [`project`](Self::project).
+    #[expect(clippy::too_many_arguments, reason = "a product's operands, where it goes, and scratch")]
     pub fn gated(
         &mut self,
         x: &Handle,
         projection: &Projection,
         gate: Gate,
+        gates: &GateRows,
         [wide, y]: [&Handle; 2],
         m: usize,
+        panel: &Panel,
     ) -> Result<(), InferenceError> {
         let matrix = &projection.parts[0];
-        let (n_half, k) = (matrix.n_rows / 2, matrix.n_cols);
-        let panel_rows = self.gated_rows(k, n_half);
-        let (client, element) = (self.client.clone(), self.element);
-        let panel = self.panel(k);
-        for first in (0..n_half).step_by(panel_rows) {
-            let n = panel_rows.min(n_half - first);
-            cube::dequantize(&client, matrix, element, first, n, &panel);
-            let up = panel.clone().offset_start((n * k * element.size_bytes()) as u64);
-            cube::dequantize(&client, matrix, element, n_half + first, n, &up);
-            let x_operand = Operand::of(&client, x, element).map_err(blas_error)?;
-            let w = Operand::of(&client, &panel, element).map_err(blas_error)?;
-            let out = Operand::of(&client, wide, element).map_err(blas_error)?;
-            let Some(blas) = self.blas.as_mut() else { unreachable!("`gated_width` looked") };
-            blas.matmul(&client, x_operand, k, w, out, 2 * n, [m, 2 * n, k]).map_err(blas_error)?;
-            cube::gate_columns(&client, element, gate, true, wide, y, [m, n], [first, n_half]);
+        let (n_half, element, client) = (matrix.n_rows / 2, self.element, self.client.clone());
+        let rows = &gates.rows;
+        for first in rows.clone().step_by(gates.at_a_time) {
+            let n = gates.at_a_time.min(rows.end - first);
+            let both = [first..first + n, n_half + first..n_half + first + n];
+            let piece = Piece { rows: both, cols: 0..matrix.n_cols };
+            let decoded = self.decode(matrix, &piece, panel);
+            let place = Place::whole(&decoded);
+            self.multiply_plain(x, &decoded, Target { y: wide, element, place, adds: false }, m)?;
+            cube::gate_columns(&client, element, gate, true, wide, y, [m, n], [first - rows.start, rows.len()]);
         }
         Ok(())
     }
 
-    /// As with cuBLAS, which is not here.
-    #[cfg(not(feature = "cuda"))]
-    pub fn gated(
+    /// Adds `x · Wᵀ` over the columns `cols` of W to `y`, which is the residual stream. [`mlp_panels`](Self::mlp_panels) gives no more
+    /// of them than a panel has room for.
+    ///
+    /// # Shapes
+    /// `x` `[m, cols.len()]`, `y` `[m, n_out]` f32.
+    ///
+    /// # Errors
+    /// As [`project`](Self::project).
+    pub fn add_columns(
         &mut self,
-        _x: &Handle,
-        _projection: &Projection,
-        _gate: Gate,
-        _buffers: [&Handle; 2],
-        _m: usize,
+        x: &Handle,
+        projection: &Projection,
+        cols: &Range<usize>,
+        y: &Handle,
+        m: usize,
+        panel: &Panel,
     ) -> Result<(), InferenceError> {
-        unreachable!("`gated_width` takes no projection")
-    }
-
-    /// Returns the scratch that rows are decoded into, made when it is first needed.
-    #[cfg(feature = "cuda")]
-    fn panel(&mut self, n_cols: usize) -> Handle {
-        let n_bytes = PANEL_BYTES.max(2 * n_cols * self.element.size_bytes());
-        let client = &self.client;
-        self.panel.get_or_insert_with(|| client.empty(n_bytes)).clone()
+        let mut y_first = 0;
+        for part in &projection.parts {
+            let place = Place { x_row: 0, y_first, y_stride: projection.n_out };
+            let decoded = self.decode(part, &Piece { rows: [0..part.n_rows, 0..0], cols: cols.clone() }, panel);
+            self.multiply_plain(x, &decoded, Target { y, element: Element::F32, place, adds: true }, m)?;
+            y_first += part.n_rows;
+        }
+        Ok(())
     }
 
     /// Writes `y = x[first..first + m] · Wᵀ` in fp32.
@@ -158,68 +265,79 @@ impl Products {
         head: &DeviceMatrix,
         y: &Handle,
         [first, m]: [usize; 2],
+        panel: &Panel,
     ) -> Result<(), InferenceError> {
-        self.multiply(x, head, y, Place { x_row: first, ..Place::whole(head) }, m, Element::F32)
+        let place = Place { x_row: first, ..Place::whole(head) };
+        self.multiply(x, head, Target { y, element: Element::F32, place, adds: false }, m, panel)
     }
 
     fn multiply(
         &mut self,
         x: &Handle,
         matrix: &DeviceMatrix,
-        y: &Handle,
-        place: Place,
+        target: Target<'_>,
         m: usize,
-        out: Element,
+        panel: &Panel,
     ) -> Result<(), InferenceError> {
-        #[cfg(feature = "cuda")]
-        if self.blas.is_some() {
-            return self.by_cublas(x, matrix, y, place, m, out);
+        if !self.is_decoded(matrix) {
+            return self.multiply_plain(x, matrix, target, m);
         }
-        cube::linear(&self.client, matrix, [self.element, out], x, None, y, place, m);
+        let panel_rows = (panel.n_bytes / (matrix.n_cols * self.element.size_bytes())).max(1);
+        for first in (0..matrix.n_rows).step_by(panel_rows) {
+            let rows = first..(first + panel_rows).min(matrix.n_rows);
+            let place = Place { y_first: target.place.y_first + first, ..target.place };
+            let decoded = self.decode(matrix, &Piece::rows(matrix, rows), panel);
+            self.multiply_plain(x, &decoded, Target { place, ..target }, m)?;
+        }
         Ok(())
     }
 
-    #[cfg(feature = "cuda")]
-    fn by_cublas(
+    /// Decodes a piece of a matrix, which the panel has room for.
+    fn decode(&self, matrix: &DeviceMatrix, piece: &Piece, panel: &Panel) -> DeviceMatrix {
+        assert!(
+            piece.n_rows() * piece.cols.len() * self.element.size_bytes() <= panel.n_bytes,
+            "{piece:?} does not fit"
+        );
+        cube::dequantize_piece(&self.client, matrix, self.element, piece, &panel.handle);
+        DeviceMatrix::plain(self.element, &panel.handle, piece.n_rows(), piece.cols.len())
+    }
+
+    /// Multiplies with a matrix that is not decoded to a panel first.
+    fn multiply_plain(
         &mut self,
         x: &Handle,
         matrix: &DeviceMatrix,
-        y: &Handle,
-        place: Place,
+        target: Target<'_>,
         m: usize,
-        out: Element,
     ) -> Result<(), InferenceError> {
-        let (client, element) = (self.client.clone(), self.element);
-        let x_operand = Operand::of(&client, x, element).map_err(blas_error)?;
-        let y_operand = Operand::of(&client, y, out).map_err(blas_error)?.offset(place.y_first);
-        let k = matrix.n_cols;
-        let x_operand = x_operand.offset(place.x_row * k);
-        if is_plain(matrix.kind, element) {
-            let w = Operand::of(&client, &matrix.codes, element).map_err(blas_error)?;
-            let Some(blas) = self.blas.as_mut() else { unreachable!("the caller looked") };
-            return blas
-                .matmul(&client, x_operand, k, w, y_operand, place.y_stride, [m, matrix.n_rows, k])
-                .map_err(blas_error);
+        #[cfg(feature = "cuda")]
+        if let Some(blas) = &mut self.blas {
+            return by_cublas(blas, &self.client, self.element, x, matrix, target, m).map_err(blas_error);
         }
-        let row_bytes = k * element.size_bytes();
-        let panel_rows = (PANEL_BYTES / row_bytes).clamp(1, matrix.n_rows);
-        let panel = self.panel(k);
-        let w = Operand::of(&client, &panel, element).map_err(blas_error)?;
-        let Some(blas) = self.blas.as_mut() else { unreachable!("the caller looked") };
-        for first in (0..matrix.n_rows).step_by(panel_rows) {
-            let n = panel_rows.min(matrix.n_rows - first);
-            cube::dequantize(&client, matrix, element, first, n, &panel);
-            let y = y_operand.offset(first);
-            blas.matmul(&client, x_operand, k, w, y, place.y_stride, [m, n, k]).map_err(blas_error)?;
+        let elements = [self.element, target.element];
+        match target.adds {
+            true => cube::linear_add(&self.client, matrix, elements, [x, target.y], target.place, m),
+            false => cube::linear(&self.client, matrix, elements, x, None, target.y, target.place, m),
         }
         Ok(())
     }
 }
 
-/// Returns true where cuBLAS reads a matrix as it is stored.
 #[cfg(feature = "cuda")]
-fn is_plain(kind: Kind, element: Element) -> bool {
-    matches!((kind, element), (Kind::F32, Element::F32) | (Kind::F16, Element::F16) | (Kind::Bf16, Element::Bf16))
+fn by_cublas(
+    blas: &mut Cublas,
+    client: &Client,
+    element: Element,
+    x: &Handle,
+    matrix: &DeviceMatrix,
+    target: Target<'_>,
+    m: usize,
+) -> Result<(), CublasError> {
+    let (k, place) = (matrix.n_cols, target.place);
+    let x = Operand::of(client, x, element)?.offset(place.x_row * k);
+    let w = Operand::of(client, &matrix.codes, element)?;
+    let y = Operand::of(client, target.y, target.element)?.offset(place.y_first);
+    blas.matmul(client, x, k, w, y, place.y_stride, [m, matrix.n_rows, k], target.adds)
 }
 
 #[cfg(feature = "cuda")]

@@ -63,7 +63,7 @@ impl Room {
 }
 
 const POOL_METHOD: &str = "the most that cubecl's allocator held of the device's memory when asked, which is at the stage's start \
-                           and after each of its cases; freed pages were handed back at the start. cuBLAS's workspace is not in it";
+                           and after each of its cases; freed pages were handed back at the start";
 
 /// Adds what the device's allocator holds to what another probe sees.
 pub struct PoolProbe {

@@ -2,8 +2,10 @@
 
 use super::weights::bytemuck_bytes;
 use crate::engine::rope::RopeSpec;
+use cubecl::bytes::Bytes;
 use cubecl::client::Client;
 use cubecl::server::Handle;
+use labpipe_kernels::cube;
 
 /// Cosines and sines of all positions a cache holds.
 pub struct RopeTable {
@@ -17,15 +19,14 @@ pub struct RopeTable {
 
 impl RopeTable {
     pub fn new(client: &Client, spec: &RopeSpec, capacity: usize) -> RopeTable {
-        let values = rows(spec, capacity, 1);
-        RopeTable { handle: client.create_from_slice(bytemuck_bytes(&values)), spec: spec.clone(), capacity, n_seq: 1 }
+        let handle = upload(client, &rows(spec, capacity, 1));
+        RopeTable { handle, spec: spec.clone(), capacity, n_seq: 1 }
     }
 
     /// Makes the table that of a sequence of `n_seq` tokens, where frequencies depend on that. Keys in the cache keep theirs.
     pub fn prepare(&mut self, client: &Client, n_seq: usize) {
         if self.spec.depends_on_length() && n_seq != self.n_seq {
-            let values = rows(&self.spec, self.capacity, n_seq);
-            self.handle = client.create_from_slice(bytemuck_bytes(&values));
+            self.handle = upload(client, &rows(&self.spec, self.capacity, n_seq));
             self.n_seq = n_seq;
         }
     }
@@ -34,6 +35,14 @@ impl RopeTable {
     pub fn depends_on_length(&self) -> bool {
         self.spec.depends_on_length()
     }
+}
+
+/// Copies a table to memory of its own, as long as the cache it belongs to.
+fn upload(client: &Client, values: &[f32]) -> Handle {
+    let bytes = bytemuck_bytes(values);
+    let handle = cube::kept(client, bytes.len());
+    client.write(&handle, Bytes::from_bytes_vec(bytes.to_vec()));
+    handle
 }
 
 fn rows(spec: &RopeSpec, capacity: usize, n_seq: usize) -> Vec<f32> {

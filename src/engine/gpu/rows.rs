@@ -39,13 +39,18 @@ impl Values for Rows<'_> {
 /// # Errors
 /// `OutOfMemory` or `Device` where a kernel before it failed.
 pub fn read(client: &Client, handle: &Handle, element: Element, n: usize) -> Result<Vec<f32>, InferenceError> {
-    let bytes = client.read_one(handle.clone()).map_err(device_error)?;
-    let bytes = &bytes[..(n * element.size_bytes()).min(bytes.len())];
-    Ok(match element {
+    let behind = (handle.size_in_used() as usize).saturating_sub(n * element.size_bytes());
+    let bytes = client.read_one(handle.clone().offset_end(behind as u64)).map_err(device_error)?;
+    Ok(floats(&bytes[..(n * element.size_bytes()).min(bytes.len())], element))
+}
+
+/// Returns what bytes from the device mean.
+pub fn floats(bytes: &[u8], element: Element) -> Vec<f32> {
+    match element {
         Element::F32 => bytes.chunks_exact(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect(),
         Element::F16 => bytes.chunks_exact(2).map(|b| f16::from_le_bytes([b[0], b[1]]).to_f32()).collect(),
         Element::Bf16 => bytes.chunks_exact(2).map(|b| bf16::from_le_bytes([b[0], b[1]]).to_f32()).collect(),
-    })
+    }
 }
 
 /// Says what a device's failure means for who asked. cubecl keeps a failed allocation or launch on the buffers that it left

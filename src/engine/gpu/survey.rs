@@ -11,6 +11,7 @@ use crate::inference::InferenceError;
 use cubecl::client::Client;
 use labpipe_kernels::cube::quantize::Reading;
 use labpipe_kernels::cube::{Element, FileMatrix, Form, LossMeter, MatrixLoader, measuring_bytes};
+use std::io;
 
 /// Measures linears one after the other. The device holds one of them at a time, and tiles.
 pub struct Surveyor<'a> {
@@ -62,10 +63,13 @@ impl<'a> Surveyor<'a> {
         };
         self.room.check(&format!("{}, quantized", unread.name), measuring_bytes(form, n_in, &file))?;
         let progress = self.progress;
-        let go_on = || if progress.is_cancelled() { Err(InferenceError::Cancelled) } else { Ok(()) };
-        let look = |_: usize, at: usize, bytes: &[u8]| go_on().and_then(|()| unread.check(at, bytes));
+        let look = |_: usize, at: usize, bytes: io::Result<&[u8]>| match progress.is_cancelled() {
+            true => Err(InferenceError::Cancelled),
+            false => unread.check(at, bytes.map_err(|error| unread.unreadable(&error))?),
+        };
         let matrix = self.loader.load(form, n_in, std::slice::from_ref(&file), look)?;
         self.loader.settle().map_err(device_error)?;
-        self.meter.measure(&matrix, &file, go_on)?.read(self.client).map_err(device_error)
+        let loss = self.meter.measure(&matrix, &file, |at, bytes| look(0, at, bytes))?;
+        loss.read(self.client).map_err(device_error)
     }
 }

@@ -1,4 +1,4 @@
-//! A model's weights on the GPU: copied tile by tile from the memory map and quantized there.
+//! A model's weights on the GPU: copied tile by tile from the file and quantized there.
 
 use super::products::element;
 use super::rows::device_error;
@@ -129,9 +129,9 @@ impl Loading<'_> {
             })
             .collect();
         let progress = self.progress;
-        let look = |part: usize, at: usize, bytes: &[u8]| match progress.is_cancelled() {
+        let look = |part: usize, at: usize, bytes: std::io::Result<&[u8]>| match progress.is_cancelled() {
             true => Err(InferenceError::Cancelled),
-            false => weights[part].check(at, bytes),
+            false => weights[part].check(at, bytes.map_err(|error| weights[part].unreadable(&error))?),
         };
         let matrix = self.loader.load(form, weights[0].tensor.shape[1], &files, look)?;
         self.stored_bytes += matrix.device_bytes();

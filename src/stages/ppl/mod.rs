@@ -10,7 +10,7 @@ mod settings;
 use super::MODELS;
 use super::text::TextForModel;
 use crate::artifact::{DivergenceResult, KeptLogProbs, PplResult};
-use crate::inference::{LogProbFormat, Model, ModelInfo};
+use crate::inference::{LogProbFormat, Model, ModelInfo, run_for_scores};
 use crate::metrics::{Convention, PerplexitySum, TokenPair, divergence};
 use crate::stage::{
     ParamDefault, ParamDesc, ParamType, Params, Stage, StageContext, StageDescription, StageError, StageOutput,
@@ -21,6 +21,7 @@ use base::{Base, BasePass};
 use passes::{Pass, passes};
 use serde_json::{Map, Value, json};
 use settings::Settings;
+use std::time::Instant;
 
 /// The kind.
 pub struct Ppl;
@@ -30,7 +31,7 @@ const KEEP: &[&str] = &["none", "f16", "f32", "top-k"];
 static DESCRIPTION: StageDescription = StageDescription {
     kind: "ppl",
     summary: "Measures perplexity of a text, each convention stamped into its row, and divergence from a base model.",
-    version: 2,
+    version: 3,
     measures: false,
     computes: true,
     params: &[
@@ -143,7 +144,7 @@ impl Stage for Ppl {
         for pass in &passes {
             let mut base = base.as_ref().map(|base| base.pass(pass)).transpose()?;
             let mut kept = keep.map(|format| Kept::create(context, pass, format, &info)).transpose()?;
-            let (scores, sum) = score(&mut **model, pass, base.as_mut(), kept.as_mut(), context)?;
+            let (scores, sum) = score(&mut **model, pass, base.as_mut(), kept.as_mut(), context, &mut outcome.speed)?;
             outcome.results.extend(pass.conventions.iter().map(|convention| row(*convention, pass, &sum)));
             outcome.divergences.extend(base.map(|base| base.divergence(pass, &scores)));
             outcome.kept.extend(kept.map(Kept::finish).transpose()?);
@@ -167,6 +168,29 @@ struct Outcome {
     divergences: Vec<DivergenceResult>,
     kept: Vec<KeptLogProbs>,
     token_files: Vec<Value>,
+    speed: Speed,
+}
+
+/// What the model took to score, all windows together.
+#[derive(Default)]
+struct Speed {
+    n_tokens_run: usize,
+    scoring_s: f64,
+}
+
+const SPEED_METHOD: &str = "wall clock around the model's scoring calls, over the tokens of all windows, those that overlap as \
+                            often as they are run; loading, tokenizing and writing stay outside, log-probabilities that are kept \
+                            or compared do not. No benchmark: nothing was warmed up, other stages may have run beside it \
+                            (prefill-bench with score: true is one)";
+
+impl Speed {
+    fn describe(&self, body: &mut Map<String, Value>) {
+        let rate = (self.scoring_s > 0.0).then(|| self.n_tokens_run as f64 / self.scoring_s);
+        body.insert("n_tokens_run".to_owned(), json!(self.n_tokens_run));
+        body.insert("scoring_s".to_owned(), json!(self.scoring_s));
+        body.insert("scoring_tokens_per_second".to_owned(), json!(rate));
+        body.insert("scoring_method".to_owned(), json!(SPEED_METHOD));
+    }
 }
 
 impl Outcome {
@@ -191,6 +215,7 @@ impl Outcome {
             body.insert("log_probs".to_owned(), json!(self.kept));
         }
         body.insert("token_scores".to_owned(), json!(self.token_files));
+        self.speed.describe(&mut body);
         body.insert("compute_dtype".to_owned(), json!(info.compute_dtype));
         StageOutput { body, summary: summary.join(", ") }
     }
@@ -246,6 +271,7 @@ fn score(
     mut base: Option<&mut BasePass>,
     mut kept: Option<&mut Kept>,
     context: &StageContext<'_>,
+    speed: &mut Speed,
 ) -> Result<(TokenScores, PerplexitySum), StageError> {
     context.progress.begin(Some(pass.windows.len() as u64), "windows");
     let (mut scores, mut sum) = (TokenScores::default(), PerplexitySum::default());
@@ -255,6 +281,7 @@ fn score(
         }
         let tokens = &pass.tokens[window.begin..window.end];
         let first = scores.nll.len();
+        let start = Instant::now();
         match (&mut base, &mut kept) {
             (Some(base), _) => {
                 for score in model.score_against(tokens, window.first_target, &mut base.reader)? {
@@ -272,6 +299,8 @@ fn score(
                 scores.argmax.extend(found.iter().map(|score| score.argmax));
             }
         }
+        speed.scoring_s += start.elapsed().as_secs_f64();
+        speed.n_tokens_run += run_for_scores(tokens, model.info().n_ctx_max).len();
         scores.token_id.extend(&tokens[window.first_target..]);
         scores.window_idx.resize(scores.nll.len(), u32::try_from(window_idx).unwrap_or(u32::MAX));
         sum.push(window, &scores.nll[first..]);

@@ -83,7 +83,7 @@ pub fn gemm_rows(client: &Client) -> Result<(), Box<dyn std::error::Error>> {
             let y = client.empty(2 * m * n);
             let operand = |handle| Operand::of(client, handle, Element::F16);
             let (ox, ow, oy) = (operand(&x)?, operand(&w)?, operand(&y)?);
-            let mut run = || blas.matmul(client, ox, k, ow, oy, n, [m, n, k]);
+            let mut run = || blas.matmul(client, ox, k, ow, oy, n, [m, n, k], false);
             for _ in 0..5 {
                 run()?;
             }
