@@ -122,7 +122,7 @@ fn tile_rows(n_rows: usize, n_cols: usize) -> usize {
 /// Returns a buffer of at least so many words, the one that is held where it suffices. The device works in order: what reads it is done
 /// before it is written again.
 fn held(client: &Client, slot: &mut Option<Handle>, n_words: usize) -> Handle {
-    if !slot.as_ref().is_some_and(|held| held.size() as usize / 4 >= n_words) {
+    if slot.as_ref().is_none_or(|held| held.size() as usize / 4 < n_words) {
         // The old one goes first.
         *slot = None;
     }
