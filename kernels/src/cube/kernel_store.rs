@@ -4,8 +4,11 @@
 //! when the process starts and written to one when it ends, so no two processes ever write to one file, and a file that is not whole is
 //! as good as none. Its name holds what its kernels were made by: this very program, the driver, the compiler.
 
+#[cfg(any(feature = "kernel-store", test))]
 use cubecl::bytes::Bytes;
-use cubecl_environment::persistence::{MemoryStorage, Origin, open};
+#[cfg(any(feature = "kernel-store", test))]
+use cubecl_environment::persistence::Origin;
+use cubecl_environment::persistence::{MemoryStorage, open};
 use std::collections::{BTreeMap, BTreeSet};
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
