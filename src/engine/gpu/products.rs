@@ -48,6 +48,12 @@ pub struct Panel {
     pub n_bytes: usize,
 }
 
+/// Where x, the matrix and y lie, for cuBLAS.
+#[cfg(feature = "cuda")]
+type Found = Option<[Operand; 3]>;
+#[cfg(not(feature = "cuda"))]
+type Found = Option<std::convert::Infallible>;
+
 /// Gate rows of a product, with the up rows that belong to them.
 pub struct GateRows {
     pub rows: Range<usize>,
@@ -216,13 +222,14 @@ impl Products {
         let matrix = &projection.parts[0];
         let (n_half, element, client) = (matrix.n_rows / 2, self.element, self.client.clone());
         let rows = &gates.rows;
+        let found = self.found(x, wide, element, &panel.handle)?;
         for first in rows.clone().step_by(gates.at_a_time) {
             let n = gates.at_a_time.min(rows.end - first);
             let both = [first..first + n, n_half + first..n_half + first + n];
             let piece = Piece { rows: both, cols: 0..matrix.n_cols };
             let decoded = self.decode(matrix, &piece, panel);
             let place = Place::whole(&decoded);
-            self.multiply_plain(x, &decoded, Target { y: wide, element, place, adds: false }, m)?;
+            self.multiply_plain(x, &decoded, Target { y: wide, element, place, adds: false }, m, &found)?;
             cube::gate_columns(&client, element, gate, true, wide, y, [m, n], [first - rows.start, rows.len()]);
         }
         Ok(())
@@ -246,10 +253,11 @@ impl Products {
         panel: &Panel,
     ) -> Result<(), InferenceError> {
         let mut y_first = 0;
+        let found = self.found(x, y, Element::F32, &panel.handle)?;
         for part in &projection.parts {
             let place = Place { x_row: 0, y_first, y_stride: projection.n_out };
             let decoded = self.decode(part, &Piece { rows: [0..part.n_rows, 0..0], cols: cols.clone() }, panel);
-            self.multiply_plain(x, &decoded, Target { y, element: Element::F32, place, adds: true }, m)?;
+            self.multiply_plain(x, &decoded, Target { y, element: Element::F32, place, adds: true }, m, &found)?;
             y_first += part.n_rows;
         }
         Ok(())
@@ -280,16 +288,34 @@ impl Products {
         panel: &Panel,
     ) -> Result<(), InferenceError> {
         if !self.is_decoded(matrix) {
-            return self.multiply_plain(x, matrix, target, m);
+            let found = self.found(x, target.y, target.element, &matrix.codes)?;
+            return self.multiply_plain(x, matrix, target, m, &found);
         }
+        let found = self.found(x, target.y, target.element, &panel.handle)?;
         let panel_rows = (panel.n_bytes / (matrix.n_cols * self.element.size_bytes())).max(1);
         for first in (0..matrix.n_rows).step_by(panel_rows) {
             let rows = first..(first + panel_rows).min(matrix.n_rows);
             let place = Place { y_first: target.place.y_first + first, ..target.place };
             let decoded = self.decode(matrix, &Piece::rows(matrix, rows), panel);
-            self.multiply_plain(x, &decoded, Target { place, ..target }, m)?;
+            self.multiply_plain(x, &decoded, Target { place, ..target }, m, &found)?;
         }
         Ok(())
+    }
+
+    /// Looks up where a product's buffers lie, for cuBLAS: once for all pieces of a matrix, since each look waits for the runtime.
+    #[cfg(feature = "cuda")]
+    fn found(&self, x: &Handle, y: &Handle, y_element: Element, w: &Handle) -> Result<Found, InferenceError> {
+        if self.blas.is_none() {
+            return Ok(None);
+        }
+        let of = |handle, element| Operand::of(&self.client, handle, element).map_err(blas_error);
+        Ok(Some([of(x, self.element)?, of(w, self.element)?, of(y, y_element)?]))
+    }
+
+    /// As with cuBLAS, which is not here.
+    #[cfg(not(feature = "cuda"))]
+    fn found(&self, _x: &Handle, _y: &Handle, _y_element: Element, _w: &Handle) -> Result<Found, InferenceError> {
+        Ok(None)
     }
 
     /// Decodes a piece of a matrix, which the panel has room for.
@@ -309,11 +335,17 @@ impl Products {
         matrix: &DeviceMatrix,
         target: Target<'_>,
         m: usize,
+        found: &Found,
     ) -> Result<(), InferenceError> {
         #[cfg(feature = "cuda")]
-        if let Some(blas) = &mut self.blas {
-            return by_cublas(blas, &self.client, self.element, x, matrix, target, m).map_err(blas_error);
+        if let (Some(blas), Some([x, w, y])) = (&mut self.blas, found) {
+            let (k, place) = (matrix.n_cols, target.place);
+            let (x, y) = (x.offset(place.x_row * k), y.offset(place.y_first));
+            return blas
+                .matmul(&self.client, x, k, *w, y, place.y_stride, [m, matrix.n_rows, k], target.adds)
+                .map_err(blas_error);
         }
+        debug_assert!(found.is_none(), "only cuBLAS has buffers looked up");
         let elements = [self.element, target.element];
         match target.adds {
             true => cube::linear_add(&self.client, matrix, elements, [x, target.y], target.place, m),
@@ -321,23 +353,6 @@ impl Products {
         }
         Ok(())
     }
-}
-
-#[cfg(feature = "cuda")]
-fn by_cublas(
-    blas: &mut Cublas,
-    client: &Client,
-    element: Element,
-    x: &Handle,
-    matrix: &DeviceMatrix,
-    target: Target<'_>,
-    m: usize,
-) -> Result<(), CublasError> {
-    let (k, place) = (matrix.n_cols, target.place);
-    let x = Operand::of(client, x, element)?.offset(place.x_row * k);
-    let w = Operand::of(client, &matrix.codes, element)?;
-    let y = Operand::of(client, target.y, target.element)?.offset(place.y_first);
-    blas.matmul(client, x, k, w, y, place.y_stride, [m, matrix.n_rows, k], target.adds)
 }
 
 #[cfg(feature = "cuda")]
