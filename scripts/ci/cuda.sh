@@ -3,6 +3,6 @@
 # One thread: what one test launches while another records a graph would be recorded too.
 source "$(dirname "$0")/common.sh"
 export LABPIPE_TEST_DEVICE=cuda
-cargo test --release --locked --package labpipe-kernels --features cuda --test cube_kernels --test cube_quantize --test cube_gemv -- --test-threads 1
+cargo test --release --locked --package labpipe-kernels --features cuda --test cube_kernels --test cube_quantize --test cube_gemv --test kernel_store -- --test-threads 1
 cargo test --release --locked --features cuda --test families --test damaged_weights --test survey --test engine_reference -- --test-threads 1
 cargo test --release --locked --features cuda --lib gpu:: -- --test-threads 1
