@@ -18,9 +18,9 @@ pub struct Candidate<'a> {
 }
 
 impl Candidate<'_> {
-    /// Wraps what a scheme refuses.
-    pub fn refused(&self, error: &labpipe_kernels::SchemeError) -> InferenceError {
-        InferenceError::Quantize { module: self.module.to_owned(), reason: error.to_string() }
+    /// Returns the error of a linear that is not quantized, for `reason`.
+    pub fn refused(&self, reason: impl std::fmt::Display) -> InferenceError {
+        InferenceError::Quantize { module: self.module.to_owned(), reason: reason.to_string() }
     }
 }
 
@@ -76,7 +76,7 @@ pub fn on_host(reader: &WeightReader<'_>, candidate: &Candidate<'_>) -> Result<M
     let weight = pack(module, scheme, &values, n_out, n_in)?;
     let bytes = weight.stored_bytes();
     let HostWeight::Packed(packed) = weight else {
-        return Err(InferenceError::Quantize { module: module.to_owned(), reason: "it was not packed".to_owned() });
+        return Err(candidate.refused("it was not packed"));
     };
     let (mse, sqnr_db) = reconstruction_error(&values, &packed);
     Ok(Measured { scheme: packed.spec, bytes, mse, sqnr_db })

@@ -39,7 +39,7 @@ impl<'a> Surveyor<'a> {
     /// # Errors
     /// Whatever is wrong with its tensor or its scheme; `OutOfMemory`, `Cancelled`.
     pub fn measure(&mut self, candidate: &Candidate<'_>) -> Result<Measured, InferenceError> {
-        let refused = |error| candidate.refused(&error);
+        let refused = |error: labpipe_kernels::SchemeError| candidate.refused(error);
         let scheme = labpipe_kernels::scheme(&candidate.scheme.scheme)
             .and_then(|scheme| scheme.normalize(candidate.scheme))
             .map_err(refused)?;
