@@ -1,7 +1,8 @@
 //! What packing a matrix loses, measured on the device: its values against the decoded ones, tile by tile. Squares are added up by
 //! kernels over short runs, in f32, and by the host beyond them, in f64.
 
-use super::launch::{cube_count, dequantize};
+use super::launch::cube_count;
+use super::launch_dequantize::dequantize;
 use super::quantize::{Reading, UNITS, read};
 use super::staging::stage;
 use super::tile::buffer;

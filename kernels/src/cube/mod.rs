@@ -23,6 +23,7 @@ pub mod gemv;
 pub mod kernel_store;
 mod launch;
 mod launch_attention;
+mod launch_dequantize;
 mod launch_logits;
 mod linear;
 mod loader;
@@ -41,10 +42,10 @@ mod tile;
 
 pub use form::{FileMatrix, Form};
 pub use launch::{
-    Element, Piece, Place, Residual, add_bias, add_norm, dequantize, dequantize_piece, embed, gate, gate_columns,
-    linear, linear_add, soft_cap,
+    Element, Place, Residual, add_bias, add_norm, embed, gate, gate_columns, linear, linear_add, soft_cap,
 };
 pub use launch_attention::{DecodeScratch, LayerCache, attention, decode_attention, rope_append};
+pub use launch_dequantize::{Piece, dequantize, dequantize_piece};
 pub use launch_logits::{ChooseScratch, choose, has_clock, score, stamp};
 pub use loader::{MatrixLoader, kept};
 pub use loss::{LOSS_BUDGET, Loss, LossMeter, measuring_bytes};

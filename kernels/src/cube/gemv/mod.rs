@@ -3,7 +3,7 @@
 //! A block of planes shares a tile of 16 rows and splits its columns, 64 at a time: a lane reads the 16 columns of a 64-column block
 //! that are its own (so that all lanes of one product share a quantization block), turns them into eight pairs of halves, and
 //! multiplies with the same columns of x, which lie in shared memory in the order the scheme's pairs come in. Sums are fp32, scaled
-//! block by block. Columns of the product beyond x's rows are copies and ignored: at one row, a matrix product costs no more
+//! block by block. Columns of the product beyond x's rows are zero and ignored: at one row, a matrix product costs no more
 //! instructions than a dot product would, and decodes nothing twice.
 //!
 //! Memory is waited for as little as can be: codes, scales, x and what the results are added to are on their way before the first
