@@ -3,11 +3,13 @@
 //! Whole sequences go in, small results come out; logits stay on the device unless asked for. The engine owns the
 //! clock that it times with and names it. Module names are Hugging Face's (`model.layers.4.mlp.down_proj`).
 
+mod account;
 mod decode_check;
 mod device_probe;
 mod error;
 mod log_probs;
 
+pub use account::{AccountPart, SourceAccount, StoredType};
 pub use decode_check::{CHECKED_POSITIONS, DecodeCheck, check_decode, decode_budget};
 pub use device_probe::{DeviceFigures, DeviceProbe, GpuIdentity, OtherProcesses};
 pub use error::InferenceError;
@@ -362,6 +364,14 @@ pub trait Engine: Send + Sync {
 
     /// Reads what a model is and checks that its files are whole, without loading weights.
     fn inspect(&self, recipe: &ModelRecipe) -> Result<ModelInfo, InferenceError>;
+
+    /// Returns which entries of the model's files were used and which were not; empty where the model comes from no files.
+    ///
+    /// # Errors
+    /// As [`Engine::inspect`].
+    fn account(&self, _recipe: &ModelRecipe) -> Result<SourceAccount, InferenceError> {
+        Ok(SourceAccount::default())
+    }
 
     /// Reads every weight once and checks that its values are finite: damage is then told by the stage that names the model,
     /// not by each that uses it.

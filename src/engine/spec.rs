@@ -21,12 +21,30 @@ pub struct AttentionSpec {
     pub rope: RopeSpec,
 }
 
+/// Which projections of a block add a bias to their product.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct LinearBiases {
+    pub q: bool,
+    pub k: bool,
+    pub v: bool,
+    pub o: bool,
+    pub gate: bool,
+    pub up: bool,
+    pub down: bool,
+}
+
+impl LinearBiases {
+    /// Returns biases on query, key and value alike.
+    pub fn qkv(present: bool) -> LinearBiases {
+        LinearBiases { q: present, k: present, v: present, ..LinearBiases::default() }
+    }
+}
+
 /// What one decoder block is made of; every block of a model is alike but for its [`AttentionSpec`].
 #[derive(Debug, Clone, PartialEq)]
 pub struct BlockSpec {
-    pub qkv_bias: bool,
-    pub o_bias: bool,
-    pub mlp_bias: bool,
+    /// Which projections add a bias.
+    pub biases: LinearBiases,
     /// One matrix `self_attn.qkv_proj`: rows of all query heads, then of all key heads, then of all value heads.
     pub fused_qkv: bool,
     /// One matrix `mlp.gate_up_proj`: rows of the gate, then of the up projection.
@@ -159,25 +177,25 @@ impl ModelSpec {
     /// Returns a block's linears in execution order.
     pub fn block_linears(&self) -> Vec<LinearSpec> {
         let (q, kv, hidden, ffn) = (self.q_width(), self.kv_width(), self.hidden_size, self.ffn_size);
-        let block = &self.block;
+        let (block, biases) = (&self.block, &self.block.biases);
         let linear = |role, name, n_out, n_in, bias| LinearSpec { role, name, n_out, n_in, bias };
         let mut linears = if block.fused_qkv {
-            vec![linear(LinearRole::Qkv, "self_attn.qkv_proj", q + 2 * kv, hidden, block.qkv_bias)]
+            vec![linear(LinearRole::Qkv, "self_attn.qkv_proj", q + 2 * kv, hidden, biases.q || biases.k || biases.v)]
         } else {
             vec![
-                linear(LinearRole::Q, "self_attn.q_proj", q, hidden, block.qkv_bias),
-                linear(LinearRole::K, "self_attn.k_proj", kv, hidden, block.qkv_bias),
-                linear(LinearRole::V, "self_attn.v_proj", kv, hidden, block.qkv_bias),
+                linear(LinearRole::Q, "self_attn.q_proj", q, hidden, biases.q),
+                linear(LinearRole::K, "self_attn.k_proj", kv, hidden, biases.k),
+                linear(LinearRole::V, "self_attn.v_proj", kv, hidden, biases.v),
             ]
         };
-        linears.push(linear(LinearRole::O, "self_attn.o_proj", hidden, q, block.o_bias));
+        linears.push(linear(LinearRole::O, "self_attn.o_proj", hidden, q, biases.o));
         if block.fused_gate_up {
-            linears.push(linear(LinearRole::GateUp, "mlp.gate_up_proj", 2 * ffn, hidden, block.mlp_bias));
+            linears.push(linear(LinearRole::GateUp, "mlp.gate_up_proj", 2 * ffn, hidden, biases.gate || biases.up));
         } else {
-            linears.push(linear(LinearRole::Gate, "mlp.gate_proj", ffn, hidden, block.mlp_bias));
-            linears.push(linear(LinearRole::Up, "mlp.up_proj", ffn, hidden, block.mlp_bias));
+            linears.push(linear(LinearRole::Gate, "mlp.gate_proj", ffn, hidden, biases.gate));
+            linears.push(linear(LinearRole::Up, "mlp.up_proj", ffn, hidden, biases.up));
         }
-        linears.push(linear(LinearRole::Down, "mlp.down_proj", hidden, ffn, block.mlp_bias));
+        linears.push(linear(LinearRole::Down, "mlp.down_proj", hidden, ffn, biases.down));
         linears
     }
 

@@ -1,5 +1,6 @@
 //! `load`: names a model and checks that its files are whole. Weights are read when a consumer first needs them.
 
+use crate::event::Level;
 use crate::hub::{HubReference, HubSettings, ModelLocation};
 use crate::inference::{ModelRecipe, ModelSource};
 use crate::stage::{
@@ -17,7 +18,7 @@ const DTYPES: &[&str] = &["f32", "f16", "bf16"];
 static DESCRIPTION: StageDescription = StageDescription {
     kind: "load",
     summary: "Names a model's weights, checks that its files are whole, and tells what it is.",
-    version: 1,
+    version: 2,
     measures: false,
     computes: true,
     params: &[
@@ -74,6 +75,10 @@ impl Stage for Load {
         let rooted = recipe.rooted(context.root);
         let info = context.engine.inspect(&rooted)?;
         context.engine.check_values(&rooted, context.progress)?;
+        let account = context.engine.account(&rooted)?;
+        for warning in account.warnings() {
+            context.progress.note(Level::Warning, &warning);
+        }
         let weights_bytes = info.weights_bytes();
         let stored = info.stored_quantization.as_ref().map(|stored| {
             let schemes: Vec<&str> = stored.schemes.iter().map(|spec| spec.scheme.as_str()).collect();
@@ -96,6 +101,7 @@ impl Stage for Load {
         let mut body = Map::new();
         body.insert("recipe".to_owned(), json!(recipe));
         body.insert("model".to_owned(), json!(info));
+        body.insert("account".to_owned(), json!(account));
         body.insert("weights_bytes".to_owned(), json!(weights_bytes));
         if let ModelSource::Hub(id) = &recipe.source {
             body.insert("hub".to_owned(), json!({ "id": id, "commit": commit(id) }));

@@ -1,7 +1,7 @@
 //! A config.json with typed, checked access: every error names the file and the field.
 
 use crate::engine::rope::RopeScaling;
-use crate::engine::spec::{Activation, AttentionSpec, BlockSpec, ModelSpec};
+use crate::engine::spec::{Activation, AttentionSpec, BlockSpec, LinearBiases, ModelSpec};
 use crate::inference::InferenceError;
 use crate::units::DType;
 use serde_json::Value;
@@ -190,9 +190,7 @@ impl ConfigFile {
             embedding_scale: 1.0,
             logit_softcap: None,
             block: BlockSpec {
-                qkv_bias: false,
-                o_bias: false,
-                mlp_bias: false,
+                biases: LinearBiases::default(),
                 fused_qkv: false,
                 fused_gate_up: false,
                 activation: self.activation()?,
@@ -258,6 +256,7 @@ mod tests {
     use super::super::spec_of;
     use super::ConfigFile;
     use crate::engine::rope::RopeScaling;
+    use crate::engine::spec::LinearBiases;
     use crate::inference::InferenceError;
     use std::path::PathBuf;
 
@@ -295,7 +294,7 @@ mod tests {
         );
         let spec = read_spec(&path).expect("a spec");
         assert_eq!(spec.n_params(), 3_085_938_688);
-        assert!(spec.block.qkv_bias && !spec.block.o_bias);
+        assert!(spec.block.biases == LinearBiases::qkv(true));
     }
 
     #[test]

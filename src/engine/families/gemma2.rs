@@ -2,7 +2,7 @@
 //! layer.
 
 use super::{ConfigFile, Family};
-use crate::engine::spec::ModelSpec;
+use crate::engine::spec::{LinearBiases, ModelSpec};
 use crate::inference::InferenceError;
 use serde_json::{Value, json};
 
@@ -49,8 +49,7 @@ pub fn gemma_spec(config: &ConfigFile, family: &'static str) -> Result<ModelSpec
     spec.embedding_scale = (spec.hidden_size as f64).sqrt();
     spec.logit_softcap = config.softcap("final_logit_softcapping")?;
     let attention_bias = config.flag("attention_bias")?.unwrap_or(false);
-    spec.block.qkv_bias = attention_bias;
-    spec.block.o_bias = attention_bias;
+    spec.block.biases = LinearBiases { o: attention_bias, ..LinearBiases::qkv(attention_bias) };
     spec.block.norm_unit_offset = true;
     spec.block.out_norms = true;
     if let Some(scalar) = config.number("query_pre_attn_scalar")? {

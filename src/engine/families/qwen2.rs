@@ -1,14 +1,14 @@
 //! Qwen2 and Qwen2.5: Llama's block with biases on the query, key and value projections.
 
 use super::{ConfigFile, Family};
-use crate::engine::spec::ModelSpec;
+use crate::engine::spec::{LinearBiases, ModelSpec};
 use crate::inference::InferenceError;
 
 pub const FAMILY: Family = Family { model_type: "qwen2", spec };
 
 fn spec(config: &ConfigFile) -> Result<ModelSpec, InferenceError> {
     let mut spec = config.base_spec("qwen2")?;
-    spec.block.qkv_bias = true;
+    spec.block.biases = LinearBiases::qkv(true);
     slide_upper_layers(config, &mut spec)?;
     Ok(spec)
 }
