@@ -9,8 +9,10 @@ const EXAMPLES: &str = "Examples:
   labpipe rerun --from diff
   labpipe show diff --json
 
-Exit codes: 0 ok; 2 usage or pipeline error, before any stage starts; 3 a stage failed; 4 device missing or out of
-memory; 5 a check or comparison failed; 1 a bug in labpipe; 130 stopped by Ctrl-C.";
+Exit codes: 0 ok; 2 usage or pipeline error, before any stage starts; 3 a stage failed;
+4 device missing or out of memory; 5 a check or comparison failed; 6 the output could not be
+written (a full disk; a reader that closes its pipe is no error); 1 a bug in labpipe; 130 stopped
+by Ctrl-C.";
 
 /// Runs declarative experiment pipelines on quantized language models.
 #[derive(Debug, Parser)]
@@ -108,10 +110,11 @@ pub enum Command {
 pub struct PipelineArgs {
     /// The pipeline file
     pub file: PathBuf,
-    /// Set a variable (repeatable); the value is read as YAML
+    /// Set a variable (repeatable). The value is taken as it is and read as what takes it: a path or text, a number, true or
+    /// false; [a, b] and {k: v} are a list and a mapping
     #[arg(long = "set", value_name = "NAME=VALUE", value_parser = pair)]
     pub set: Vec<(String, String)>,
-    /// Keep only these values of a matrix variable (repeatable)
+    /// Keep only these values of a matrix variable (repeatable), as labpipe matrix names them or as the file writes them
     #[arg(long, value_name = "NAME=A,B", value_parser = pair)]
     pub matrix: Vec<(String, String)>,
     /// auto, cpu, cuda, cuda:N or wgpu, over what the file says

@@ -12,6 +12,8 @@ use crate::stage::Catalogue;
 use crate::stages::catalogue;
 use crate::store::{FileHashes, Store};
 use crate::ui;
+use crate::yaml::MAX_TEXT_BYTES;
+use std::io::Read as _;
 use std::path::Path;
 use std::sync::Arc;
 
@@ -52,7 +54,7 @@ impl Global {
 impl PipelineArgs {
     /// Returns what the command line adds to the file.
     pub fn options(&self) -> ParseOptions {
-        let split = |values: &str| values.split(',').map(|value| value.trim().to_owned()).collect();
+        let split = |values: &str| values.split(',').map(str::to_owned).collect();
         ParseOptions {
             set: self.set.clone(),
             matrix: self.matrix.iter().map(|(name, values)| (name.clone(), split(values))).collect(),
@@ -88,10 +90,37 @@ impl SelectArgs {
 /// # Errors
 /// `Read`, `Pipeline`.
 pub fn read(file: &Path, options: ParseOptions) -> Result<Read, CliError> {
-    let text = std::fs::read_to_string(file).map_err(|source| CliError::Read { path: file.to_owned(), source })?;
+    let text = read_text(file)?;
     let catalogue = catalogue();
     let pipeline = parse(&text, &file.to_string_lossy(), &catalogue, &options).map_err(CliError::Pipeline)?;
     Ok(Read { pipeline, text, options, catalogue })
+}
+
+/// Reads a file of a bounded length, which must be UTF-8.
+fn read_text(file: &Path) -> Result<String, CliError> {
+    let failed = |source| CliError::Read { path: file.to_owned(), source };
+    let mut bytes = Vec::new();
+    let opened = std::fs::File::open(file).map_err(failed)?;
+    opened.take(MAX_TEXT_BYTES as u64 + 1).read_to_end(&mut bytes).map_err(failed)?;
+    let refused = |message: String, hint: &str| {
+        Err(CliError::Usage {
+            message: format!("failed to read {}: {message}", file.display()),
+            hint: Some(hint.to_owned()),
+        })
+    };
+    if bytes.len() > MAX_TEXT_BYTES {
+        return refused(format!("it is longer than {} MiB", MAX_TEXT_BYTES >> 20), "a pipeline file is YAML text");
+    }
+    let is_utf_16 = bytes.starts_with(&[0xff, 0xfe]) || bytes.starts_with(&[0xfe, 0xff]);
+    match String::from_utf8(bytes) {
+        Ok(text) => Ok(text),
+        Err(_) if is_utf_16 => refused("it is UTF-16".to_owned(), "save it as UTF-8"),
+        Err(error) => {
+            let before = &error.as_bytes()[..error.utf8_error().valid_up_to()];
+            let line = before.iter().filter(|byte| **byte == b'\n').count() + 1;
+            refused(format!("line {line} is not UTF-8"), "save it as UTF-8")
+        }
+    }
 }
 
 /// Shows missing files as what they are: mistakes in the pipeline file, each with its place.

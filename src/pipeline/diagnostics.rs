@@ -1,16 +1,20 @@
 //! Collects problems and shows them with file, line, column, snippet and hint.
 
-use super::node::Place;
 use super::types::{Diagnostic, PipelineError};
+use crate::yaml::{Place, YamlError};
+use std::collections::HashSet;
 use std::fmt::Write;
 
 /// Longest part of a line that a snippet shows, in characters.
 const SNIPPET_WIDTH: usize = 120;
+/// Most problems that are shown one by one.
+const N_SHOWN: usize = 100;
 
 /// Problems found so far.
 #[derive(Debug, Default)]
 pub struct Problems {
     found: Vec<Diagnostic>,
+    seen: HashSet<Diagnostic>,
 }
 
 impl Problems {
@@ -26,9 +30,14 @@ impl Problems {
     }
 
     pub fn push(&mut self, diagnostic: Diagnostic) {
-        if !self.found.contains(&diagnostic) {
+        if self.seen.insert(diagnostic.clone()) {
             self.found.push(diagnostic);
         }
+    }
+
+    /// Notes why the text is no YAML.
+    pub fn add_yaml(&mut self, error: YamlError) {
+        self.add(error.at, error.message, error.hint);
     }
 
     pub fn is_empty(&self) -> bool {
@@ -46,19 +55,23 @@ impl PipelineError {
     /// Returns the diagnostics as a person reads them.
     pub fn render(&self) -> String {
         let mut out = String::new();
-        for diagnostic in &self.diagnostics {
+        let lines: Vec<&str> = self.text.lines().collect();
+        for diagnostic in self.diagnostics.iter().take(N_SHOWN) {
             // Writing to a String can't fail.
-            let _ = self.render_one(&mut out, diagnostic);
+            let _ = self.render_one(&mut out, diagnostic, &lines);
             out.push('\n');
         }
         let n = self.diagnostics.len();
+        if n > N_SHOWN {
+            let _ = writeln!(out, "... and {} more\n", n - N_SHOWN);
+        }
         let _ = write!(out, "{n} error{} in {}", if n == 1 { "" } else { "s" }, self.origin);
         out
     }
 
-    fn render_one(&self, out: &mut String, diagnostic: &Diagnostic) -> std::fmt::Result {
+    fn render_one(&self, out: &mut String, diagnostic: &Diagnostic, lines: &[&str]) -> std::fmt::Result {
         writeln!(out, "error: {}", diagnostic.message)?;
-        let snippet = diagnostic.line.and_then(|line| self.text.lines().nth(line - 1).map(|text| (line, text)));
+        let snippet = diagnostic.line.and_then(|line| lines.get(line - 1).map(|text| (line, *text)));
         match snippet {
             None => writeln!(out, "  --> {}", self.origin)?,
             Some((line, text)) => {

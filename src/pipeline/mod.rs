@@ -1,12 +1,12 @@
 //! Pipeline files: YAML text becomes a checked, expanded [`Pipeline`]. Pure: it opens no file and knows no engine.
 //!
-//! The text becomes a tree with positions (`node`), variables are substituted in it (`variables`), each stage is read alone
+//! The text becomes a tree with positions (`yaml`), variables are substituted in it (`variables`), each stage is read alone
 //! against its parameters' types (`read`), and the matrix is expanded (`expand`); every problem found on the way is reported.
 
 mod diagnostics;
 mod expand;
+mod graph;
 mod matrix;
-mod node;
 mod parse;
 mod read;
 mod schema;

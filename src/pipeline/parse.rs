@@ -3,13 +3,15 @@
 use super::diagnostics::Problems;
 use super::expand::{RawStage, expand};
 use super::matrix::Matrix;
-use super::node::{Key, Node, Place};
 use super::suggest::did_you_mean;
-use super::types::{Cell, ParseOptions, Pipeline, PipelineError};
+use super::types::{Cell, MAX_NAME, ParseOptions, Pipeline, PipelineError, is_word};
 use crate::stage::Catalogue;
-use std::collections::BTreeSet;
+use crate::yaml::{self, Key, Node, NodeValue, Place, Untyped};
 
 const KEYS: [&str; 6] = ["version", "name", "vars", "device", "matrix", "stages"];
+
+/// The name of the link to the newest run.
+const RESERVED: &str = "latest";
 
 /// Variables in file order, with what `--set` made of them.
 pub type Variables = Vec<(String, Node)>;
@@ -25,10 +27,10 @@ pub fn parse(
     options: &ParseOptions,
 ) -> Result<Pipeline, PipelineError> {
     let mut problems = Problems::default();
-    let root = match Node::parse(text) {
+    let root = match yaml::parse(text) {
         Ok(root) => root,
-        Err(diagnostic) => {
-            problems.push(diagnostic);
+        Err(error) => {
+            problems.add_yaml(error);
             return Err(problems.into_error(origin, text));
         }
     };
@@ -56,7 +58,7 @@ fn read(
     }
     match root.get("version") {
         None => problems.add(root.at, "version is missing", Some("begin the file with version: 1".to_owned())),
-        Some(version) if version.to_json() != 1 => {
+        Some(version) if version.as_int() != Some(1) => {
             problems.add(version.at, format!("version: expected 1, found {}", version.describe()), None);
         }
         Some(_) => {}
@@ -70,11 +72,10 @@ fn read(
         return None;
     }
     let expanded = expand(&stages, &matrix, &variables, catalogue, &options.env, problems);
-    let all: BTreeSet<String> = matrix.variables.iter().cloned().collect();
     let cells: Vec<Cell> = if matrix.variables.is_empty() {
         Vec::new()
     } else {
-        matrix.cells.iter().map(|cell| matrix.project(cell, &all)).collect()
+        (0..matrix.cells.len()).map(|cell_idx| matrix.project(cell_idx, matrix.all())).collect()
     };
     Some(Pipeline { name, origin: origin.to_owned(), device, stages: expanded, cells })
 }
@@ -85,19 +86,22 @@ fn name(root: &Node, problems: &mut Problems) -> String {
         return String::new();
     };
     let text = node.as_text().unwrap_or_default();
-    if !is_word(text) {
-        let message = format!("name: expected letters, digits, - and _, found {}", node.describe());
-        problems.add(node.at, message, Some("it becomes a folder under results/".to_owned()));
+    let hint = match (node.as_text(), node.scalar_text()) {
+        (None, Some(written)) if is_word(&written) => {
+            format!("YAML reads {written} as no text; put it in quotes: name: \"{written}\"")
+        }
+        (None, _) if node.is_null() => "a name that is the word null needs quotes: name: \"null\"".to_owned(),
+        _ => "it becomes a folder under results/".to_owned(),
+    };
+    if text == RESERVED {
+        let message = format!("name: {RESERVED:?} is reserved");
+        problems.add(node.at, message, Some("results/latest is the link to the newest run".to_owned()));
+    } else if !is_word(text) {
+        let message =
+            format!("name: expected letters, digits, - and _ ({MAX_NAME} at most), found {}", node.describe());
+        problems.add(node.at, message, Some(hint));
     }
     text.to_owned()
-}
-
-/// A word that is safe as a folder's name and in addresses.
-fn is_word(text: &str) -> bool {
-    let mut chars = text.chars();
-    chars.next().is_some_and(|first| first.is_ascii_alphanumeric())
-        && chars.all(|c| c.is_ascii_alphanumeric() || c == '-' || c == '_')
-        && text.len() <= 64
 }
 
 fn device(root: &Node, options: &ParseOptions, problems: &mut Problems) -> String {
@@ -128,13 +132,8 @@ fn variables(root: &Node, set: &[(String, String)], matrix: &mut Matrix, problem
         },
     };
     for (name, text) in set {
-        let value = match Node::parse(text) {
-            Ok(node) => node.unplaced(),
-            Err(diagnostic) => {
-                problems.add(Place::default(), format!("--set {name}: {}", diagnostic.message), None);
-                continue;
-            }
-        };
+        let outside = Untyped::new(text, format!("--set {name}"));
+        let value = Node::new(NodeValue::Untyped(outside), Place::default());
         if let Some((_, slot)) = variables.iter_mut().find(|(known, _)| known == name) {
             *slot = value;
         } else if matrix.variables.contains(name) {
@@ -166,5 +165,5 @@ fn stages(root: &Node, problems: &mut Problems) -> Vec<RawStage> {
 }
 
 fn stage_name_problem(key: &Key) -> String {
-    format!("stage name {:?}: expected a letter or digit, then letters, digits, - and _ (64 at most)", key.text)
+    format!("stage name {:?}: expected a letter or digit, then letters, digits, - and _ ({MAX_NAME} at most)", key.text)
 }

@@ -1,11 +1,10 @@
 //! Reads one stage's mapping against the parameter types of its kind.
 
 use super::diagnostics::Problems;
-use super::matrix::is_null;
-use super::node::{Key, Node, NodeValue, Place};
 use super::suggest::did_you_mean;
 use crate::quantization;
 use crate::stage::{Catalogue, ParamDefault, ParamDesc, ParamType, Params, Stage};
+use crate::yaml::{Key, Node, NodeValue, Place, is_yaml_1_1_bool, resolve_plain};
 use serde_json::{Map, Value, json};
 
 /// A stage as it was read: references are still names.
@@ -98,7 +97,13 @@ fn read_param(
     refs: &mut Vec<Reference>,
     problems: &mut Problems,
 ) -> Option<Value> {
-    let Some(value) = node.get(param.name).filter(|value| !is_null(value)) else {
+    // From outside, the word null is nothing to a number and a text to a path.
+    let takes_text = matches!(
+        param.ty,
+        ParamType::Word | ParamType::Model | ParamType::TextSource | ParamType::QuantizationConfig | ParamType::Globs
+    );
+    let is_given = |value: &&Node| if takes_text { !value.is_null() } else { !value.is_null_word() };
+    let Some(value) = node.get(param.name).filter(is_given) else {
         return match &param.default {
             ParamDefault::Required => {
                 let message =
@@ -137,8 +142,8 @@ fn names(node: &Node, what: &str, problems: &mut Problems) -> Vec<(String, Place
     let items = node.as_list().unwrap_or(std::slice::from_ref(node));
     let mut found = Vec::new();
     for item in items {
-        match item.as_text() {
-            Some(text) => found.push((text.to_owned(), item.at)),
+        match item.scalar_text() {
+            Some(text) => found.push((text, item.at)),
             None => {
                 problems.add(item.at, format!("{what}: expected the name of a stage, found {}", item.describe()), None)
             }
@@ -160,7 +165,7 @@ pub fn expected(param: &ParamDesc) -> String {
         ParamType::Integers { min, max } => {
             format!("a whole number of{unit} {}, or a list of them", range(*min, *max)).replace("of from", "from")
         }
-        ParamType::Float { min, max } => format!("a number{unit} from {min} to {max}"),
+        ParamType::Float { min, max } => format!("a number of{unit} from {min} to {max}").replace("of from", "from"),
         ParamType::Word => "a text".to_owned(),
         ParamType::OneOf(words) => format!("one of {}", words.join(", ")),
         ParamType::SomeOf(words) => format!("one or several of {}", words.join(", ")),
@@ -180,43 +185,79 @@ pub fn expected(param: &ParamDesc) -> String {
 type Mismatch = (Place, String, Option<String>);
 
 fn convert(param: &ParamDesc, node: &Node) -> Result<Value, Mismatch> {
-    let mismatch = || Err((node.at, node.describe(), None));
-    match (&param.ty, &node.value) {
-        (ParamType::Bool, NodeValue::Bool(value)) => Ok(Value::from(*value)),
-        (ParamType::Integer { min, max }, NodeValue::Int(value)) if (min..=max).contains(&value) => {
-            Ok(Value::from(*value))
+    let mismatch = || (node.at, node.describe(), spelling_hint(&param.ty, node));
+    let int_within = |item: &Node, min: i64, max: i64| item.as_int().filter(|value| (min..=max).contains(value));
+    match &param.ty {
+        ParamType::Bool => node.as_bool().map(Value::from).ok_or_else(mismatch),
+        ParamType::Integer { min, max } => int_within(node, *min, *max).map(Value::from).ok_or_else(mismatch),
+        ParamType::Integers { min, max } => {
+            each(node, |item| int_within(item, *min, *max).map(Value::from), |item| spelling_hint(&param.ty, item))
         }
-        (ParamType::Integers { min, max }, _) => {
-            each(node, |item| matches!(&item.value, NodeValue::Int(value) if (min..=max).contains(&value)))
+        ParamType::Float { min, max } => {
+            let value = node.as_float().filter(|value| value.is_finite() && (*min..=*max).contains(value));
+            value.map(Value::from).ok_or_else(mismatch)
         }
-        (ParamType::Float { min, max }, NodeValue::Float(value)) if (*min..=*max).contains(value) => {
-            Ok(Value::from(*value))
+        ParamType::Word | ParamType::Model => {
+            node.scalar_text().filter(|text| !text.is_empty()).map(Value::from).ok_or_else(mismatch)
         }
-        (ParamType::Float { min, max }, NodeValue::Int(value)) if (*min..=*max).contains(&(*value as f64)) => {
-            Ok(Value::from(*value as f64))
+        ParamType::OneOf(words) => {
+            let text = node.as_text().unwrap_or_default();
+            let unknown = || (node.at, node.describe(), nearest(text, words));
+            words.contains(&text).then(|| Value::from(text)).ok_or_else(unknown)
         }
-        (ParamType::Word | ParamType::Model, _) => match node.scalar_text().filter(|text| !text.is_empty()) {
-            Some(text) => Ok(Value::from(text)),
-            None => mismatch(),
+        ParamType::SomeOf(words) => {
+            let known = |item: &Node| item.as_text().filter(|text| words.contains(text)).map(Value::from);
+            each(node, known, |item| item.as_text().and_then(|text| nearest(text, words)))
+        }
+        ParamType::Globs => {
+            let glob =
+                |item: &Node| item.scalar_text().filter(|text| globset::Glob::new(text).is_ok()).map(Value::from);
+            let hint = |item: &Node| item.as_text().map(|_| "a [ or { of a glob is not closed".to_owned());
+            each(node, glob, hint)
+        }
+        ParamType::RandomModel => match node.as_map() {
+            Some(entries) => random_model(node, entries),
+            None => Err(mismatch()),
         },
-        (ParamType::OneOf(words), NodeValue::Text(text)) => {
-            let known = words.contains(&text.as_str());
-            if known { Ok(Value::from(text.as_str())) } else { Err((node.at, node.describe(), nearest(text, words))) }
-        }
-        (ParamType::SomeOf(words), _) => each(node, |item| item.as_text().is_some_and(|text| words.contains(&text)))
-            .map_err(|(at, found, _)| (at, found, node.as_text().and_then(|text| nearest(text, words)))),
-        (ParamType::Globs, _) => each(node, |item| item.as_text().is_some_and(|text| globset::Glob::new(text).is_ok())),
-        (ParamType::RandomModel, NodeValue::Map(entries)) => random_model(node, entries),
-        (ParamType::TextSource, _) => text_source(node),
-        (ParamType::QuantizationConfig, NodeValue::Text(text)) if !text.is_empty() => Ok(Value::from(text.as_str())),
-        (ParamType::QuantizationConfig, NodeValue::Map(_)) => {
+        ParamType::TextSource => text_source(node),
+        ParamType::QuantizationConfig if node.as_map().is_some() => {
             let value = node.to_json();
             match quantization::from_value(&value, "inline") {
                 Ok(_) => Ok(value),
                 Err(error) => Err((node.at, "a config with an error".to_owned(), Some(error.to_string()))),
             }
         }
-        _ => mismatch(),
+        ParamType::QuantizationConfig => {
+            node.scalar_text().filter(|text| !text.is_empty()).map(Value::from).ok_or_else(mismatch)
+        }
+        // Names of stages are read before.
+        ParamType::StageRef(_) | ParamType::StageRefs(_) => Err(mismatch()),
+    }
+}
+
+/// Returns how to write what was likely meant, where a value has another type than it looks like.
+fn spelling_hint(ty: &ParamType, node: &Node) -> Option<String> {
+    let wants_number = matches!(ty, ParamType::Integer { .. } | ParamType::Integers { .. } | ParamType::Float { .. });
+    let is_number = |text: &str| matches!(resolve_plain(text), NodeValue::Int(_) | NodeValue::Float(_));
+    match (ty, &node.value) {
+        (ParamType::Bool, _) => {
+            let text = node.as_text()?;
+            if ["true", "false"].contains(&text) {
+                return Some(format!("in quotes it is a text: write {text}"));
+            }
+            is_yaml_1_1_bool(text).then(|| format!("YAML 1.2 reads {text} as a text: write true or false"))
+        }
+        (_, NodeValue::Text(text)) if wants_number && is_number(text) => {
+            Some(format!("in quotes it is a text: write {text}"))
+        }
+        (_, NodeValue::Text(_) | NodeValue::Untyped(_)) if wants_number => {
+            let bare = node.as_text()?.replace('_', "");
+            is_number(&bare).then(|| format!("YAML 1.2 has no underscores in numbers: write {bare}"))
+        }
+        (_, NodeValue::Float(value)) if wants_number && !value.is_finite() => {
+            Some("a finite number is wanted".to_owned())
+        }
+        _ => None,
     }
 }
 
@@ -225,13 +266,17 @@ fn nearest(text: &str, words: &[&'static str]) -> Option<String> {
 }
 
 /// Reads a value, or a list of them, as a list.
-fn each(node: &Node, fits: impl Fn(&Node) -> bool) -> Result<Value, Mismatch> {
+fn each(
+    node: &Node,
+    read: impl Fn(&Node) -> Option<Value>,
+    hint: impl Fn(&Node) -> Option<String>,
+) -> Result<Value, Mismatch> {
     let items = node.as_list().unwrap_or(std::slice::from_ref(node));
-    match items.iter().find(|item| !fits(item)) {
-        Some(item) => Err((item.at, item.describe(), None)),
-        None if items.is_empty() => Err((node.at, "an empty list".to_owned(), None)),
-        None => Ok(items.iter().map(Node::to_json).collect()),
+    if items.is_empty() {
+        return Err((node.at, "an empty list".to_owned(), None));
     }
+    let place = |item: &Node| if item.at == Place::default() { node.at } else { item.at };
+    items.iter().map(|item| read(item).ok_or_else(|| (place(item), item.describe(), hint(item)))).collect()
 }
 
 fn known_keys(entries: &[(Key, Node)], known: &[&'static str]) -> Result<(), Mismatch> {
@@ -243,11 +288,14 @@ fn known_keys(entries: &[(Key, Node)], known: &[&'static str]) -> Result<(), Mis
 
 fn random_model(node: &Node, entries: &[(Key, Node)]) -> Result<Value, Mismatch> {
     known_keys(entries, &["config", "seed"])?;
-    let config = node.get("config").and_then(Node::as_text).ok_or((node.at, "no config".to_owned(), None))?;
-    let seed = match node.get("seed").map(|seed| &seed.value) {
+    let config = node.get("config").and_then(Node::scalar_text).filter(|config| !config.is_empty());
+    let config = config.ok_or((node.at, "no config".to_owned(), None))?;
+    let seed = match node.get("seed") {
         None => 0,
-        Some(NodeValue::Int(seed)) if *seed >= 0 => *seed,
-        Some(_) => return Err((node.at, "a seed that is no whole number from 0".to_owned(), None)),
+        Some(seed) => match seed.as_int().filter(|seed| *seed >= 0) {
+            Some(seed) => seed,
+            None => return Err((seed.at, format!("seed of {}, no whole number from 0", seed.describe()), None)),
+        },
     };
     Ok(json!({ "config": config, "seed": seed }))
 }
@@ -264,19 +312,26 @@ fn text_source(node: &Node) -> Result<Value, Mismatch> {
     };
     known_keys(entries, &KEYS)?;
     let source = source_files(node.get("source").ok_or((node.at, "no source".to_owned(), None))?)?;
-    let count = |name: &str| match node.get(name).map(|count| (&count.value, count)) {
-        None | Some((NodeValue::Null, _)) => Ok(Value::Null),
-        Some((NodeValue::Int(count), _)) if *count > 0 => Ok(Value::from(*count)),
-        Some((_, count)) => Err((count.at, format!("{name} of {}", count.describe()), None)),
+    let count = |name: &str| match node.get(name).filter(|count| !count.is_null_word()) {
+        None => Ok(Value::Null),
+        Some(node) => match node.as_int().filter(|count| *count > 0) {
+            Some(count) => Ok(Value::from(count)),
+            None => {
+                let hint = spelling_hint(&ParamType::Integer { min: 1, max: i64::MAX }, node);
+                Err((node.at, format!("{name} of {}", node.describe()), hint))
+            }
+        },
     };
     let (n_chars, n_tokens) = (count("n_chars")?, count("n_tokens")?);
     if !n_chars.is_null() && !n_tokens.is_null() {
         return Err((node.at, "both n_chars and n_tokens".to_owned(), Some("keep one of them".to_owned())));
     }
-    let words = |name: &str, default: Value, may_be_empty: bool| match node.get(name).map(|text| (&text.value, text)) {
-        None | Some((NodeValue::Null, _)) => Ok(default),
-        Some((NodeValue::Text(text), _)) if may_be_empty || !text.is_empty() => Ok(Value::from(text.as_str())),
-        Some((_, text)) => Err((text.at, format!("{name} of {}", text.describe()), None)),
+    let words = |name: &str, default: Value, may_be_empty: bool| match node.get(name).filter(|text| !text.is_null()) {
+        None => Ok(default),
+        Some(node) => match node.scalar_text().filter(|text| may_be_empty || !text.is_empty()) {
+            Some(text) => Ok(Value::from(text)),
+            None => Err((node.at, format!("{name} of {}", node.describe()), None)),
+        },
     };
     let separator = words("separator", Value::Null, false)?;
     let column = words("column", Value::from("text"), false)?;
@@ -294,8 +349,8 @@ fn text_source(node: &Node) -> Result<Value, Mismatch> {
 
 /// Reads the name of a file, or a list of them; a list of one is that one.
 fn source_files(node: &Node) -> Result<Value, Mismatch> {
-    let fits = |item: &Node| item.as_text().is_some_and(|text| !text.is_empty());
-    match each(node, fits)? {
+    let file = |item: &Node| item.scalar_text().filter(|text| !text.is_empty()).map(Value::from);
+    match each(node, file, |_| None)? {
         Value::Array(items) if items.len() == 1 => Ok(items.into_iter().next().unwrap_or_default()),
         files => Ok(files),
     }
@@ -303,21 +358,23 @@ fn source_files(node: &Node) -> Result<Value, Mismatch> {
 
 /// Reads whether a text goes through the chat template: true, or what the system says; null where it doesn't.
 fn chat_option(node: &Node) -> Result<Value, Mismatch> {
-    match &node.value {
-        NodeValue::Null | NodeValue::Bool(false) => Ok(Value::Null),
-        NodeValue::Bool(true) => Ok(json!({ "system": null })),
-        NodeValue::Map(entries) => {
-            known_keys(entries, &["system"])?;
-            match node.get("system").map(|system| (&system.value, system)) {
-                None | Some((NodeValue::Null, _)) => Ok(json!({ "system": null })),
-                Some((NodeValue::Text(text), _)) => Ok(json!({ "system": text })),
-                Some((_, system)) => Err((system.at, format!("system of {}", system.describe()), None)),
-            }
-        }
-        _ => Err((
-            node.at,
-            format!("chat of {}", node.describe()),
-            Some("chat: true, or chat: {system: TEXT}".to_owned()),
-        )),
+    if node.is_null_word() || node.as_bool() == Some(false) {
+        return Ok(Value::Null);
+    }
+    if node.as_bool() == Some(true) {
+        return Ok(json!({ "system": null }));
+    }
+    let Some(entries) = node.as_map() else {
+        let hint = spelling_hint(&ParamType::Bool, node);
+        let hint = hint.or_else(|| Some("chat: true, or chat: {system: TEXT}".to_owned()));
+        return Err((node.at, format!("chat of {}", node.describe()), hint));
+    };
+    known_keys(entries, &["system"])?;
+    match node.get("system").filter(|system| !system.is_null()) {
+        None => Ok(json!({ "system": null })),
+        Some(system) => match system.scalar_text() {
+            Some(text) => Ok(json!({ "system": text })),
+            None => Err((system.at, format!("system of {}", system.describe()), None)),
+        },
     }
 }

@@ -1,13 +1,12 @@
 //! A pipeline as it was read: checked stage by stage, matrix expanded, variables substituted.
 
 use crate::stage::Params;
-use serde_json::Value;
 use std::collections::BTreeMap;
 
 /// What the command line adds to a pipeline file.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct ParseOptions {
-    /// `--set name=value`, the value read as YAML; overrides `vars`.
+    /// `--set name=value`, the value as it was given; whoever takes the variable decides its type. Overrides `vars`.
     pub set: Vec<(String, String)>,
     /// `--matrix key=a,b`: keeps only those values.
     pub matrix: Vec<(String, Vec<String>)>,
@@ -69,7 +68,7 @@ pub struct PipelineStage {
 }
 
 /// One problem in a pipeline file.
-#[derive(Debug, Clone, PartialEq)]
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub struct Diagnostic {
     /// Counted from 1; null where the problem has no place (`--set`).
     pub line: Option<usize>,
@@ -90,14 +89,21 @@ pub struct PipelineError {
     pub diagnostics: Vec<Diagnostic>,
 }
 
+/// Longest name of a pipeline, a stage or a variable, in bytes.
+pub const MAX_NAME: usize = 64;
+
+/// Returns true for a word that is safe as a folder's name and in addresses.
+pub fn is_word(text: &str) -> bool {
+    let mut chars = text.chars();
+    chars.next().is_some_and(|first| first.is_ascii_alphanumeric())
+        && chars.all(|c| c.is_ascii_alphanumeric() || c == '-' || c == '_')
+        && text.len() <= MAX_NAME
+}
+
 /// A value of a matrix variable may be any scalar; this is how it is named in addresses and on the command line:
 /// a path's file stem where it looks like a path (`experiments/nf4.yaml` -> `nf4`), else its text.
-pub fn matrix_value_name(value: &Value) -> String {
-    let text = match value {
-        Value::String(text) => text.clone(),
-        other => other.to_string(),
-    };
-    let file_name = text.rsplit('/').next().unwrap_or(&text);
+pub fn matrix_value_name(text: &str) -> String {
+    let file_name = text.rsplit('/').next().unwrap_or(text);
     match file_name.rsplit_once('.') {
         Some((stem, extension)) if !stem.is_empty() && extension.chars().all(|c| c.is_ascii_alphabetic()) => {
             stem.to_owned()

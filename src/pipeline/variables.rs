@@ -1,17 +1,42 @@
 //! Substitution of `${name}` and `${env:NAME}`. A scalar that is exactly `${x}` takes x's value, whatever its type.
 
 use super::diagnostics::Problems;
-use super::node::{Key, Node, NodeValue, Place};
 use super::suggest::did_you_mean;
+use crate::yaml::{Key, MAX_DEPTH, Node, NodeValue, Place, TreeSize, Untyped};
+use std::cell::Cell;
 use std::collections::{BTreeMap, BTreeSet};
 
-/// Values that names stand for.
-#[derive(Debug, Clone, Default)]
-pub struct Scope {
-    pub values: BTreeMap<String, Node>,
-    pub env: BTreeMap<String, String>,
-    /// Every name the file declares, those without a value here included: what a misspelt one may have meant.
+/// Most values, and most bytes of text, that references bring into one variable or stage.
+const MAX_NODES: usize = 1 << 17;
+const MAX_BYTES: usize = 8 << 20;
+/// The same for a whole pipeline, all cells of its matrix together.
+const MAX_NODES_OF_ALL: usize = 1 << 23;
+const MAX_BYTES_OF_ALL: usize = 512 << 20;
+
+/// What every scope of a pipeline shares.
+#[derive(Debug)]
+pub struct Surroundings<'a> {
+    pub env: &'a BTreeMap<String, String>,
+    /// Every name the file declares, those without a value in a scope included: what a misspelt one may have meant.
     pub declared: BTreeSet<String>,
+    n_nodes: Cell<usize>,
+    n_bytes: Cell<usize>,
+}
+
+/// Values that names stand for.
+#[derive(Debug, Clone)]
+pub struct Scope<'a> {
+    pub values: BTreeMap<String, Node>,
+    /// Where names are looked up that have no value here.
+    outer: Option<&'a Scope<'a>>,
+    surroundings: &'a Surroundings<'a>,
+}
+
+/// What references brought into one tree.
+#[derive(Debug, Default)]
+struct Growth {
+    size: TreeSize,
+    is_exceeded: bool,
 }
 
 /// A piece of a text: plain, or the name inside `${…}`.
@@ -63,98 +88,180 @@ fn plain_name(name: &str) -> &str {
     name.strip_prefix("matrix.").unwrap_or(name)
 }
 
-impl Scope {
+impl<'a> Surroundings<'a> {
+    pub fn new(env: &'a BTreeMap<String, String>, declared: BTreeSet<String>) -> Surroundings<'a> {
+        Surroundings { env, declared, n_nodes: Cell::new(0), n_bytes: Cell::new(0) }
+    }
+
+    /// Counts what a reference brings; false beyond the limit.
+    fn count(&self, size: TreeSize) -> bool {
+        self.n_nodes.set(self.n_nodes.get().saturating_add(size.n_nodes));
+        self.n_bytes.set(self.n_bytes.get().saturating_add(size.n_bytes));
+        self.n_nodes.get() <= MAX_NODES_OF_ALL && self.n_bytes.get() <= MAX_BYTES_OF_ALL
+    }
+}
+
+impl<'a> Scope<'a> {
+    pub fn new(surroundings: &'a Surroundings<'a>) -> Scope<'a> {
+        Scope { values: BTreeMap::new(), outer: None, surroundings }
+    }
+
+    /// Returns an empty scope inside this one.
+    pub fn inner(&'a self) -> Scope<'a> {
+        Scope { values: BTreeMap::new(), outer: Some(self), surroundings: self.surroundings }
+    }
+
     /// Returns the tree with every reference replaced; what can't be replaced is a problem and stays as it is.
     pub fn substitute(&self, node: &Node, problems: &mut Problems) -> Node {
+        self.replace_in(node, 0, &mut Growth::default(), problems)
+    }
+
+    fn replace_in(&self, node: &Node, depth: usize, growth: &mut Growth, problems: &mut Problems) -> Node {
         let value = match &node.value {
-            NodeValue::Text(text) if text.contains("${") => self.replace(text, node.at, problems),
+            NodeValue::Text(text) if text.contains("${") => {
+                let replaced = self.replace(text, node.at, depth, growth, problems);
+                return Node { at: node.at, ..replaced.unwrap_or_else(|| node.clone()) };
+            }
             NodeValue::List(items) => {
-                NodeValue::List(items.iter().map(|item| self.substitute(item, problems)).collect())
+                NodeValue::List(items.iter().map(|item| self.replace_in(item, depth + 1, growth, problems)).collect())
             }
             NodeValue::Map(entries) => {
-                let replace = |(key, value): &(Key, Node)| (key.clone(), self.substitute(value, problems));
-                NodeValue::Map(entries.iter().map(replace).collect())
+                let mut replace =
+                    |(key, value): &(Key, Node)| (key.clone(), self.replace_in(value, depth + 1, growth, problems));
+                NodeValue::Map(entries.iter().map(&mut replace).collect())
             }
             other => other.clone(),
         };
-        Node { value, at: node.at }
+        Node { value, at: node.at, written: node.written.clone() }
     }
 
-    fn replace(&self, text: &str, at: Place, problems: &mut Problems) -> NodeValue {
-        let unchanged = || NodeValue::Text(text.to_owned());
+    fn replace(
+        &self,
+        text: &str,
+        at: Place,
+        depth: usize,
+        growth: &mut Growth,
+        problems: &mut Problems,
+    ) -> Option<Node> {
         let pieces = match pieces(text) {
             Ok(pieces) => pieces,
             Err(message) => {
                 problems.add(at, message, Some("write $${ for a plain ${".to_owned()));
-                return unchanged();
+                return None;
             }
         };
         if let [Piece::Name(name)] = pieces.as_slice() {
-            return self.look_up(name, at, problems).unwrap_or_else(unchanged);
+            return self.look_up(name, at, depth, growth, problems);
         }
         let mut out = String::new();
         for piece in pieces {
             match piece {
                 Piece::Plain(plain) => out.push_str(plain),
-                Piece::Name(name) => {
-                    let Some(value) = self.look_up(name, at, problems) else { return unchanged() };
-                    match (Node { value, at }).scalar_text() {
-                        Some(scalar) => out.push_str(&scalar),
-                        None => {
-                            let message = format!("${{{name}}} is no scalar and can't stand inside a longer text");
-                            problems.add(at, message, Some(format!("let the value be exactly \"${{{name}}}\"")));
-                            return unchanged();
-                        }
+                Piece::Name(name) => match self.look_up(name, at, depth, growth, problems)?.scalar_text() {
+                    Some(scalar) => out.push_str(&scalar),
+                    None => {
+                        let message = format!("${{{name}}} is no scalar and can't stand inside a longer text");
+                        problems.add(at, message, Some(format!("let the value be exactly \"${{{name}}}\"")));
+                        return None;
                     }
-                }
+                },
             }
         }
-        NodeValue::Text(out)
+        Some(Node::new(NodeValue::Text(out), at))
     }
 
-    fn look_up(&self, name: &str, at: Place, problems: &mut Problems) -> Option<NodeValue> {
-        if let Some(variable) = name.strip_prefix("env:") {
-            let value = self.env.get(variable).map(|value| NodeValue::Text(value.clone()));
-            if value.is_none() {
-                problems.add(at, format!("environment variable {variable} is not set"), None);
-            }
-            return value;
+    fn find(&self, name: &str) -> Option<&Node> {
+        self.values.get(name).or_else(|| self.outer?.find(name))
+    }
+
+    fn look_up(
+        &self,
+        name: &str,
+        at: Place,
+        depth: usize,
+        growth: &mut Growth,
+        problems: &mut Problems,
+    ) -> Option<Node> {
+        if growth.is_exceeded {
+            return None;
         }
-        let value = self.values.get(plain_name(name)).map(|node| node.value.clone());
-        if value.is_none() {
-            let known: BTreeSet<&str> = self.values.keys().chain(&self.declared).map(String::as_str).collect();
+        if let Some(variable) = name.strip_prefix("env:") {
+            let Some(value) = self.surroundings.env.get(variable) else {
+                problems.add(at, format!("environment variable {variable} is not set, or is no UTF-8 text"), None);
+                return None;
+            };
+            let value = Untyped::new(value, format!("environment variable {variable}"));
+            let value = Node::new(NodeValue::Untyped(value), at);
+            return self.admit(name, value.size(), at, depth, growth, problems).then_some(value);
+        }
+        let Some(value) = self.find(plain_name(name)) else {
+            let known = self.surroundings.declared.iter().map(String::as_str);
             let hint = did_you_mean(plain_name(name), known).unwrap_or_else(|| "declare it under vars:".to_owned());
             problems.add(at, format!("unknown variable {name:?}"), Some(hint));
-        }
-        value
+            return None;
+        };
+        // Looked at before it is copied: variables that name one another twice each double from one to the next.
+        self.admit(name, value.size(), at, depth, growth, problems).then(|| value.clone())
+    }
+
+    /// Counts a value that is about to be inserted; false where it makes the tree too large.
+    fn admit(
+        &self,
+        name: &str,
+        size: TreeSize,
+        at: Place,
+        depth: usize,
+        growth: &mut Growth,
+        problems: &mut Problems,
+    ) -> bool {
+        growth.size.n_nodes += size.n_nodes;
+        growth.size.n_bytes += size.n_bytes;
+        let is_small = growth.size.n_nodes <= MAX_NODES && growth.size.n_bytes <= MAX_BYTES;
+        let message = if depth + size.depth > MAX_DEPTH {
+            format!("${{{name}}} nests lists and mappings deeper than {MAX_DEPTH} levels")
+        } else if !is_small || !self.surroundings.count(size) {
+            format!(
+                "${{{name}}} makes this too large: references may bring {MAX_NODES} values and {} MiB of text into one variable or stage",
+                MAX_BYTES >> 20
+            )
+        } else {
+            return true;
+        };
+        growth.is_exceeded = true;
+        problems.add(at, message, Some("variables that name others more than once multiply".to_owned()));
+        false
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::yaml::parse;
 
-    fn scope() -> Scope {
-        let vars = Node::parse("n: 4\nname: nf4\nlist: [1, 2]\n").expect("a tree");
-        let values =
-            vars.as_map().expect("a mapping").iter().map(|(key, node)| (key.text.clone(), node.clone())).collect();
-        Scope { values, env: BTreeMap::from([("HOME".to_owned(), "/home/x".to_owned())]), ..Scope::default() }
-    }
-
-    fn substitute(text: &str) -> (NodeValue, bool) {
+    fn substitute(text: &str) -> (Node, bool) {
+        let env = BTreeMap::from([("HOME".to_owned(), "/home/x".to_owned()), ("N".to_owned(), "7".to_owned())]);
+        let surroundings = Surroundings::new(&env, BTreeSet::new());
+        let vars = parse("n: 4\nname: nf4\nlist: [1, 2]\nversion: 3.10\n").expect("a tree");
+        let mut scope = Scope::new(&surroundings);
+        for (key, node) in vars.as_map().expect("a mapping") {
+            scope.values.insert(key.text.clone(), node.clone());
+        }
         let mut problems = Problems::default();
-        let node = Node { value: NodeValue::Text(text.to_owned()), at: Place { line: 1, column: 1 } };
-        let value = scope().substitute(&node, &mut problems).value;
+        let node = Node::new(NodeValue::Text(text.to_owned()), Place { line: 1, column: 1 });
+        let value = scope.inner().substitute(&node, &mut problems);
         (value, problems.is_empty())
     }
 
     #[test]
     fn an_exact_reference_takes_the_value_s_type_and_others_are_text() {
-        assert_eq!(substitute("${n}"), (NodeValue::Int(4), true));
-        assert!(matches!(substitute("${list}").0, NodeValue::List(_)));
-        assert_eq!(substitute("x/${name}-${n}.yaml").0, NodeValue::Text("x/nf4-4.yaml".to_owned()));
-        assert_eq!(substitute("${env:HOME}/m").0, NodeValue::Text("/home/x/m".to_owned()));
-        assert_eq!(substitute("$${n}").0, NodeValue::Text("${n}".to_owned()));
+        let of = |text: &str| substitute(text).0;
+        assert_eq!(of("${n}").value, NodeValue::Int(4));
+        assert!(matches!(of("${list}").value, NodeValue::List(_)));
+        assert_eq!(of("x/${name}-${n}.yaml").value, NodeValue::Text("x/nf4-4.yaml".to_owned()));
+        assert_eq!(of("${env:HOME}/m").value, NodeValue::Text("/home/x/m".to_owned()));
+        assert_eq!(of("$${n}").value, NodeValue::Text("${n}".to_owned()));
+        assert_eq!(of("v${version}").value, NodeValue::Text("v3.10".to_owned()));
+        assert_eq!((of("${env:N}").as_int(), of("${env:N}").as_text()), (Some(7), Some("7")));
     }
 
     #[test]
