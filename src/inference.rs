@@ -8,12 +8,14 @@ mod decode_check;
 mod device_probe;
 mod error;
 mod log_probs;
+mod records;
 
 pub use account::{AccountPart, SourceAccount, StoredType};
 pub use decode_check::{CHECKED_POSITIONS, DecodeCheck, check_decode, decode_budget};
 pub use device_probe::{DeviceFigures, DeviceProbe, GpuIdentity, OtherProcesses};
 pub use error::InferenceError;
 pub use log_probs::{LogProbFormat, LogProbRows, LogProbSink, LogProbSource, argmax, diverge_logits, score_logits};
+pub use records::{HubRevision, LoadRecord, QuantizeRecord};
 
 use crate::artifact::{MemoryFigures, QuantizedModule};
 use crate::event::Progress;

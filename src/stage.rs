@@ -1,6 +1,6 @@
 //! The Stage trait, descriptions of parameters, and the catalogue that the other rooms read stages from.
 
-use crate::artifact::Record;
+use crate::artifact::{Record, RecordBody};
 use crate::event::Progress;
 use crate::inference::{Engine, InferenceError, Model, ModelRecipe};
 use serde_json::{Map, Value};
@@ -122,6 +122,14 @@ impl StageInput {
             address: self.address.clone(),
             reason: format!("its record holds no readable model recipe ({error})"),
         })
+    }
+
+    /// Reads its record's body.
+    ///
+    /// # Errors
+    /// Where a field is missing or has another type; it is named.
+    pub fn body<T: RecordBody>(&self) -> Result<T, StageError> {
+        self.record.read().map_err(|error| StageError::Other(error.to_string()))
     }
 
     /// Returns the first input under that parameter.

@@ -84,11 +84,21 @@ pub fn format_seconds(seconds: f64) -> String {
     }
 }
 
+/// Returns the word for a number that is not finite: `inf`, `-inf`, `nan`.
+pub fn non_finite(value: f64) -> Option<&'static str> {
+    match value {
+        value if value.is_nan() => Some("nan"),
+        f64::INFINITY => Some("inf"),
+        f64::NEG_INFINITY => Some("-inf"),
+        _ => None,
+    }
+}
+
 /// Formats a number with about four significant digits, switching to scientific notation far from 1.
 pub fn format_significant(value: f64) -> String {
     let magnitude = value.abs();
-    if !value.is_finite() {
-        "n/a".to_owned()
+    if let Some(word) = non_finite(value) {
+        word.to_owned()
     } else if magnitude == 0.0 {
         "0".to_owned()
     } else if !(1e-3..1e6).contains(&magnitude) {

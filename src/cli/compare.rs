@@ -2,8 +2,8 @@
 
 use super::args::{CompareArgs, Global};
 use super::error::CliError;
-use super::print;
-use crate::artifact::{FORMAT_VERSION, Key, PplResult, Record};
+use super::{check_run, print};
+use crate::artifact::{FORMAT_VERSION, Key, PplRecord, PplResult, Record, RecordError};
 use crate::metrics::{Convention, paired_difference};
 use crate::report::{self, Compared, Verdict};
 use crate::stage::StageInput;
@@ -34,10 +34,7 @@ impl Run {
     }
 
     fn stage(&self, address: &str, cache: &Path) -> Result<Arc<StageInput>, CliError> {
-        let record = Record::from_json(self.dir.record(address)?).map_err(|error| CliError::Usage {
-            message: format!("failed to read the record of {address} in run {}: {error}", self.id()),
-            hint: None,
-        })?;
+        let record = Record::from_json(self.dir.record(address)?).map_err(|error| unreadable(self, &error))?;
         Ok(Arc::new(StageInput {
             address: address.to_owned(),
             kind: record.head.kind.clone(),
@@ -58,7 +55,7 @@ pub fn compare(global: &Global, args: &CompareArgs) -> Result<u8, CliError> {
     for address in &in_both {
         let (one, other) = (a.stage(address, store.dir())?, b.stage(address, store.dir())?);
         if one.kind == other.kind && one.kind != "report" {
-            rows.extend(rows_of(&one, &other, &store)?);
+            rows.extend(rows_of((&a, &one), (&b, &other), &store)?);
         }
     }
     let only = |run: &Run, other: &Run| -> Vec<String> {
@@ -84,27 +81,50 @@ fn find(global: &Global, name: &str) -> Result<Run, CliError> {
         message: format!("failed to find run {name:?}: {error}"),
         hint: Some(format!("run ids are the folders in {}/<pipeline>/", global.results.display())),
     })?;
+    check_run(&json, &dir.path)?;
     Ok(Run { dir, json })
 }
 
-fn rows_of(a: &Arc<StageInput>, b: &Arc<StageInput>, store: &Store) -> Result<Vec<Compared>, CliError> {
-    let measures = |stage| {
-        report::measures(stage).map_err(|error| CliError::Usage { message: format!("failed to {error}"), hint: None })
+/// Names the run of a record that can't be read.
+fn unreadable(run: &Run, error: &RecordError) -> CliError {
+    let hint = "a run of an earlier labpipe is compared after running its pipeline again".to_owned();
+    CliError::Usage { message: format!("run {}: failed to {error}", run.id()), hint: Some(hint) }
+}
+
+fn rows_of(
+    (run_a, a): (&Run, &Arc<StageInput>),
+    (run_b, b): (&Run, &Arc<StageInput>),
+    store: &Store,
+) -> Result<Vec<Compared>, CliError> {
+    let measures = |run, stage| {
+        report::measures(stage).map_err(|error| match error {
+            report::ReportError::Record(error) => unreadable(run, &error),
+            other => CliError::Usage { message: format!("failed to {other}"), hint: None },
+        })
     };
-    let (same_subject, widths) = if a.kind == "ppl" { pair_tokens(a, b, store) } else { (true, BTreeMap::new()) };
+    let (measures_a, measures_b) = (measures(run_a, a)?, measures(run_b, b)?);
+    let (same_subject, widths) = if a.kind == "ppl" {
+        let results = |run, stage: &StageInput| {
+            let record: Result<PplRecord, RecordError> = stage.record.read();
+            record.map(|record| record.results).map_err(|error| unreadable(run, &error))
+        };
+        pair_tokens((a, &results(run_a, a)?), (b, &results(run_b, b)?), store)
+    } else {
+        (true, BTreeMap::new())
+    };
     let paired = |metric: &str, label: &str| widths.get(&(metric.to_owned(), label.to_owned())).copied();
-    Ok(report::compare(&measures(a)?, &measures(b)?, same_subject, &paired))
+    Ok(report::compare(&measures_a, &measures_b, same_subject, &paired))
 }
 
 type Widths = BTreeMap<(String, String), f64>;
 
 /// Returns whether two `ppl` stages scored the same text with the same tokenizer, and half-widths of the differences of
 /// those metrics whose single tokens both artifacts still hold.
-fn pair_tokens(a: &StageInput, b: &StageInput, store: &Store) -> (bool, Widths) {
-    let rows = |stage: &StageInput| -> Vec<PplResult> {
-        serde_json::from_value(stage.record.body.get("results").cloned().unwrap_or_default()).unwrap_or_default()
-    };
-    let (rows_a, rows_b) = (rows(a), rows(b));
+fn pair_tokens(
+    (a, rows_a): (&StageInput, &[PplResult]),
+    (b, rows_b): (&StageInput, &[PplResult]),
+    store: &Store,
+) -> (bool, Widths) {
     let subject = |row: &PplResult| (row.text_hash.clone(), row.tokenizer_hash.clone());
     let same = match (rows_a.first(), rows_b.first()) {
         (Some(one), Some(other)) => subject(one) == subject(other),

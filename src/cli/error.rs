@@ -1,5 +1,6 @@
 //! Errors at the edge, with their exit codes and hints.
 
+use crate::artifact::RecordError;
 use crate::hub::HubError;
 use crate::inference::InferenceError;
 use crate::pipeline::PipelineError;
@@ -23,6 +24,8 @@ pub enum CliError {
     Device(#[from] InferenceError),
     #[error("failed to {0}")]
     Hub(#[from] HubError),
+    #[error("failed to {0}")]
+    Record(#[from] RecordError),
     #[error("{message}")]
     Usage { message: String, hint: Option<String> },
     #[error("failed to write to stdout: {0}")]
@@ -34,7 +37,8 @@ impl CliError {
     pub fn exit_code(&self) -> u8 {
         match self {
             CliError::Device(_) => 4,
-            CliError::Store(_) | CliError::Output(_) => 3,
+            CliError::Store(_) | CliError::Record(_) => 3,
+            CliError::Output(_) => 6,
             CliError::Pipeline(_)
             | CliError::Read { .. }
             | CliError::Plan(_)
@@ -53,6 +57,9 @@ impl CliError {
             CliError::Usage { hint, .. } => hint.clone(),
             CliError::Read { source, .. } if source.kind() == std::io::ErrorKind::NotFound => {
                 Some("the path starts where labpipe was started; ready-made files are in pipelines/".to_owned())
+            }
+            CliError::Output(source) if source.kind() == std::io::ErrorKind::StorageFull => {
+                Some("the device that stdout goes to is full".to_owned())
             }
             _ => None,
         };

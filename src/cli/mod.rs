@@ -16,28 +16,37 @@ mod workspace;
 pub use args::Args;
 pub use error::CliError;
 
+use crate::artifact::FORMAT_VERSION;
 use args::Command;
 use clap::{CommandFactory, Parser};
-use std::io::Write;
+use std::io::{IsTerminal, Write};
 use std::process::ExitCode;
 
 /// Runs the command line of this process.
 pub fn main() -> ExitCode {
-    let args = match Args::try_parse() {
-        Ok(args) => args,
+    let result = match Args::try_parse() {
+        Ok(args) => dispatch(args),
+        // --help and --version are results; usage errors go to stderr.
+        Err(error) if !error.use_stderr() => print(&styled(&error)).map(|()| 0),
         Err(error) => {
-            // clap writes help to stdout and usage errors to stderr; a closed pipe is nobody's fault.
             let _ = error.print();
             return ExitCode::from(u8::try_from(error.exit_code()).unwrap_or(2));
         }
     };
-    match dispatch(args) {
+    match result {
         Ok(code) => ExitCode::from(code),
         Err(error) => {
             let _ = writeln!(std::io::stderr(), "{}", error.render());
             ExitCode::from(error.exit_code())
         }
     }
+}
+
+/// Returns clap's help or version, with its styles where a terminal shows them.
+fn styled(error: &clap::Error) -> String {
+    let no_color = std::env::var_os("NO_COLOR").is_some_and(|value| !value.is_empty());
+    let text = error.render();
+    if std::io::stdout().is_terminal() && !no_color { text.ansi().to_string() } else { text.to_string() }
 }
 
 fn dispatch(args: Args) -> Result<u8, CliError> {
@@ -55,18 +64,39 @@ fn dispatch(args: Args) -> Result<u8, CliError> {
         Command::Cache { action } => cache::cache(&args.global, &action),
         Command::Doctor => doctor::doctor(),
         Command::Completions { shell } => {
-            clap_complete::generate(shell, &mut Args::command(), "labpipe", &mut std::io::stdout());
-            Ok(0)
+            // Into memory first: clap panics where it can't write.
+            let mut script = Vec::new();
+            clap_complete::generate(shell, &mut Args::command(), "labpipe", &mut script);
+            print(&String::from_utf8_lossy(&script)).map(|()| 0)
         }
     }
 }
 
-/// Writes results to stdout; a reader that went away (`| head`) ends the program quietly.
+/// Writes results to stdout. A reader that went away (`| head`) is no error: the command's exit code stays its own.
 fn print(text: &str) -> Result<(), CliError> {
     let mut out = std::io::stdout().lock();
     match writeln!(out, "{}", text.trim_end_matches('\n')).and_then(|()| out.flush()) {
-        Err(error) if error.kind() == std::io::ErrorKind::BrokenPipe => std::process::exit(0),
+        Err(error) if error.kind() == std::io::ErrorKind::BrokenPipe => Ok(()),
         Err(source) => Err(CliError::Output(source)),
         Ok(()) => Ok(()),
+    }
+}
+
+/// Checks that a `run.json` is one that this labpipe reads.
+fn check_run(run: &serde_json::Value, dir: &std::path::Path) -> Result<(), CliError> {
+    let refused = |reason: String, hint: &str| {
+        let message = format!("failed to read {}: {reason}", dir.join("run.json").display());
+        Err(CliError::Usage { message, hint: Some(hint.to_owned()) })
+    };
+    match run["format_version"].as_u64() {
+        Some(found) if found > u64::from(FORMAT_VERSION) => refused(
+            format!("it has format_version {found}, this labpipe reads {FORMAT_VERSION}"),
+            "use the labpipe that wrote it",
+        ),
+        None => refused("field format_version is missing".to_owned(), "the file is damaged; run the pipeline again"),
+        Some(_) if !run["stages"].is_array() => {
+            refused("field stages is missing".to_owned(), "the file is damaged; run the pipeline again")
+        }
+        Some(_) => Ok(()),
     }
 }

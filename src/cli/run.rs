@@ -4,8 +4,8 @@ use super::args::{Global, RerunArgs, RunArgs};
 use super::download::download;
 use super::engine;
 use super::error::CliError;
-use super::print;
 use super::workspace::{Planned, Read, planned, read};
+use super::{check_run, print};
 use crate::artifact::StageStatus;
 use crate::event::{Event, EventSink, Level};
 use crate::pipeline::ParseOptions;
@@ -35,10 +35,11 @@ pub fn rerun(global: &Global, args: &RerunArgs) -> Result<u8, CliError> {
         Some(run_id) => results.run(run_id),
         None => results.latest(),
     };
-    let (_, run) = found.map_err(|error| CliError::Usage {
+    let (dir, run) = found.map_err(|error| CliError::Usage {
         message: format!("failed to {error}"),
         hint: Some("run a pipeline first: labpipe run FILE".to_owned()),
     })?;
+    check_run(&run, &dir.path)?;
     let file = PathBuf::from(run["pipeline_path"].as_str().unwrap_or_default());
     let global = Global { root: PathBuf::from(run["root"].as_str().unwrap_or(".")), ..global.clone() };
     let read = read(&file, options(&run))?;
@@ -116,10 +117,13 @@ fn start(global: &Global, file: &Path, read: Read, selection: &Selection, jobs: 
         let _ = teller.join();
     }
     if std::env::var("SAVE_EVAL_RESULTS").is_ok_and(|value| !["", "0", "false"].contains(&value.as_str())) {
-        append_metrics_csv(&global.results.join("metrics.csv"), &metrics_rows(&outcome.results, &timestamp()))?;
+        append_metrics_csv(&global.results.join("metrics.csv"), &metrics_rows(&outcome.results, &timestamp())?)?;
     }
-    print(&closing(&outcome, &run_dir.path, &again(global, file, &read.options)))?;
-    Ok(outcome.exit_code)
+    match print(&closing(&outcome, &run_dir.path, &again(global, file, &read.options))) {
+        // A stage that failed matters more than a table that could not be written.
+        Err(error) if outcome.exit_code == 0 => Err(error),
+        _ => Ok(outcome.exit_code),
+    }
 }
 
 fn asked(selection: &Selection) -> Value {

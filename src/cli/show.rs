@@ -2,7 +2,7 @@
 
 use super::args::{Global, ShowArgs};
 use super::error::CliError;
-use super::print;
+use super::{check_run, print};
 use crate::pipeline::did_you_mean;
 use crate::store::{Results, RunDir};
 use crate::ui::table;
@@ -19,6 +19,7 @@ pub fn show(global: &Global, args: &ShowArgs) -> Result<u8, CliError> {
         message: format!("failed to {error}"),
         hint: Some("run a pipeline first: labpipe run FILE".to_owned()),
     })?;
+    check_run(&run, &dir.path)?;
     let address = address(&run, &args.stage)?;
     let record = record(&dir, &run, &address)?;
     print(&if args.json { serde_json::to_string_pretty(&record).unwrap_or_default() } else { text(&record) })?;

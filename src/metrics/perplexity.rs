@@ -225,32 +225,39 @@ impl PerplexitySum {
         }
     }
 
-    /// Perplexity and its standard error, ppl·√((mean(nll²) − mean(nll)²)/(n − 1)).
-    pub fn perplexity(&self, convention: Convention) -> (f64, f64) {
+    /// Returns the perplexity and its standard error, ppl·√((mean(nll²) − mean(nll)²)/(n − 1)). The perplexity is infinite above
+    /// 709.78 nats per token; the error is None where [`PerplexitySum::nll_stderr`] is.
+    pub fn perplexity(&self, convention: Convention) -> (f64, Option<f64>) {
         let perplexity = self.nll_mean(convention).exp();
-        (perplexity, perplexity * self.nll_stderr())
+        (perplexity, scaled(self.nll_stderr(), perplexity))
     }
 
-    /// Standard error of the mean NLL, in nats per token.
-    pub fn nll_stderr(&self) -> f64 {
+    /// Returns the standard error of the mean NLL, in nats per token; None for a single token, and where an NLL is not finite.
+    pub fn nll_stderr(&self) -> Option<f64> {
         let n = self.n_scored as f64;
-        let variance = (self.nll_squared / n - (self.nll / n).powi(2)).max(0.0);
-        (variance / (n - 1.0).max(1.0)).sqrt()
+        let variance = self.nll_squared / n - (self.nll / n).powi(2);
+        // Rounding can leave a spread of nothing below 0.
+        (self.n_scored > 1 && variance.is_finite()).then(|| (variance.max(0.0) / (n - 1.0)).sqrt())
     }
 
     /// Perplexity of another unit than the token, and its standard error: exp(ΣNLL/n_units), a unit's error being that of
     /// the tokens it is made of.
-    pub fn perplexity_per(&self, n_units: usize) -> (f64, f64) {
+    pub fn perplexity_per(&self, n_units: usize) -> (f64, Option<f64>) {
         let per_unit = self.n_scored as f64 / n_units as f64;
         let perplexity = (self.nll / n_units as f64).exp();
-        (perplexity, perplexity * per_unit * self.nll_stderr())
+        (perplexity, scaled(self.nll_stderr(), perplexity * per_unit))
     }
 
     /// Bits per byte and their standard error: ΣNLL/(n_bytes·ln 2).
-    pub fn bits_per_byte(&self, n_bytes: usize) -> (f64, f64) {
+    pub fn bits_per_byte(&self, n_bytes: usize) -> (f64, Option<f64>) {
         let bits = n_bytes as f64 * std::f64::consts::LN_2;
-        (self.nll / bits, self.n_scored as f64 * self.nll_stderr() / bits)
+        (self.nll / bits, scaled(self.nll_stderr(), self.n_scored as f64 / bits))
     }
+}
+
+/// Scales a standard error; None where infinity times nothing says nothing.
+fn scaled(stderr: Option<f64>, factor: f64) -> Option<f64> {
+    stderr.map(|stderr| stderr * factor).filter(|stderr| !stderr.is_nan())
 }
 
 #[cfg(test)]
@@ -376,10 +383,30 @@ mod tests {
         assert!((words - 6f64.exp()).abs() < 1e-9);
         // The standard deviation of the four with n - 1, through the mean's error, times tokens a word.
         let stderr = (14.0f64 / 3.0).sqrt() / 2.0;
-        assert!((sum.nll_stderr() - stderr).abs() < 1e-12);
-        assert!((words_stderr / words - 2.0 * stderr).abs() < 1e-12);
+        assert!((sum.nll_stderr().expect("an error") - stderr).abs() < 1e-12);
+        assert!((words_stderr.expect("an error") / words - 2.0 * stderr).abs() < 1e-12);
         let (bits, bits_stderr) = sum.bits_per_byte(10);
         assert!((bits - 1.2 / std::f64::consts::LN_2).abs() < 1e-12);
-        assert!((bits_stderr / bits - stderr / 3.0).abs() < 1e-12);
+        assert!((bits_stderr.expect("an error") / bits - stderr / 3.0).abs() < 1e-12);
+    }
+
+    #[test]
+    fn one_token_has_no_spread_and_huge_nlls_keep_their_mean() {
+        let sum_of = |nlls: &[f64]| {
+            let mut sum = PerplexitySum::default();
+            sum.push(&Window { begin: 0, end: nlls.len() + 1, first_target: 1, n_new: nlls.len() + 1 }, nlls);
+            sum
+        };
+        let one = sum_of(&[2.0]);
+        assert_eq!(one.perplexity(Convention::HfStrided), (2f64.exp(), None));
+        assert_eq!((one.nll_stderr(), one.perplexity_per(3).1, one.bits_per_byte(3).1), (None, None, None));
+        // Twice the same: a spread that was measured, and is 0.
+        assert_eq!(sum_of(&[2.0, 2.0]).perplexity(Convention::HfStrided).1, Some(0.0));
+        let huge = sum_of(&[12_000.0, 13_000.0]);
+        assert_eq!(huge.nll_mean(Convention::HfStrided), 12_500.0);
+        assert_eq!(huge.nll_stderr(), Some(500.0));
+        assert_eq!(huge.perplexity(Convention::HfStrided), (f64::INFINITY, Some(f64::INFINITY)));
+        assert_eq!(sum_of(&[800.0, 800.0]).perplexity(Convention::HfStrided), (f64::INFINITY, None));
+        assert_eq!(sum_of(&[1.0, f64::INFINITY]).nll_stderr(), None);
     }
 }

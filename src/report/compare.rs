@@ -3,6 +3,7 @@
 use super::evidence::Evidence;
 use super::measure::{Measure, SpreadKind};
 use super::request::{NoScatter, ReportError, ReportRequest};
+use crate::artifact::number;
 use crate::metrics::{Difference, Estimate, difference};
 use crate::stage::StageInput;
 use serde::Serialize;
@@ -44,13 +45,17 @@ pub struct Compared {
     pub metric: &'static str,
     pub label: String,
     pub unit: &'static str,
+    #[serde(with = "number")]
     pub a: f64,
     pub n_a: usize,
+    #[serde(with = "number")]
     pub b: f64,
     pub n_b: usize,
     /// b − a.
+    #[serde(with = "number")]
     pub difference: f64,
     /// Half the width of the difference's 95 % interval; null where no spread is known.
+    #[serde(with = "number::optional")]
     pub half_width: Option<f64>,
     /// The interval is that of token by token differences: both runs scored the same tokens.
     pub paired: bool,
@@ -80,12 +85,14 @@ pub fn compare(a: &[Measure], b: &[Measure], same_subject: bool, paired: &Paired
         };
         let by_token = paired(one.metric, &one.label);
         let independent = difference(estimate(one), estimate(other));
-        let found = Difference { half_width: by_token.or(independent.half_width), ..independent };
+        let half_width = by_token.or(independent.half_width).filter(|width| width.is_finite());
+        let found = Difference { half_width, ..independent };
         // Scores of texts of other lengths are about other tokens.
         let is_score = one.spread_kind == Some(SpreadKind::Stderr);
         let verdict = match found.is_outside_noise() {
             _ if !same_subject || (is_score && one.n != other.n) => Verdict::NotComparable,
-            _ if one.value == other.value => Verdict::Equal,
+            _ if one.value == other.value || (one.value.is_nan() && other.value.is_nan()) => Verdict::Equal,
+            _ if !one.value.is_finite() || !other.value.is_finite() => Verdict::OutsideNoise,
             Some(true) => Verdict::OutsideNoise,
             Some(false) => Verdict::WithinNoise,
             None if is_exact(one.metric) => Verdict::OutsideNoise,
@@ -143,6 +150,25 @@ mod tests {
         for stage in [decode("decode", &model, 0.001, 1000), ppl("ppl", &model, 9.06)] {
             let rows = compare(&of(&stage), &of(&stage), true, &|_, _| None);
             assert!(rows.len() > 1 && rows.iter().all(|row| row.verdict == Verdict::Equal), "{rows:?}");
+        }
+    }
+
+    #[test]
+    fn infinite_and_missing_numbers_have_a_verdict() {
+        let model = load("fp16");
+        let of = |perplexity: f64| of(&ppl("ppl", &model, perplexity));
+        let (finite, lost, void) = (of(9.06), of(f64::INFINITY), of(f64::NAN));
+        for (a, b, wanted) in [
+            (&finite, &lost, Verdict::OutsideNoise),
+            (&lost, &finite, Verdict::OutsideNoise),
+            (&lost, &lost, Verdict::Equal),
+            (&void, &void, Verdict::Equal),
+            (&void, &finite, Verdict::OutsideNoise),
+        ] {
+            let rows = compare(a, b, true, &|metric, _| (metric == "perplexity").then_some(f64::INFINITY));
+            assert_eq!(verdict(&rows, "perplexity"), wanted);
+            let text = serde_json::to_string(&rows).expect("JSON");
+            assert!(!text.contains("\"a\":null") && !text.contains("\"b\":null"), "{text}");
         }
     }
 

@@ -2,6 +2,7 @@
 
 use super::request::{ReportError, ReportFile};
 use super::{Evidence, Exporter};
+use crate::units::non_finite;
 use std::path::PathBuf;
 
 pub const EXPORTER: Exporter = Exporter { name: "csv", export };
@@ -9,6 +10,10 @@ pub const EXPORTER: Exporter = Exporter { name: "csv", export };
 const FILE: &str = "report.csv";
 const HEADER: [&str; 10] =
     ["model", "metric", "label", "value", "unit", "n", "spread", "spread_kind", "method", "stage"];
+
+fn number(value: f64) -> String {
+    non_finite(value).map_or_else(|| value.to_string(), str::to_owned)
+}
 
 fn export(evidence: &Evidence<'_>) -> Result<Vec<ReportFile>, ReportError> {
     let failed = |reason: String| ReportError::Encode { path: PathBuf::from(FILE), reason };
@@ -19,10 +24,10 @@ fn export(evidence: &Evidence<'_>) -> Result<Vec<ReportFile>, ReportError> {
             measure.model.clone(),
             measure.metric.to_owned(),
             measure.label.clone(),
-            measure.value.to_string(),
+            number(measure.value),
             measure.unit.to_owned(),
             measure.n.to_string(),
-            measure.spread.map(|spread| spread.to_string()).unwrap_or_default(),
+            measure.spread.map(number).unwrap_or_default(),
             measure.spread_kind.map(|kind| kind.name().to_owned()).unwrap_or_default(),
             measure.method.clone(),
             measure.stage.clone(),

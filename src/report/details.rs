@@ -4,7 +4,7 @@ use super::Evidence;
 use super::divergence::{divergence, units};
 use super::evidence::short_hash;
 use super::markdown::{Table, code};
-use super::numbers::{mib, significant, thousands, with_spread};
+use super::numbers::{decimals, mib, significant, thousands, with_spread};
 use crate::metrics::short_text_note;
 use crate::units::format_seconds;
 use std::collections::BTreeSet;
@@ -161,8 +161,8 @@ fn perplexity(evidence: &Evidence<'_>) -> Option<Section> {
             thousands(one.n_tokens),
             thousands(one.n_windows),
             thousands(one.n_scored),
-            format!("{:.5}", one.nll_mean),
-            with_spread(one.perplexity, Some(one.stderr)),
+            decimals(one.nll_mean, 5),
+            with_spread(one.perplexity, one.stderr),
             one.bos.clone(),
             code(short_hash(&one.text_hash)),
             code(short_hash(&one.tokenizer_hash)),

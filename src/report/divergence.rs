@@ -112,9 +112,10 @@ pub fn divergence(evidence: &Evidence<'_>) -> Option<Section> {
 
 #[cfg(test)]
 mod tests {
+    use crate::artifact::{PplRecord, PplResult, RecordBody};
     use crate::metrics::{TokenPair, divergence};
-    use crate::report::testing::{input, load, ppl, quantize, rendered, text_of};
-    use serde_json::json;
+    use crate::report::testing::{input, load, ppl, ppl_record, ppl_row, quantize, rendered, text_of};
+    use serde_json::Value;
 
     #[test]
     fn divergence_and_bits_per_byte_are_shown_with_their_errors() {
@@ -133,23 +134,23 @@ mod tests {
         let mut row = divergence(&(0..500).map(pair).collect::<Vec<_>>()).expect("statistics");
         (row.convention, row.base_log_probs) = ("lm-eval".to_owned(), "top-64".to_owned());
         (row.max_length, row.stride) = (512, 512);
-        let mut results = ppl("", &fp16, 10.0).record.body["results"].clone();
-        for (field, value) in [
-            ("convention", json!("lm-eval")),
-            ("stride", json!(512)),
-            ("n_documents", json!(12)),
-            ("n_words", json!(3953)),
-            ("n_bytes", json!(20_000)),
-            ("word_perplexity", json!(155.783)),
-            ("word_perplexity_stderr", json!(4.2)),
-            ("byte_perplexity", json!(2.7124)),
-            ("byte_perplexity_stderr", json!(0.014)),
-            ("bits_per_byte", json!(1.43956)),
-            ("bits_per_byte_stderr", json!(0.0077)),
-        ] {
-            results[0][field] = value;
-        }
-        let body = json!({"results": results, "base": "ppl-fp16", "divergence": [row]});
+        let result = PplResult {
+            convention: "lm-eval".to_owned(),
+            stride: 512,
+            n_documents: Some(12),
+            n_words: Some(3953),
+            n_bytes: Some(20_000),
+            word_perplexity: Some(155.783),
+            word_perplexity_stderr: Some(4.2),
+            byte_perplexity: Some(2.7124),
+            byte_perplexity_stderr: Some(0.014),
+            bits_per_byte: Some(1.43956),
+            bits_per_byte_stderr: Some(0.0077),
+            ..ppl_row(10.0)
+        };
+        let record =
+            PplRecord { base: Some("ppl-fp16".to_owned()), divergence: Some(vec![row]), ..ppl_record(vec![result]) };
+        let body = Value::Object(record.to_fields());
         let candidate = input("ppl-nf4", "ppl", body, &[("model", &nf4), ("base", &base)]);
         let files = rendered(&[base, candidate], &[], &["md", "csv"]).expect("a report");
         insta::assert_snapshot!("divergence_md", text_of(&files, "report.md"));

@@ -4,11 +4,11 @@ use super::measure::{Measure, Source};
 use super::model::{Model, compared_models, measured_model};
 use super::request::{ReportError, ReportRequest};
 use crate::artifact::{
-    DecodeResult, DivergenceResult, MemoryFigures, ModuleDiff, PowerResult, PplResult, PrefillResult,
+    DecodeRecord, DecodeResult, DiffRecord, DivergenceResult, MemoryFigures, ModuleDiff, PowerResult, PplRecord,
+    PplResult, PrefillRecord, PrefillResult,
 };
+use crate::inference::{LoadRecord, QuantizeRecord};
 use crate::stage::StageInput;
-use serde::de::DeserializeOwned;
-use serde_json::Value;
 use std::collections::BTreeSet;
 use std::sync::Arc;
 
@@ -53,6 +53,9 @@ pub struct Evidence<'a> {
     pub memories: Vec<Row<MemoryFigures>>,
     pub powers: Vec<Row<PowerResult>>,
     pub diffs: Vec<Diff<'a>>,
+    /// Engines and clocks that benchmarks name.
+    pub engines: BTreeSet<String>,
+    pub clocks: BTreeSet<String>,
     pub measures: Vec<Measure>,
 }
 
@@ -67,7 +70,7 @@ impl<'a> Evidence<'a> {
             request.inputs.iter().filter(|input| seen.insert(input.address.as_str())).collect();
         let mut evidence = Evidence {
             request,
-            models: models_of(&inputs),
+            models: models_of(&inputs)?,
             inputs,
             prefills: Vec::new(),
             decodes: Vec::new(),
@@ -76,6 +79,8 @@ impl<'a> Evidence<'a> {
             memories: Vec::new(),
             powers: Vec::new(),
             diffs: Vec::new(),
+            engines: BTreeSet::new(),
+            clocks: BTreeSet::new(),
             measures: Vec::new(),
         };
         for input in evidence.inputs.clone() {
@@ -89,33 +94,41 @@ impl<'a> Evidence<'a> {
     fn read(&mut self, input: &'a StageInput) -> Result<(), ReportError> {
         match input.kind.as_str() {
             "prefill-bench" => {
-                self.prefills.extend(rows(input, "results")?);
-                self.memories.push(memory(input)?);
-                self.powers.extend(powers(input)?);
+                let record: PrefillRecord = input.record.read()?;
+                self.memories.push(row(input, record.memory()));
+                self.powers.extend(rows(input, record.power.unwrap_or_default()));
+                self.prefills.extend(rows(input, record.results));
+                self.engines.insert(record.engine);
+                self.clocks.insert(record.clock);
             }
             "decode-bench" => {
-                self.decodes.extend(rows(input, "results")?);
-                self.memories.push(memory(input)?);
-                self.powers.extend(powers(input)?);
+                let record: DecodeRecord = input.record.read()?;
+                self.memories.push(row(input, record.memory()));
+                self.powers.extend(rows(input, record.power.unwrap_or_default()));
+                self.decodes.extend(rows(input, record.results));
+                self.engines.insert(record.engine);
+                self.clocks.insert(record.clock);
             }
             "ppl" => {
-                self.ppls.extend(rows(input, "results")?);
-                if input.record.body.contains_key("divergence") {
-                    let base = base_address(input);
-                    let rows = rows(input, "divergence")?.into_iter();
-                    self.divergences.extend(rows.map(|row| Diverged { base: base.clone(), row }));
-                }
+                let record: PplRecord = input.record.read()?;
+                self.ppls.extend(rows(input, record.results));
+                let base = base_address(input, record.base);
+                let rows = rows(input, record.divergence.unwrap_or_default());
+                self.divergences.extend(rows.map(|row| Diverged { base: base.clone(), row }));
             }
             "diff" => self.diffs.push(diff(input)?),
-            "load" | "quantize" => {
-                let figures = memory(input)?;
-                if figures.result.weights_bytes.is_some() {
-                    self.memories.push(figures);
-                }
-            }
+            "load" => self.add_weights(input, input.record.read::<LoadRecord>()?.weights_bytes),
+            "quantize" => self.add_weights(input, input.record.read::<QuantizeRecord>()?.weights_bytes),
             _ => {}
         }
         Ok(())
+    }
+
+    /// Notes the bytes of a model's weights; a record that does not have them leaves them unknown.
+    fn add_weights(&mut self, input: &StageInput, weights_bytes: Option<u64>) {
+        if weights_bytes.is_some() {
+            self.memories.push(row(input, MemoryFigures { weights_bytes, ..MemoryFigures::default() }));
+        }
     }
 
     /// Forgets models of which nothing was measured (a sweep's reference capture names one), unless that leaves none.
@@ -233,61 +246,42 @@ pub fn short_hash(hash: &str) -> &str {
     hash.get(..12).unwrap_or(hash)
 }
 
-fn models_of(inputs: &[&Arc<StageInput>]) -> Vec<Model> {
+fn models_of(inputs: &[&Arc<StageInput>]) -> Result<Vec<Model>, ReportError> {
     let mut models: Vec<Model> = Vec::new();
-    let mut add = |stage: Option<&StageInput>| {
+    let mut add = |stage: Option<&StageInput>| -> Result<(), ReportError> {
         if let Some(stage) = stage
             && models.iter().all(|model| model.address != stage.address)
         {
-            models.push(Model::read(stage));
+            models.push(Model::read(stage)?);
         }
+        Ok(())
     };
     for input in inputs {
         match input.kind.as_str() {
             "diff" => {
                 let (reference, candidate) = compared_models(input);
-                add(reference);
-                add(candidate);
+                add(reference)?;
+                add(candidate)?;
             }
-            _ => add(measured_model(input)),
+            _ => add(measured_model(input))?,
         }
     }
     // Stable: models keep their order of appearance otherwise.
     models.sort_by_key(|model| model.is_quantized);
-    models
+    Ok(models)
 }
 
-fn rows<T: DeserializeOwned>(input: &StageInput, name: &'static str) -> Result<Vec<Row<T>>, ReportError> {
-    let results: Vec<T> = field(input, name)?;
-    let model = model_address(input);
-    let stage = &input.address;
-    Ok(results.into_iter().map(|result| Row { stage: stage.clone(), model: model.clone(), result }).collect())
+fn row<T>(input: &StageInput, result: T) -> Row<T> {
+    Row { stage: input.address.clone(), model: model_address(input), result }
 }
 
-fn memory(input: &StageInput) -> Result<Row<MemoryFigures>, ReportError> {
-    let body = &input.record.body;
-    let bytes = |name: &str| body.get(name).and_then(Value::as_u64);
-    let method = body.get("process_peak_method").and_then(Value::as_str).unwrap_or("method not recorded");
-    let result = MemoryFigures {
-        weights_bytes: bytes("weights_bytes"),
-        kv_cache_bytes: bytes("kv_cache_bytes"),
-        pool_peak_bytes: bytes("pool_peak_bytes"),
-        pool_peak_method: body.get("pool_peak_method").and_then(Value::as_str).map(str::to_owned),
-        process_peak_bytes: bytes("process_peak_bytes"),
-        process_peak_method: method.to_owned(),
-    };
-    Ok(Row { stage: input.address.clone(), model: model_address(input), result })
-}
-
-/// Returns a benchmark's power rows: none where its device told nothing.
-fn powers(input: &StageInput) -> Result<Vec<Row<PowerResult>>, ReportError> {
-    match input.record.body.get("power") {
-        None | Some(Value::Null) => Ok(Vec::new()),
-        Some(_) => rows(input, "power"),
-    }
+fn rows<T>(input: &StageInput, results: Vec<T>) -> impl Iterator<Item = Row<T>> {
+    let (stage, model) = (input.address.clone(), model_address(input));
+    results.into_iter().map(move |result| Row { stage: stage.clone(), model: model.clone(), result })
 }
 
 fn diff(input: &StageInput) -> Result<Diff<'_>, ReportError> {
+    let record: DiffRecord = input.record.read()?;
     let (reference, candidate) = compared_models(input);
     let name = |model: Option<&StageInput>, param: &str| {
         let capture = input.input(param).map(|capture| capture.address.clone());
@@ -295,26 +289,19 @@ fn diff(input: &StageInput) -> Result<Diff<'_>, ReportError> {
     };
     Ok(Diff {
         stage: input,
-        mode: field(input, "mode")?,
+        mode: record.mode,
         reference: name(reference, "reference"),
         candidate: name(candidate, "candidate"),
-        rows: field(input, "modules")?,
+        rows: record.modules,
     })
 }
 
 /// Returns the address of the model that a `ppl` stage was held against.
-fn base_address(input: &StageInput) -> String {
+fn base_address(input: &StageInput, named: Option<String>) -> String {
     let model = input.input("base").and_then(|base| base.input("model")).map(|model| model.address.clone());
-    let named = || input.record.body.get("base").and_then(Value::as_str).map(str::to_owned);
-    model.or_else(named).unwrap_or_else(|| "its base".to_owned())
+    model.or(named).unwrap_or_else(|| "its base".to_owned())
 }
 
 fn model_address(input: &StageInput) -> String {
     measured_model(input).map_or_else(|| input.address.clone(), |model| model.address.clone())
-}
-
-fn field<T: DeserializeOwned>(input: &StageInput, field: &'static str) -> Result<T, ReportError> {
-    let failed = |reason: String| ReportError::Record { stage: input.address.clone(), field, reason };
-    let value = input.record.body.get(field).ok_or_else(|| failed("it is missing".to_owned()))?;
-    serde_json::from_value(value.clone()).map_err(|error| failed(error.to_string()))
 }

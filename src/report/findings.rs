@@ -7,6 +7,7 @@ use super::markdown::{code, listed};
 use super::measure::Measure;
 use super::model::Model;
 use super::numbers::{mib, percent_change, significant, thousands, times, with_spread};
+use std::collections::BTreeSet;
 
 /// Most comparisons told one by one; above it only the extremes are.
 const N_TOLD: usize = 3;
@@ -77,6 +78,15 @@ fn against(evidence: &Evidence<'_>, model: &Model, baseline: &Model) -> Option<S
 }
 
 fn perplexity_clause(before: &Measure, now: &Measure) -> String {
+    if !before.value.is_finite() || !now.value.is_finite() {
+        return format!(
+            "has a perplexity of {} instead of {} ({}, n_scored = {}; compare the mean NLL instead)",
+            significant(now.value),
+            significant(before.value),
+            now.label,
+            thousands(now.n)
+        );
+    }
     let joint_stderr = before.spread.unwrap_or(0.0).hypot(now.spread.unwrap_or(0.0));
     let is_small = (now.value - before.value).abs() < 2.0 * joint_stderr;
     format!(
@@ -119,7 +129,8 @@ fn extremes(evidence: &Evidence<'_>, pairs: &[(&Model, &Model)]) -> Vec<String> 
     }
     let pair_of = |metric: &'static str| {
         let measured = pairs.iter().filter_map(move |(model, baseline)| common(evidence, model, baseline, metric));
-        measured.map(|(before, now)| (now.value / before.value, before, now)).collect::<Vec<_>>()
+        let ratios = measured.map(|(before, now)| (now.value / before.value, before, now));
+        ratios.filter(|(ratio, _, _)| ratio.is_finite()).collect::<Vec<_>>()
     };
     for (metric, verb) in [("decode_tokens_per_second", "decodes"), ("prefill_tokens_per_second", "prefills")] {
         let fastest = pair_of(metric).into_iter().max_by(|a, b| a.0.total_cmp(&b.0));
@@ -147,6 +158,12 @@ fn extremes(evidence: &Evidence<'_>, pairs: &[(&Model, &Model)]) -> Vec<String> 
             best.label,
             thousands(best.n)
         ));
+    }
+    let is_lost = |one: &&Measure| one.metric == "perplexity" && !one.value.is_finite();
+    let lost: BTreeSet<String> = evidence.measures.iter().filter(is_lost).map(|one| code(&one.model)).collect();
+    if !lost.is_empty() {
+        let lost: Vec<String> = lost.into_iter().collect();
+        sentences.push(format!("The perplexity of {} is not finite; their mean NLL tells them apart.", listed(&lost)));
     }
     sentences
 }

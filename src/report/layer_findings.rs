@@ -33,8 +33,14 @@ pub fn most_damaged(rows: &[ModuleDiff]) -> Vec<&ModuleDiff> {
 }
 
 fn by_damage(a: &ModuleDiff, b: &ModuleDiff) -> Ordering {
-    let sqnr = |row: &ModuleDiff| row.sqnr_db.unwrap_or(if row.mse == 0.0 { f64::INFINITY } else { f64::NEG_INFINITY });
-    sqnr(a).total_cmp(&sqnr(b)).then(a.cosine.total_cmp(&b.cosine))
+    let sqnr = |row: &ModuleDiff| match row.sqnr_db.filter(|db| !db.is_nan()) {
+        Some(db) => db,
+        None if row.mse == 0.0 => f64::INFINITY,
+        // Nothing is left of the signal, or of the numbers.
+        None => f64::NEG_INFINITY,
+    };
+    let cosine = |row: &ModuleDiff| if row.cosine.is_nan() { f64::NEG_INFINITY } else { row.cosine };
+    sqnr(a).total_cmp(&sqnr(b)).then(cosine(a).total_cmp(&cosine(b)))
 }
 
 /// Returns the operations in order of first appearance.
@@ -69,7 +75,8 @@ fn group(name: String, rows: Vec<&ModuleDiff>) -> Option<Group<'_>> {
         n_modules: rows.len(),
         sqnr_db_median: (!sqnrs.is_empty()).then(|| percentile(&sqnrs, 50.0)),
         cosine_mean: rows.iter().map(|row| row.cosine).sum::<f64>() / rows.len() as f64,
-        mse_max: rows.iter().map(|row| row.mse).fold(0.0, f64::max),
+        // NaN is not passed over: f64::max would.
+        mse_max: rows.iter().map(|row| row.mse).fold(0.0, |max, mse| if mse.is_nan() || mse > max { mse } else { max }),
         worst,
     })
 }
@@ -88,6 +95,16 @@ mod tests {
         assert!(ranked.iter().all(|row| is_linear(&row.op)));
         assert!(ranked.windows(2).all(|pair| by_damage(pair[0], pair[1]) != Ordering::Greater));
         assert_eq!(ranked.last().unwrap().module, rows[3].module);
+    }
+
+    #[test]
+    fn modules_without_numbers_are_the_most_damaged() {
+        let mut rows = module_diffs(2);
+        let lost = rows.iter().position(|row| row.op == "down_proj").unwrap();
+        (rows[lost].mse, rows[lost].cosine, rows[lost].sqnr_db) = (f64::NAN, f64::NAN, Some(f64::NAN));
+        assert_eq!(most_damaged(&rows)[0].module, rows[lost].module);
+        let layers = by_layer(&rows);
+        assert!(layers[0].mse_max.is_nan() && layers[0].worst.module == rows[lost].module);
     }
 
     #[test]

@@ -4,7 +4,7 @@ use super::Evidence;
 use super::evidence::Diff;
 use super::layer_findings::{Group, by_layer, by_op, is_linear, most_damaged};
 use super::markdown::{Table, code};
-use super::numbers::{significant, thousands};
+use super::numbers::{decimals, significant, thousands};
 use super::paths::Names;
 use super::plot::{self, Canvas, PlotError};
 use super::request::{ReportError, ReportFile, ScatterPoints};
@@ -199,8 +199,8 @@ fn damaged(diff: &Diff<'_>, links: &BTreeMap<&str, String>) -> String {
             code(&row.module),
             row.op.clone(),
             sqnr(row.sqnr_db, row.mse),
-            format!("{:.5}", row.cosine),
-            format!("{:.5}", row.cosine_p01),
+            decimals(row.cosine, 5),
+            decimals(row.cosine_p01, 5),
             relative_error(row),
             thousands(row.n_tokens),
             link(links, row),
@@ -223,7 +223,7 @@ fn groups(groups: &[Group<'_>], name: &str) -> String {
             group.name.clone(),
             thousands(group.n_modules),
             sqnr(group.sqnr_db_median, group.mse_max),
-            format!("{:.5}", group.cosine_mean),
+            decimals(group.cosine_mean, 5),
             significant(group.mse_max),
             code(&group.worst.module),
             sqnr(group.worst.sqnr_db, group.worst.mse),
@@ -255,8 +255,8 @@ fn all_modules(diff: &Diff<'_>, links: &BTreeMap<&str, String>) -> String {
             row.op.clone(),
             thousands(row.n_tokens),
             significant(row.mse),
-            format!("{:.6}", row.cosine),
-            format!("{:.6}", row.cosine_p01),
+            decimals(row.cosine, 6),
+            decimals(row.cosine_p01, 6),
             sqnr(row.sqnr_db, row.mse),
             relative_error(row),
             significant(row.max_abs_diff),
@@ -271,14 +271,14 @@ fn all_modules(diff: &Diff<'_>, links: &BTreeMap<&str, String>) -> String {
 /// Formats an SQNR, given the MSE it belongs to: where that is 0 there is no noise to set it against.
 pub fn sqnr(db: Option<f64>, mse: f64) -> String {
     match db {
-        Some(db) => format!("{db:.2} dB"),
+        Some(db) => format!("{} dB", decimals(db, 2)),
         None if mse == 0.0 => "exact".to_owned(),
         None => "n/a".to_owned(),
     }
 }
 
 fn relative_error(row: &ModuleDiff) -> String {
-    row.rel_frobenius.map_or_else(|| "n/a".to_owned(), |ratio| format!("{:.3} %", ratio * 100.0))
+    row.rel_frobenius.map_or_else(|| "n/a".to_owned(), |ratio| format!("{} %", decimals(ratio * 100.0, 3)))
 }
 
 fn link(links: &BTreeMap<&str, String>, row: &ModuleDiff) -> String {

@@ -6,12 +6,11 @@ use super::findings::paragraph;
 use super::layer_findings::most_damaged;
 use super::layers::{LayerFiles, layer_analyses, plot_files, sqnr};
 use super::markdown::{Table, code, listed, plain};
-use super::numbers::thousands;
+use super::numbers::{decimals, thousands};
 use super::plot::{FrontierPoint, frontier};
 use super::request::{ReportError, ReportFile};
 use super::{Evidence, Exporter};
 use crate::units::format_seconds;
-use serde_json::Value;
 use std::collections::{BTreeMap, BTreeSet};
 
 pub const EXPORTER: Exporter = Exporter { name: "md", export };
@@ -20,17 +19,24 @@ pub const EXPORTER: Exporter = Exporter { name: "md", export };
 const N_NAMED: usize = 6;
 const FRONTIER: &str = "images/ppl_vs_bytes";
 
+/// The plot of perplexity against bytes.
+struct Frontier {
+    files: Vec<ReportFile>,
+    /// Models whose perplexity has no place on an axis.
+    left_out: Vec<String>,
+}
+
 fn export(evidence: &Evidence<'_>) -> Result<Vec<ReportFile>, ReportError> {
     let layers = layer_analyses(evidence)?;
     let frontier = frontier_plot(evidence)?;
-    let text = document(evidence, &layers, frontier.is_some());
+    let text = document(evidence, &layers, frontier.as_ref());
     let mut files = vec![ReportFile::text("report.md", text)];
-    files.extend(frontier.unwrap_or_default());
+    files.extend(frontier.map(|frontier| frontier.files).unwrap_or_default());
     files.extend(layers.into_iter().flat_map(|layer| layer.files));
     Ok(files)
 }
 
-fn document(evidence: &Evidence<'_>, layers: &[LayerFiles], has_frontier: bool) -> String {
+fn document(evidence: &Evidence<'_>, layers: &[LayerFiles], frontier: Option<&Frontier>) -> String {
     let details = sections(evidence);
     let mut headings = vec!["Models"];
     headings.extend((!layers.is_empty()).then_some("Layer analysis"));
@@ -41,7 +47,7 @@ fn document(evidence: &Evidence<'_>, layers: &[LayerFiles], has_frontier: bool) 
         format!("# {}\n\n{}\n\n{}\n", plain(evidence.request.title), paragraph(evidence), environment(evidence));
     let links: Vec<String> = headings.iter().map(|heading| format!("[{heading}](#{})", anchor(heading))).collect();
     text.push_str(&format!("\n{}\n", links.join(" · ")));
-    text.push_str(&models(evidence, has_frontier));
+    text.push_str(&models(evidence, frontier));
     if !layers.is_empty() {
         text.push_str(&layer_section(evidence, layers));
     }
@@ -60,15 +66,10 @@ fn anchor(heading: &str) -> String {
 /// Returns who computed the numbers, and in which run.
 fn environment(evidence: &Evidence<'_>) -> String {
     let mut devices = BTreeSet::new();
-    let mut engines = BTreeSet::new();
-    let mut clocks = BTreeSet::new();
     let mut runs: BTreeMap<&str, Vec<String>> = BTreeMap::new();
     for input in &evidence.inputs {
         let head = &input.record.head;
         devices.extend(head.device.as_deref());
-        let word = |name: &str| input.record.body.get(name).and_then(Value::as_str);
-        engines.extend(word("backend").or_else(|| word("engine")));
-        clocks.extend(word("clock"));
         runs.entry(&head.produced_by_run).or_default().push(code(&input.address));
     }
     let join = |words: BTreeSet<&str>| words.into_iter().collect::<Vec<_>>().join("; ");
@@ -76,11 +77,10 @@ fn environment(evidence: &Evidence<'_>) -> String {
     if !devices.is_empty() {
         parts.push(format!("device: {}", join(devices)));
     }
-    if !engines.is_empty() {
-        parts.push(format!("engine: {}", join(engines)));
-    }
-    if !clocks.is_empty() {
-        parts.push(format!("clock: {}", join(clocks)));
+    for (what, names) in [("engine", &evidence.engines), ("clock", &evidence.clocks)] {
+        if !names.is_empty() {
+            parts.push(format!("{what}: {}", join(names.iter().map(String::as_str).collect())));
+        }
     }
     let runs: Vec<String> = match runs.len() {
         0 => Vec::new(),
@@ -102,7 +102,7 @@ fn few(stages: &[String]) -> String {
     }
 }
 
-fn models(evidence: &Evidence<'_>, has_frontier: bool) -> String {
+fn models(evidence: &Evidence<'_>, frontier: Option<&Frontier>) -> String {
     let (table, notes) = comparison(evidence);
     let mut text = "\n## Models\n\n".to_owned();
     if table.is_empty() {
@@ -114,25 +114,32 @@ fn models(evidence: &Evidence<'_>, has_frontier: bool) -> String {
     for note in notes {
         text.push_str(&format!("- {note}\n"));
     }
-    if has_frontier {
+    if let Some(frontier) = frontier {
+        let left_out = match frontier.left_out.as_slice() {
+            [] => String::new(),
+            some => format!(" Left out, because their perplexity is not finite: {}.", few(some)),
+        };
         text.push_str(&format!(
-            "\n![Perplexity against the bytes of the weights]({FRONTIER}.png)\n\nThe same as [SVG]({FRONTIER}.svg).\n"
+            "\n![Perplexity against the bytes of the weights]({FRONTIER}.png)\n\nThe same as [SVG]({FRONTIER}.svg).{left_out}\n"
         ));
     }
     text
 }
 
 /// Draws perplexity against bytes, where at least two models have both under one label: the label most models have.
-fn frontier_plot(evidence: &Evidence<'_>) -> Result<Option<Vec<ReportFile>>, ReportError> {
+fn frontier_plot(evidence: &Evidence<'_>) -> Result<Option<Frontier>, ReportError> {
     let points_of = |label: &str| -> Vec<FrontierPoint> {
         let point = |model: &super::model::Model| {
             let measure = evidence.measures_of(&model.address, "perplexity", label).next()?;
+            if !measure.value.is_finite() {
+                return None;
+            }
             let bytes = evidence.weights_bytes(&model.address)?;
             Some(FrontierPoint {
                 label: model.name(),
                 weights_mib: bytes as f64 / (1024.0 * 1024.0),
                 perplexity: measure.value,
-                stderr: measure.spread,
+                stderr: measure.spread.filter(|spread| spread.is_finite()),
                 is_baseline: !model.is_quantized,
             })
         };
@@ -156,7 +163,11 @@ fn frontier_plot(evidence: &Evidence<'_>) -> Result<Option<Vec<ReportFile>>, Rep
         .collect();
     let n_scored: Vec<String> = n_scored.into_iter().map(thousands).collect();
     let subtitle = format!("{} models · {label} · {} tokens scored", points.len(), n_scored.join(" or "));
-    plot_files(&frontier(&points, &subtitle), FRONTIER).map(Some)
+    let is_left_out =
+        |one: &&super::measure::Measure| one.metric == "perplexity" && one.label == label && !one.value.is_finite();
+    let left_out: BTreeSet<String> = evidence.measures.iter().filter(is_left_out).map(|one| code(&one.model)).collect();
+    let files = plot_files(&frontier(&points, &subtitle), FRONTIER)?;
+    Ok(Some(Frontier { files, left_out: left_out.into_iter().collect() }))
 }
 
 fn layer_section(evidence: &Evidence<'_>, layers: &[LayerFiles]) -> String {
@@ -184,7 +195,7 @@ fn layer_section(evidence: &Evidence<'_>, layers: &[LayerFiles]) -> String {
             thousands(diff.rows.len()),
             worst.map_or_else(|| "n/a".to_owned(), |row| code(&row.module)),
             worst.map_or_else(|| "n/a".to_owned(), |row| sqnr(row.sqnr_db, row.mse)),
-            worst.map_or_else(|| "n/a".to_owned(), |row| format!("{:.5}", row.cosine)),
+            worst.map_or_else(|| "n/a".to_owned(), |row| decimals(row.cosine, 5)),
             worst.map_or_else(|| "n/a".to_owned(), |row| thousands(row.n_tokens)),
             format!("[lbl_analysis.md]({})", files.document),
         ]);

@@ -2,7 +2,7 @@
 
 use super::numbers::thousands;
 use crate::artifact::{
-    DecodeResult, DivergenceResult, MemoryFigures, ModuleDiff, PowerResult, PplResult, PrefillResult,
+    DecodeResult, DivergenceResult, MemoryFigures, ModuleDiff, PowerResult, PplResult, PrefillResult, number,
 };
 use serde::Serialize;
 
@@ -34,10 +34,12 @@ pub struct Measure {
     pub metric: &'static str,
     /// `tg128`, `hf-strided 512/256`, a module's name.
     pub label: String,
+    #[serde(with = "number")]
     pub value: f64,
     pub unit: &'static str,
     /// How many samples, tokens or modules the value comes from.
     pub n: usize,
+    #[serde(with = "number::optional")]
     pub spread: Option<f64>,
     pub spread_kind: Option<SpreadKind>,
     pub method: String,
@@ -113,10 +115,11 @@ impl Source<'_> {
         );
         let perplexity = self.measure("perplexity", label, row.perplexity, "1", row.n_scored);
         let nll = self.measure("nll_mean", label, row.nll_mean, "nats/token", row.n_scored);
-        // The error of the mean is that of its exponential over the exponential.
-        let nll_stderr = (row.perplexity > 0.0).then(|| row.stderr / row.perplexity);
+        // The error of the mean is that of its exponential over the exponential: all that older records have of it.
+        let of_exponential = || row.stderr.map(|stderr| stderr / row.perplexity).filter(|stderr| stderr.is_finite());
+        let nll_stderr = row.nll_stderr.or_else(of_exponential);
         let mut measures = vec![
-            perplexity.spread(Some(row.stderr), SpreadKind::Stderr).method(&method),
+            perplexity.spread(row.stderr, SpreadKind::Stderr).method(&method),
             nll.spread(nll_stderr, SpreadKind::Stderr).method(&method),
         ];
         let units = [

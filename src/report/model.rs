@@ -1,11 +1,11 @@
 //! The models of a report: who they are, what they were made from, what they weigh.
 
-use crate::artifact::QuantizedModule;
-use crate::inference::{ModelRecipe, StoredQuantization};
+use super::request::ReportError;
+use crate::artifact::{QuantizedModule, RecordError};
+use crate::inference::{LoadRecord, ModelInfo, ModelRecipe, QuantizeRecord, StoredQuantization};
 use crate::quantization::ALWAYS_KEPT;
 use crate::stage::StageInput;
 use labpipe_kernels::SchemeSpec;
-use serde_json::Value;
 use std::sync::Arc;
 
 /// A model that something was measured of, or that was reported on itself.
@@ -27,29 +27,37 @@ pub struct Model {
 }
 
 impl Model {
-    /// Reads who a model is from its stage; what the record does not say stays unknown.
-    pub fn read(stage: &StageInput) -> Model {
-        let recipe = stage.recipe().ok();
-        let modules: Vec<QuantizedModule> = stage
-            .record
-            .body
-            .get("modules")
-            .and_then(|rows| serde_json::from_value(rows.clone()).ok())
-            .unwrap_or_default();
+    /// Reads who a model is from its stage.
+    ///
+    /// # Errors
+    /// [`ReportError::Record`] where its record, or that of the `load` stage, lacks what its kind promises.
+    pub fn read(stage: &StageInput) -> Result<Model, ReportError> {
         let load = load_stage(stage);
-        let stored = stage.record.body.get("model").and_then(|model| model.get("stored_quantization"));
-        let stored = stored.and_then(|stored| serde_json::from_value::<StoredQuantization>(stored.clone()).ok());
-        let described = recipe.as_ref().map(|recipe| stored.as_ref().map_or_else(|| describe(recipe), describe_stored));
-        let (scheme, is_quantized) = described.unwrap_or_else(|| ("unknown".to_owned(), stage.kind == "quantize"));
-        Model {
+        let n_params = match load.address == stage.address {
+            true => None,
+            false => Some(info(load)?.n_params),
+        };
+        let (recipe, info, modules) = match stage.kind.as_str() {
+            "quantize" => {
+                let record: QuantizeRecord = stage.record.read()?;
+                (record.recipe, record.model, record.modules)
+            }
+            _ => {
+                let record: LoadRecord = stage.record.read()?;
+                (record.recipe, record.model, Vec::new())
+            }
+        };
+        let (scheme, is_quantized) =
+            info.stored_quantization.as_ref().map_or_else(|| describe(&recipe), describe_stored);
+        Ok(Model {
             address: stage.address.clone(),
             cell: cell_of(&stage.address).map(str::to_owned),
             scheme,
             is_quantized,
             loaded_by: load.address.clone(),
-            n_params: load.record.body.get("model").and_then(|model| model.get("n_params")).and_then(Value::as_u64),
+            n_params: n_params.or(Some(info.n_params)),
             modules,
-        }
+        })
     }
 
     /// Returns how plots call the model: its cell (without the variable's name where there is only one), or its
@@ -90,6 +98,14 @@ pub fn compared_models(diff: &StageInput) -> (Option<&StageInput>, Option<&Stage
 pub fn cell_of(address: &str) -> Option<&str> {
     let (_, rest) = address.split_once('[')?;
     rest.strip_suffix(']').filter(|cell| !cell.is_empty())
+}
+
+/// Returns what the record of a `load` or `quantize` stage says of its model.
+fn info(stage: &StageInput) -> Result<ModelInfo, RecordError> {
+    match stage.kind.as_str() {
+        "quantize" => stage.record.read::<QuantizeRecord>().map(|record| record.model),
+        _ => stage.record.read::<LoadRecord>().map(|record| record.model),
+    }
 }
 
 fn load_stage(stage: &StageInput) -> &StageInput {

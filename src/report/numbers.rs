@@ -1,4 +1,6 @@
-//! Numbers as reports print them.
+//! Numbers as reports print them: what is not finite as `inf`, `-inf` or `nan`.
+
+use crate::units::non_finite;
 
 /// Formats a count with thousands separators: `9,612`.
 pub fn thousands(count: usize) -> String {
@@ -16,8 +18,8 @@ pub fn thousands(count: usize) -> String {
 /// Formats a number with four significant digits; far from 1 as a power of ten.
 pub fn significant(value: f64) -> String {
     let magnitude = value.abs();
-    if !value.is_finite() {
-        "n/a".to_owned()
+    if let Some(word) = non_finite(value) {
+        word.to_owned()
     } else if magnitude == 0.0 {
         "0".to_owned()
     } else if !(1e-4..1e7).contains(&magnitude) {
@@ -41,6 +43,11 @@ pub fn with_spread(value: f64, spread: Option<f64>) -> String {
     }
 }
 
+/// Formats a number with so many decimals.
+pub fn decimals(value: f64, n_decimals: usize) -> String {
+    non_finite(value).map_or_else(|| format!("{value:.n_decimals$}"), str::to_owned)
+}
+
 /// Formats bytes in MiB, the unit of comparison tables; small models keep their digits.
 pub fn mib(bytes: u64) -> String {
     let value = bytes as f64 / (1024.0 * 1024.0);
@@ -49,6 +56,9 @@ pub fn mib(bytes: u64) -> String {
 
 /// Formats a change as a signed percentage: `+26.0 %`.
 pub fn percent_change(ratio: f64) -> String {
+    if let Some(word) = non_finite(ratio) {
+        return format!("{word} %");
+    }
     let percent = (ratio - 1.0) * 100.0;
     let sign = if percent < 0.0 { "−" } else { "+" };
     format!("{sign}{:.1} %", percent.abs())
@@ -56,7 +66,13 @@ pub fn percent_change(ratio: f64) -> String {
 
 /// Formats a ratio: `0.31x`.
 pub fn times(ratio: f64) -> String {
-    if ratio >= 10.0 { format!("{ratio:.1}x") } else { format!("{ratio:.2}x") }
+    if let Some(word) = non_finite(ratio) {
+        format!("{word}x")
+    } else if ratio >= 10.0 {
+        format!("{ratio:.1}x")
+    } else {
+        format!("{ratio:.2}x")
+    }
 }
 
 #[cfg(test)]
@@ -76,6 +92,14 @@ mod tests {
         assert_eq!(
             [0.0, 0.00351234, 1.2e-5, 14.5, 12676.4].map(significant),
             ["0", "0.003512", "1.200e-5", "14.50", "12676"]
+        );
+        let odd = [f64::INFINITY, f64::NEG_INFINITY, f64::NAN];
+        assert_eq!(odd.map(significant), ["inf", "-inf", "nan"]);
+        assert_eq!(odd.map(|value| with_spread(value, Some(0.5))), ["inf", "-inf", "nan"]);
+        assert_eq!(with_spread(9.0614, Some(f64::NAN)), "9.061");
+        assert_eq!(
+            (percent_change(f64::INFINITY), times(f64::NAN), decimals(f64::NAN, 3)),
+            ("inf %".into(), "nanx".into(), "nan".into())
         );
         assert_eq!(mib(1_044_992), "0.997 MiB");
         assert_eq!([percent_change(1.26), percent_change(0.5)], ["+26.0 %", "−50.0 %"]);

@@ -2,6 +2,7 @@
 
 use super::plot::PlotError;
 use super::{EXPORTERS, Evidence};
+use crate::artifact::RecordError;
 use crate::stage::StageInput;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -65,8 +66,8 @@ impl ReportFile {
 pub enum ReportError {
     #[error("write format {found:?}: labpipe knows {known}")]
     Format { found: String, known: String },
-    #[error("read the record of {stage}: field {field}: {reason}; run the stage again with --force")]
-    Record { stage: String, field: &'static str, reason: String },
+    #[error(transparent)]
+    Record(#[from] RecordError),
     #[error("read the scatter points of {stage}: {reason}; run the stage again with --force")]
     Scatter { stage: String, reason: String },
     #[error("make {}: {source}", path.display())]
@@ -104,7 +105,10 @@ pub fn render(request: &ReportRequest<'_>) -> Result<Vec<ReportFile>, ReportErro
 
 #[cfg(test)]
 mod tests {
-    use crate::report::testing::{decode, diff, input, load, ppl, quantize, rendered, text_of, two_models};
+    use crate::artifact::{PplResult, RecordBody};
+    use crate::report::testing::{
+        decode, diff, input, load, ppl, ppl_record, ppl_row, quantize, rendered, text_of, two_models,
+    };
     use serde_json::json;
 
     #[test]
@@ -213,10 +217,53 @@ mod tests {
     fn a_record_without_its_fields_is_an_error_that_names_the_stage() {
         let broken = input("ppl-x", "ppl", json!({"results": [{"convention": "hf-strided"}]}), &[]);
         let error = rendered(&[broken], &[], &["md"]).unwrap_err().to_string();
-        assert!(error.starts_with("read the record of ppl-x: field results: missing field"), "{error}");
-        let empty = input("diff-x", "diff", json!({"mode": "cumulative"}), &[]);
+        assert!(error.starts_with("read the record of ppl-x: field results[0].max_length: it is missing"), "{error}");
+        let empty = input("diff-x", "diff", json!({"mode": "cumulative", "n_tokens": 1}), &[]);
         let error = rendered(&[empty], &[], &["md"]).unwrap_err().to_string();
-        assert!(error.contains("diff-x: field modules: it is missing"), "{error}");
+        assert!(error.contains("diff-x: field only_in_reference: it is missing"), "{error}");
+    }
+
+    #[test]
+    fn a_diverged_model_is_reported_beside_the_others() {
+        let base = load("base");
+        let row = |perplexity: f64, nll_mean: f64, stderr| {
+            vec![PplResult { nll_mean, stderr, nll_stderr: Some(2.5), ..ppl_row(perplexity) }]
+        };
+        let mut inputs = Vec::new();
+        for (name, results) in [
+            ("good", row(9.06, 2.204, Some(0.1))),
+            ("fair", row(11.0, 2.398, None)),
+            ("lost", row(f64::INFINITY, 12_485.0, Some(f64::INFINITY))),
+            ("void", row(f64::NAN, f64::NAN, None)),
+        ] {
+            let model = quantize(name, &base, Some(("nf4", Some(64))), 6_200);
+            inputs.push(decode(&format!("decode-{name}"), &model, 0.001, 1000));
+            let body = serde_json::Value::Object(ppl_record(results).to_fields());
+            inputs.push(input(&format!("ppl-{name}"), "ppl", body, &[("model", &model)]));
+        }
+        let files = rendered(&inputs, &[], &["md", "csv", "json"]).unwrap();
+        let report = text_of(&files, "report.md");
+        assert!(
+            report.contains("| inf (n_scored = 9,612) |") && report.contains("| nan (n_scored = 9,612) |"),
+            "{report}"
+        );
+        assert!(report.contains("| 12485.00000 | inf |"), "{report}");
+        assert!(report.contains("Left out, because their perplexity is not finite: `lost` and `void`."), "{report}");
+        let csv = text_of(&files, "report.csv");
+        assert!(csv.contains("lost,perplexity,hf-strided 512/256,inf,1,9612,inf,stderr"), "{csv}");
+        assert!(csv.contains("lost,nll_mean,hf-strided 512/256,12485,nats/token,9612,2.5,stderr"), "{csv}");
+        assert!(csv.contains("void,perplexity,hf-strided 512/256,nan,1,9612,,,"), "{csv}");
+        let json: serde_json::Value = serde_json::from_str(text_of(&files, "report.json")).unwrap();
+        let value = |model: &str| {
+            let of_model = json["measures"].as_array().into_iter().flatten();
+            of_model
+                .filter(|one| one["model"] == model && one["metric"] == "perplexity")
+                .map(|one| one["value"].clone())
+                .next()
+        };
+        assert_eq!((value("lost"), value("void")), (Some(json!("inf")), Some(json!("nan"))));
+        let only_lost: Vec<_> = inputs.into_iter().filter(|input| input.address.ends_with("lost")).collect();
+        assert!(rendered(&only_lost, &[], &["md", "csv"]).is_ok());
     }
 
     #[test]

@@ -1,9 +1,16 @@
 //! Synthetic inputs for this room's tests.
 
 use super::{ReportError, ReportFile, ReportRequest, ScatterFailure, ScatterPoints, ScatterSource, render};
-use crate::artifact::{DecodeResult, ModuleDiff, PrefillResult, Record, RecordHead};
+use crate::artifact::{
+    DecodeRecord, DecodeResult, DiffRecord, ModuleDiff, PplRecord, PplResult, PrefillRecord, PrefillResult,
+    QuantizeTotals, QuantizedModule, Record, RecordBody, RecordHead,
+};
+use crate::inference::{LoadRecord, ModelInfo, ModelRecipe, ModelSource, QuantizeRecord};
 use crate::metrics::statistics;
+use crate::quantization::QuantizationConfig;
 use crate::stage::StageInput;
+use crate::units::DType;
+use labpipe_kernels::SchemeSpec;
 use serde_json::{Map, Value, json};
 use std::collections::BTreeMap;
 use std::path::PathBuf;
@@ -40,10 +47,44 @@ pub fn input(address: &str, kind: &str, body: Value, inputs: &[(&str, &Arc<Stage
     })
 }
 
-/// Returns a model loaded in f16.
+fn body(record: &impl RecordBody) -> Value {
+    Value::Object(record.to_fields())
+}
+
+fn recipe(quantization: Option<QuantizationConfig>) -> ModelRecipe {
+    ModelRecipe {
+        source: ModelSource::Path(PathBuf::from("models/x")),
+        dtype: Some(DType::F16),
+        compute_dtype: None,
+        quantization,
+    }
+}
+
+fn model_info() -> ModelInfo {
+    ModelInfo {
+        family: "llama".to_owned(),
+        n_layers: 5,
+        hidden_size: 64,
+        n_heads: 8,
+        n_kv_heads: 4,
+        vocab_size: 512,
+        n_ctx_max: 512,
+        n_params: 260_032,
+        tied_embeddings: true,
+        dtype: DType::F16,
+        compute_dtype: DType::F32,
+        linears: Vec::new(),
+        tokenizer_dir: None,
+        bos_token_id: Some(1),
+        stored_quantization: None,
+    }
+}
+
+/// Returns a model loaded in f16; the bytes of its weights are not recorded.
 pub fn load(address: &str) -> Arc<StageInput> {
-    let recipe = json!({"source": {"path": "models/x"}, "dtype": "f16", "compute_dtype": null, "quantization": null});
-    input(address, "load", json!({"recipe": recipe, "model": {"family": "llama", "n_params": 260_032}}), &[])
+    let record =
+        LoadRecord { recipe: recipe(None), model: model_info(), account: None, weights_bytes: None, hub: None };
+    input(address, "load", body(&record), &[])
 }
 
 /// Returns a model quantized with a scheme; `scheme` null keeps all.
@@ -53,28 +94,46 @@ pub fn quantize(
     scheme: Option<(&str, Option<usize>)>,
     bytes: u64,
 ) -> Arc<StageInput> {
-    let spec = scheme.map(|(name, block_size)| {
-        json!({"scheme": name, "block_size": block_size, "double_quant": false, "symmetric": false})
-    });
+    let spec = scheme.map(|(name, block_size)| SchemeSpec { block_size, ..SchemeSpec::new(name) });
     let name = scheme.map_or("f16", |(name, _)| name);
-    let quantization = json!({"name": name, "scheme": spec, "compute_dtype": null, "keep": [], "overrides": []});
-    let recipe =
-        json!({"source": {"path": "models/x"}, "dtype": "f16", "compute_dtype": null, "quantization": quantization});
-    let module = json!({
-        "module": "model.layers.0.mlp.up_proj", "scheme": name, "block_size": 64, "double_quant": false,
-        "n_params": 11_008, "bits_per_weight": 8.0 * bytes as f64 / 11_008.0, "bytes": bytes,
-        "weight_mse": 1e-4, "weight_sqnr_db": 20.5,
-    });
-    input(address, "quantize", json!({"recipe": recipe, "modules": [module]}), &[("model", base)])
-}
-
-fn with_memory(mut body: Value, weights_bytes: u64) -> Value {
-    body["weights_bytes"] = json!(weights_bytes);
-    body["kv_cache_bytes"] = json!(65_536);
-    body["pool_peak_bytes"] = Value::Null;
-    body["process_peak_bytes"] = json!(weights_bytes + 20_000_000);
-    body["process_peak_method"] = json!("peak anonymous RSS of the process");
-    body
+    let config = QuantizationConfig {
+        name: name.to_owned(),
+        scheme: spec,
+        compute_dtype: None,
+        keep: Vec::new(),
+        overrides: Vec::new(),
+    };
+    let module = QuantizedModule {
+        module: "model.layers.0.mlp.up_proj".to_owned(),
+        scheme: name.to_owned(),
+        block_size: Some(64),
+        double_quant: false,
+        n_params: 11_008,
+        bits_per_weight: 8.0 * bytes as f64 / 11_008.0,
+        bytes,
+        weight_mse: 1e-4,
+        weight_sqnr_db: Some(20.5),
+    };
+    let totals = QuantizeTotals {
+        n_quantized: 1,
+        n_kept: 0,
+        quantized_params: 11_008,
+        quantized_bytes: bytes,
+        quantized_bits_per_weight: Some(module.bits_per_weight),
+        weights_bytes: bytes,
+        base_bytes: 22_016,
+        bits_per_weight: module.bits_per_weight,
+    };
+    let record = QuantizeRecord {
+        recipe: recipe(Some(config.clone())),
+        model: model_info(),
+        config,
+        weights_bytes: None,
+        totals,
+        modules: vec![module],
+        saved: None,
+    };
+    input(address, "quantize", body(&record), &[("model", base)])
 }
 
 fn prefill_row(n_prompt: usize, seconds: &[f64]) -> PrefillResult {
@@ -125,27 +184,98 @@ fn decode_row(n_gen: usize, n_depth: usize, sequences: &[Vec<f64>]) -> DecodeRes
 
 /// Returns a prefill-bench record of `model`.
 pub fn prefill(address: &str, model: &Arc<StageInput>, seconds: &[f64], weights_bytes: u64) -> Arc<StageInput> {
-    let row = prefill_row(128, seconds);
-    input(address, "prefill-bench", with_memory(json!({"results": [row]}), weights_bytes), &[("model", model)])
+    let record = PrefillRecord {
+        results: vec![prefill_row(128, seconds)],
+        power: None,
+        n_other_processes: None,
+        other_processes_bytes: None,
+        weights_bytes: Some(weights_bytes),
+        kv_cache_bytes: Some(65_536),
+        pool_peak_bytes: None,
+        pool_peak_method: None,
+        process_peak_bytes: Some(weights_bytes + 20_000_000),
+        process_peak_method: "peak anonymous RSS of the process".to_owned(),
+        method: "a test".to_owned(),
+        clock: "a clock".to_owned(),
+        engine: "an engine".to_owned(),
+        compute_dtype: DType::F32,
+    };
+    input(address, "prefill-bench", body(&record), &[("model", model)])
 }
 
 /// Returns a decode-bench record of `model`.
 pub fn decode(address: &str, model: &Arc<StageInput>, seconds: f64, weights_bytes: u64) -> Arc<StageInput> {
     let sequences: Vec<Vec<f64>> =
         (0..3).map(|idx| (0..64).map(|token| seconds * (1.0 + 0.002 * f64::from(idx + token % 5))).collect()).collect();
-    let rows = [0, 256].map(|n_depth| decode_row(64, n_depth, &sequences));
-    input(address, "decode-bench", with_memory(json!({"results": rows}), weights_bytes), &[("model", model)])
+    let record = DecodeRecord {
+        results: [0, 256].map(|n_depth| decode_row(64, n_depth, &sequences)).to_vec(),
+        decode_check_n_positions: 4,
+        decode_check_relative_error_max: 1e-6,
+        decode_check_budget: 0.02,
+        power: None,
+        n_other_processes: None,
+        other_processes_bytes: None,
+        weights_bytes: Some(weights_bytes),
+        kv_cache_bytes: Some(65_536),
+        pool_peak_bytes: None,
+        pool_peak_method: None,
+        process_peak_bytes: Some(weights_bytes + 20_000_000),
+        process_peak_method: "peak anonymous RSS of the process".to_owned(),
+        method: "a test".to_owned(),
+        clock: "a clock".to_owned(),
+        engine: "an engine".to_owned(),
+        compute_dtype: DType::F32,
+    };
+    input(address, "decode-bench", body(&record), &[("model", model)])
 }
 
 /// Returns a ppl record of `model`.
 pub fn ppl(address: &str, model: &Arc<StageInput>, perplexity: f64) -> Arc<StageInput> {
-    let row = json!({
-        "convention": "hf-strided", "max_length": 512, "stride": 256, "n_tokens": 9613, "n_windows": 37,
-        "n_scored": 9612, "bos": "added by tokenizer (id 1)", "text_hash": "ab".repeat(32),
-        "tokenizer_hash": "cd".repeat(32), "nll_mean": perplexity.ln(), "perplexity": perplexity,
-        "stderr": 0.021 * perplexity,
-    });
-    input(address, "ppl", json!({"results": [row]}), &[("model", model)])
+    input(address, "ppl", body(&ppl_record(vec![ppl_row(perplexity)])), &[("model", model)])
+}
+
+/// Returns a ppl record of those rows, without a base.
+pub fn ppl_record(results: Vec<PplResult>) -> PplRecord {
+    PplRecord {
+        results,
+        base: None,
+        divergence: None,
+        log_probs: None,
+        token_scores: Vec::new(),
+        n_tokens_run: 18_000,
+        scoring_s: 2.0,
+        scoring_tokens_per_second: Some(9000.0),
+        scoring_method: "a test".to_owned(),
+        compute_dtype: DType::F32,
+    }
+}
+
+/// Returns a row of a ppl record.
+pub fn ppl_row(perplexity: f64) -> PplResult {
+    PplResult {
+        convention: "hf-strided".to_owned(),
+        max_length: 512,
+        stride: 256,
+        n_tokens: 9613,
+        n_windows: 37,
+        n_scored: 9612,
+        bos: "added by tokenizer (id 1)".to_owned(),
+        text_hash: "ab".repeat(32),
+        tokenizer_hash: "cd".repeat(32),
+        nll_mean: perplexity.ln(),
+        perplexity,
+        stderr: Some(0.021 * perplexity),
+        nll_stderr: Some(0.021),
+        n_documents: None,
+        n_words: None,
+        n_bytes: None,
+        word_perplexity: None,
+        word_perplexity_stderr: None,
+        byte_perplexity: None,
+        byte_perplexity_stderr: None,
+        bits_per_byte: None,
+        bits_per_byte_stderr: None,
+    }
 }
 
 /// Returns a diff record of captures of two models.
@@ -159,8 +289,14 @@ pub fn diff(
         input(&format!("acts-{}", model.address), "capture-activations", json!({"tensors": []}), &[("model", model)])
     };
     let (reference, candidate) = (capture(reference), capture(candidate));
-    let body = json!({"mode": "cumulative", "modules": module_diffs(n_layers)});
-    input(address, "diff", body, &[("reference", &reference), ("candidate", &candidate)])
+    let record = DiffRecord {
+        mode: "cumulative".to_owned(),
+        n_tokens: 500,
+        only_in_reference: Vec::new(),
+        only_in_candidate: Vec::new(),
+        modules: module_diffs(n_layers),
+    };
+    input(address, "diff", body(&record), &[("reference", &reference), ("candidate", &candidate)])
 }
 
 /// Returns a plausible diff: errors that grow with depth, exact embedding.

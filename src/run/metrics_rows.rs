@@ -1,15 +1,17 @@
 //! Rows for `results/metrics.csv`: one a model that a run measured.
 
-use crate::artifact::{DecodeResult, PplResult, PrefillResult};
+use crate::artifact::{DecodeRecord, PplRecord, PrefillRecord, RecordError};
+use crate::inference::{LoadRecord, QuantizeRecord};
 use crate::stage::StageInput;
 use crate::store::MetricsRow;
-use serde::de::DeserializeOwned;
-use serde_json::Value;
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
 /// Returns a row for every model that any of the results measured.
-pub fn metrics_rows(results: &BTreeMap<String, Arc<StageInput>>, ts: &str) -> Vec<MetricsRow> {
+///
+/// # Errors
+/// Where a record lacks what its kind promises.
+pub fn metrics_rows(results: &BTreeMap<String, Arc<StageInput>>, ts: &str) -> Result<Vec<MetricsRow>, RecordError> {
     let mut rows: BTreeMap<String, MetricsRow> = BTreeMap::new();
     for result in results.values() {
         let Some(model) =
@@ -17,42 +19,48 @@ pub fn metrics_rows(results: &BTreeMap<String, Arc<StageInput>>, ts: &str) -> Ve
         else {
             continue;
         };
-        let row = rows.entry(model.address.clone()).or_insert_with(|| start(model, ts));
+        if !rows.contains_key(&model.address) {
+            rows.insert(model.address.clone(), start(model, ts)?);
+        }
+        let Some(row) = rows.get_mut(&model.address) else { continue };
         match result.kind.as_str() {
             "prefill-bench" => {
-                let prefills = list::<PrefillResult>(result).into_iter().filter(|row| !row.scores);
+                let prefills = result.record.read::<PrefillRecord>()?.results.into_iter().filter(|row| !row.scores);
                 if let Some(longest) = prefills.max_by_key(|row| row.n_prompt) {
                     row.prompt_length = Some(longest.n_prompt as u64);
                     row.avg_prefill_tps = Some(longest.tokens_per_second_mean);
                 }
             }
             "decode-bench" => {
-                row.avg_decode_tps = list::<DecodeResult>(result).first().map(|row| row.tokens_per_second)
+                let record: DecodeRecord = result.record.read()?;
+                row.avg_decode_tps = record.results.first().map(|row| row.tokens_per_second);
             }
-            _ => row.perplexity = list::<PplResult>(result).first().map(|row| row.perplexity),
+            _ => row.perplexity = result.record.read::<PplRecord>()?.results.first().map(|row| row.perplexity),
         }
     }
-    rows.into_values().collect()
+    Ok(rows.into_values().collect())
 }
 
-fn list<T: DeserializeOwned>(result: &StageInput) -> Vec<T> {
-    let value = result.record.body.get("results").cloned().unwrap_or_default();
-    serde_json::from_value(value).unwrap_or_default()
-}
-
-fn start(model: &StageInput, ts: &str) -> MetricsRow {
-    let config = model.record.body.get("config").unwrap_or(&Value::Null);
+fn start(model: &StageInput, ts: &str) -> Result<MetricsRow, RecordError> {
+    let (config, info) = if model.kind == "quantize" {
+        let record: QuantizeRecord = model.record.read()?;
+        (Some(record.config), record.model)
+    } else {
+        (None, model.record.read::<LoadRecord>()?.model)
+    };
     // A model whose files hold it quantized has no config of ours.
-    let stored = model.record.body.get("model").map_or(&Value::Null, |info| &info["stored_quantization"]);
-    let scheme =
-        config["scheme"]["scheme"].as_str().or_else(|| stored["schemes"][0]["scheme"].as_str()).unwrap_or_default();
-    MetricsRow {
+    let stored = info.stored_quantization;
+    let of_config = config.as_ref().and_then(|config| config.scheme.as_ref());
+    let of_files = stored.as_ref().and_then(|stored| stored.schemes.first());
+    let scheme = of_config.or(of_files).map(|spec| spec.scheme.clone()).unwrap_or_default();
+    let method = config.map(|config| config.name).or(stored.map(|stored| stored.format));
+    Ok(MetricsRow {
         ts: ts.to_owned(),
         model: model.address.clone(),
-        quant_method: config["name"].as_str().or_else(|| stored["format"].as_str()).unwrap_or("none").to_owned(),
+        quant_method: method.unwrap_or_else(|| "none".to_owned()),
         load_8bit: scheme.ends_with('8'),
         load_4bit: scheme.ends_with('4'),
-        quant_type: scheme.to_owned(),
+        quant_type: scheme,
         ..MetricsRow::default()
-    }
+    })
 }

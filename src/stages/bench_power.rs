@@ -5,7 +5,6 @@ use crate::bench::power_result;
 use crate::event::{Level, Progress};
 use crate::inference::{DeviceProbe, Engine, OtherProcesses};
 use crate::units::{format_bytes, format_significant};
-use serde_json::{Map, Value, json};
 
 /// A stage's watch over its device; does nothing where the device tells nothing.
 pub struct Watch {
@@ -49,12 +48,8 @@ impl Watch {
         energy.map_or_else(String::new, |joules| format!(", {} J/token", format_significant(joules)))
     }
 
-    /// Puts what was seen into a record's body, and warns of other processes on the device.
-    pub fn describe(self, body: &mut Map<String, Value>, progress: &dyn Progress) {
-        let is_watched = self.probe.is_some();
-        body.insert("power".to_owned(), if is_watched { json!(self.rows) } else { Value::Null });
-        body.insert("n_other_processes".to_owned(), json!(self.others.map(|others| others.n)));
-        body.insert("other_processes_bytes".to_owned(), json!(self.others.and_then(|others| others.bytes)));
+    /// Returns what was seen, and warns of other processes on the device.
+    pub fn finish(self, progress: &dyn Progress) -> Watched {
         if let Some(OtherProcesses { n, bytes }) = self.others.filter(|others| others.n > 0) {
             let held =
                 bytes.map_or_else(String::new, |bytes| format!(" and held {} of its memory", format_bytes(bytes)));
@@ -63,5 +58,13 @@ impl Watch {
             );
             progress.note(Level::Warning, &text);
         }
+        Watched { power: self.probe.is_some().then_some(self.rows), others: self.others }
     }
+}
+
+/// What a watch saw.
+pub struct Watched {
+    /// None where the device does not tell of its board.
+    pub power: Option<Vec<PowerResult>>,
+    pub others: Option<OtherProcesses>,
 }

@@ -1,10 +1,9 @@
-//! What both benchmarks share: the tokens that are fed, and the memory figures of a record.
+//! What both benchmarks share: the tokens that are fed.
 
 use super::text::tokenize;
-use crate::artifact::MemoryFigures;
-use crate::inference::{EngineInfo, Model, ModelInfo};
+use crate::inference::ModelInfo;
 use crate::stage::{Params, StageContext, StageError};
-use serde_json::{Map, Value, json};
+use serde_json::Value;
 
 /// Returns `n` tokens: of the text that the stage names, else random ones from its seed.
 ///
@@ -58,24 +57,4 @@ pub fn sizes(params: &Params, name: &str) -> Vec<usize> {
 pub fn too_long(what: &str, asked: usize, model: &ModelInfo) -> StageError {
     let reason = format!("{what} needs {asked} tokens of context, the model has {}", model.n_ctx_max);
     StageError::Param { param: what.split(' ').next().unwrap_or(what).to_owned(), reason }
-}
-
-/// Puts memory figures, clock and engine into a record's body.
-pub fn describe(
-    body: &mut Map<String, Value>,
-    memory: MemoryFigures,
-    model: &dyn Model,
-    engine: &EngineInfo,
-    method: &str,
-) {
-    body.insert("weights_bytes".to_owned(), json!(model.weights_bytes()));
-    body.insert("kv_cache_bytes".to_owned(), json!(model.kv_cache_bytes()));
-    body.insert("pool_peak_bytes".to_owned(), json!(memory.pool_peak_bytes));
-    body.insert("pool_peak_method".to_owned(), json!(memory.pool_peak_method));
-    body.insert("process_peak_bytes".to_owned(), json!(memory.process_peak_bytes));
-    body.insert("process_peak_method".to_owned(), json!(memory.process_peak_method));
-    body.insert("method".to_owned(), json!(method));
-    body.insert("clock".to_owned(), json!(engine.clock));
-    body.insert("engine".to_owned(), json!(engine.backend));
-    body.insert("compute_dtype".to_owned(), json!(model.info().compute_dtype));
 }

@@ -3,14 +3,14 @@
 use super::MODELS;
 use super::bench_tokens::{random_tokens, seed, size, too_long};
 use super::text::tokenize;
-use crate::artifact::CapturedTensor;
+use crate::artifact::{CaptureRecord, CapturedTensor, RecordBody};
 use crate::inference::{CaptureFilter, CaptureSink, CaptureSite, InferenceError, ModelInfo};
 use crate::stage::{
     ParamDefault, ParamDesc, ParamType, Stage, StageContext, StageDescription, StageError, StageOutput,
 };
 use crate::store::{ActivationFile, ActivationWriter, StoreError};
 use crate::units::{DType, format_bytes};
-use serde_json::{Map, Value, json};
+use serde_json::Value;
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
@@ -114,14 +114,15 @@ impl Stage for CaptureActivations {
         let n_files = tensors.iter().map(|tensor| &tensor.file).collect::<std::collections::BTreeSet<_>>().len();
         let summary = format!("{} tensors of {} tokens, {}", n_files, tokens.len(), format_bytes(bytes));
         let token_bytes: Vec<u8> = tokens.iter().flat_map(|token| token.to_le_bytes()).collect();
-        let mut body = Map::new();
-        body.insert("n_tokens".to_owned(), json!(tokens.len()));
-        body.insert("tokens_hash".to_owned(), json!(blake3::hash(&token_bytes).to_hex().to_string()));
-        body.insert("text_hash".to_owned(), json!(text_hash));
-        body.insert("activations_bytes".to_owned(), json!(bytes));
-        body.insert("compute_dtype".to_owned(), json!(info.compute_dtype));
-        body.insert("tensors".to_owned(), json!(tensors));
-        Ok(StageOutput { body, summary })
+        let record = CaptureRecord {
+            n_tokens: tokens.len(),
+            tokens_hash: blake3::hash(&token_bytes).to_hex().to_string(),
+            text_hash,
+            activations_bytes: bytes,
+            compute_dtype: info.compute_dtype,
+            tensors,
+        };
+        Ok(StageOutput { body: record.to_fields(), summary })
     }
 }
 

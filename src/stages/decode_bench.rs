@@ -2,15 +2,14 @@
 
 use super::MODELS;
 use super::bench_power::Watch;
-use super::bench_tokens::{describe, size, sizes, tokens, too_long};
-use crate::artifact::DecodeResult;
+use super::bench_tokens::{size, sizes, tokens, too_long};
+use crate::artifact::{DecodeRecord, DecodeResult, RecordBody};
 use crate::bench::{SamplePlan, decode_label, decode_result, sample};
 use crate::event::Level;
 use crate::inference::{CHECKED_POSITIONS, ModelInfo, ModelRecipe, check_decode, decode_budget};
 use crate::stage::{
     ParamDefault, ParamDesc, ParamType, Stage, StageContext, StageDescription, StageError, StageOutput,
 };
-use serde_json::{Map, json};
 
 /// The kind.
 pub struct DecodeBench;
@@ -128,18 +127,27 @@ impl Stage for DecodeBench {
             results.extend(decode_result(n_gen, n_depth, sequences));
         }
         let summary: Vec<String> = results.iter().map(|row| summary(row, &watch)).collect();
-        let mut body = Map::new();
-        body.insert("results".to_owned(), json!(results));
-        body.insert("decode_check_n_positions".to_owned(), json!(check.n_positions));
-        body.insert("decode_check_relative_error_max".to_owned(), json!(check.relative_error_max));
-        body.insert("decode_check_budget".to_owned(), json!(check.budget));
-        watch.describe(&mut body, context.progress);
-        let clock = model.decode_clock();
-        describe(&mut body, probe.finish(), &**model, &context.engine.info(), METHOD);
-        if let Some(clock) = clock {
-            body.insert("clock".to_owned(), json!(clock));
-        }
-        Ok(StageOutput { body, summary: summary.join(", ") })
+        let (watched, memory, engine) = (watch.finish(context.progress), probe.finish(), context.engine.info());
+        let record = DecodeRecord {
+            results,
+            decode_check_n_positions: check.n_positions,
+            decode_check_relative_error_max: check.relative_error_max,
+            decode_check_budget: check.budget,
+            power: watched.power,
+            n_other_processes: watched.others.map(|others| others.n),
+            other_processes_bytes: watched.others.and_then(|others| others.bytes),
+            weights_bytes: Some(model.weights_bytes()),
+            kv_cache_bytes: Some(model.kv_cache_bytes()),
+            pool_peak_bytes: memory.pool_peak_bytes,
+            pool_peak_method: memory.pool_peak_method,
+            process_peak_bytes: memory.process_peak_bytes,
+            process_peak_method: memory.process_peak_method,
+            method: METHOD.to_owned(),
+            clock: model.decode_clock().map_or(engine.clock, str::to_owned),
+            engine: engine.backend,
+            compute_dtype: model.info().compute_dtype,
+        };
+        Ok(StageOutput { body: record.to_fields(), summary: summary.join(", ") })
     }
 }
 

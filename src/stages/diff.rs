@@ -1,14 +1,13 @@
 //! `diff`: what quantization did to each module's output, read back module by module.
 
 use super::bench_tokens::size;
-use crate::artifact::{CapturedTensor, ModuleDiff};
+use crate::artifact::{CaptureRecord, CapturedTensor, DiffRecord, ModuleDiff, RecordBody};
 use crate::metrics::ActivationDiff;
 use crate::stage::{
     ParamDefault, ParamDesc, ParamType, Stage, StageContext, StageDescription, StageError, StageInput, StageOutput,
 };
 use crate::store::{ActivationReader, ScatterWriter, StoreError};
 use crate::units::format_significant;
-use serde_json::{Map, json};
 
 /// The kind.
 pub struct Diff;
@@ -61,8 +60,13 @@ impl Stage for Diff {
 
     fn run(&self, context: &StageContext<'_>) -> Result<StageOutput, StageError> {
         let (reference, candidate) = (context.input("reference")?, context.input("candidate")?);
-        check_tokens(reference, candidate)?;
-        let (reference_tensors, candidate_tensors) = (outputs(reference)?, outputs(candidate)?);
+        let (of_reference, of_candidate): (CaptureRecord, CaptureRecord) = (reference.body()?, candidate.body()?);
+        if of_reference.tokens_hash != of_candidate.tokens_hash {
+            let reason =
+                format!("it captured other tokens than {}; give both the same text and n_tokens", reference.address);
+            return Err(StageError::Input { address: candidate.address.clone(), reason });
+        }
+        let (reference_tensors, candidate_tensors) = (outputs(of_reference.tensors), outputs(of_candidate.tensors));
         let only_in = |one: &[CapturedTensor], other: &[CapturedTensor]| -> Vec<String> {
             one.iter().filter(|t| find(other, t).is_none()).map(|t| t.module.clone()).collect()
         };
@@ -100,13 +104,14 @@ impl Stage for Diff {
                 )
             }
         };
-        let mut body = Map::new();
-        body.insert("mode".to_owned(), context.params["mode"].clone());
-        body.insert("n_tokens".to_owned(), reference.record.body.get("n_tokens").cloned().unwrap_or_default());
-        body.insert("only_in_reference".to_owned(), json!(only_in(&reference_tensors, &candidate_tensors)));
-        body.insert("only_in_candidate".to_owned(), json!(only_in(&candidate_tensors, &reference_tensors)));
-        body.insert("modules".to_owned(), json!(modules));
-        Ok(StageOutput { body, summary })
+        let record = DiffRecord {
+            mode: context.params["mode"].as_str().unwrap_or_default().to_owned(),
+            n_tokens: of_reference.n_tokens,
+            only_in_reference: only_in(&reference_tensors, &candidate_tensors),
+            only_in_candidate: only_in(&candidate_tensors, &reference_tensors),
+            modules,
+        };
+        Ok(StageOutput { body: record.to_fields(), summary })
     }
 }
 
@@ -114,23 +119,9 @@ fn store(error: StoreError) -> StageError {
     StageError::Other(error.to_string())
 }
 
-fn check_tokens(reference: &StageInput, candidate: &StageInput) -> Result<(), StageError> {
-    let hash = |input: &StageInput| input.record.body.get("tokens_hash").cloned();
-    if hash(reference) == hash(candidate) {
-        return Ok(());
-    }
-    let reason = format!("it captured other tokens than {}; give both the same text and n_tokens", reference.address);
-    Err(StageError::Input { address: candidate.address.clone(), reason })
-}
-
 /// Returns the outputs that a capture kept, in execution order.
-fn outputs(input: &StageInput) -> Result<Vec<CapturedTensor>, StageError> {
-    let value = input.record.body.get("tensors").cloned().unwrap_or_default();
-    let tensors: Vec<CapturedTensor> = serde_json::from_value(value).map_err(|error| StageError::Input {
-        address: input.address.clone(),
-        reason: format!("its record lists no readable tensors ({error})"),
-    })?;
-    Ok(tensors.into_iter().filter(|tensor| tensor.port == "output").collect())
+fn outputs(tensors: Vec<CapturedTensor>) -> Vec<CapturedTensor> {
+    tensors.into_iter().filter(|tensor| tensor.port == "output").collect()
 }
 
 fn find<'a>(tensors: &'a [CapturedTensor], wanted: &CapturedTensor) -> Option<&'a CapturedTensor> {

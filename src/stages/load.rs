@@ -1,13 +1,14 @@
 //! `load`: names a model and checks that its files are whole. Weights are read when a consumer first needs them.
 
+use crate::artifact::RecordBody;
 use crate::event::Level;
 use crate::hub::{HubReference, HubSettings, ModelLocation};
-use crate::inference::{ModelRecipe, ModelSource};
+use crate::inference::{HubRevision, LoadRecord, ModelRecipe, ModelSource};
 use crate::stage::{
     ParamDefault, ParamDesc, ParamType, Params, Stage, StageContext, StageDescription, StageError, StageOutput,
 };
 use crate::units::{DType, format_bytes};
-use serde_json::{Map, Value, json};
+use serde_json::Value;
 use std::path::PathBuf;
 
 /// The kind.
@@ -98,15 +99,13 @@ impl Stage for Load {
             info.dtype,
             stored.unwrap_or_default()
         );
-        let mut body = Map::new();
-        body.insert("recipe".to_owned(), json!(recipe));
-        body.insert("model".to_owned(), json!(info));
-        body.insert("account".to_owned(), json!(account));
-        body.insert("weights_bytes".to_owned(), json!(weights_bytes));
-        if let ModelSource::Hub(id) = &recipe.source {
-            body.insert("hub".to_owned(), json!({ "id": id, "commit": commit(id) }));
-        }
-        Ok(StageOutput { body, summary })
+        let hub = match &recipe.source {
+            ModelSource::Hub(id) => Some(HubRevision { id: id.clone(), commit: commit(id) }),
+            ModelSource::Path(_) | ModelSource::Random { .. } => None,
+        };
+        let record =
+            LoadRecord { recipe, model: info, account: Some(account), weights_bytes: Some(weights_bytes), hub };
+        Ok(StageOutput { body: record.to_fields(), summary })
     }
 }
 

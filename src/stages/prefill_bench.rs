@@ -2,13 +2,13 @@
 
 use super::MODELS;
 use super::bench_power::Watch;
-use super::bench_tokens::{describe, size, sizes, tokens, too_long};
-use crate::artifact::PrefillResult;
+use super::bench_tokens::{size, sizes, tokens, too_long};
+use crate::artifact::{PrefillRecord, PrefillResult, RecordBody};
 use crate::bench::{SamplePlan, prefill_label, prefill_result, sample};
 use crate::stage::{
     ParamDefault, ParamDesc, ParamType, Params, Stage, StageContext, StageDescription, StageError, StageOutput,
 };
-use serde_json::{Map, Value, json};
+use serde_json::Value;
 
 /// The kind.
 pub struct PrefillBench;
@@ -131,17 +131,25 @@ impl Stage for PrefillBench {
             results.extend(prefill_result(n_prompt, scores, samples_s));
         }
         let summary: Vec<String> = results.iter().map(|row| summary(row, &watch)).collect();
-        let mut body = Map::new();
-        body.insert("results".to_owned(), json!(results));
-        watch.describe(&mut body, context.progress);
-        describe(
-            &mut body,
-            probe.finish(),
-            &**model,
-            &context.engine.info(),
-            if scores { SCORE_METHOD } else { METHOD },
-        );
-        Ok(StageOutput { body, summary: summary.join(", ") })
+        let (watched, memory, engine) = (watch.finish(context.progress), probe.finish(), context.engine.info());
+        let method = if scores { SCORE_METHOD } else { METHOD };
+        let record = PrefillRecord {
+            results,
+            power: watched.power,
+            n_other_processes: watched.others.map(|others| others.n),
+            other_processes_bytes: watched.others.and_then(|others| others.bytes),
+            weights_bytes: Some(model.weights_bytes()),
+            kv_cache_bytes: Some(model.kv_cache_bytes()),
+            pool_peak_bytes: memory.pool_peak_bytes,
+            pool_peak_method: memory.pool_peak_method,
+            process_peak_bytes: memory.process_peak_bytes,
+            process_peak_method: memory.process_peak_method,
+            method: method.to_owned(),
+            clock: engine.clock,
+            engine: engine.backend,
+            compute_dtype: model.info().compute_dtype,
+        };
+        Ok(StageOutput { body: record.to_fields(), summary: summary.join(", ") })
     }
 }
 

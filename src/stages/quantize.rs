@@ -1,14 +1,15 @@
 //! `quantize`: chooses a scheme for every linear, and tells what each costs and loses. Packed weights are made again when a
 //! consumer first needs them, and written only where `save` asks for it.
 
-use crate::artifact::QuantizedModule;
+use crate::artifact::{QuantizeTotals, QuantizedModule, RecordBody, SavedFolder};
 use crate::event::Level;
+use crate::inference::QuantizeRecord;
 use crate::quantization::{self, QuantizationConfig};
 use crate::stage::{
     ParamDefault, ParamDesc, ParamType, Stage, StageContext, StageDescription, StageError, StageOutput,
 };
 use crate::units::format_bytes;
-use serde_json::{Map, Value, json};
+use serde_json::Value;
 
 /// Folder of a saved model in the stage's artifact.
 const SAVED: &str = "model";
@@ -67,7 +68,7 @@ impl Stage for Quantize {
         }
         let mut modules: Vec<QuantizedModule> = Vec::new();
         context.engine.survey(&rooted, context.progress, &mut |module| modules.push(module))?;
-        let totals = Totals::of(&modules, info.tied_embeddings, info.n_params, info.dtype.size_bytes() as u64);
+        let totals = totals(&modules, info.tied_embeddings, info.n_params, info.dtype.size_bytes() as u64);
         let summary = format!(
             "{}: {} of {} linears, {:.2} bits/weight, {} of weights (base {})",
             config.name,
@@ -77,18 +78,15 @@ impl Stage for Quantize {
             format_bytes(totals.weights_bytes),
             format_bytes(totals.base_bytes)
         );
-        let mut body = Map::new();
-        body.insert("recipe".to_owned(), json!(recipe));
-        body.insert("model".to_owned(), json!(info));
-        body.insert("config".to_owned(), json!(config));
-        body.insert("weights_bytes".to_owned(), json!(totals.weights_bytes));
-        body.insert("totals".to_owned(), totals.to_json());
-        body.insert("modules".to_owned(), json!(modules));
-        if context.params.get("save").and_then(Value::as_bool).unwrap_or(false) {
+        let saved = if context.params.get("save").and_then(Value::as_bool).unwrap_or(false) {
             let saved = context.engine.save(&rooted, &context.out_dir.join(SAVED), context.progress)?;
-            body.insert("saved".to_owned(), json!({"folder": SAVED, "format": saved.format, "bytes": saved.bytes}));
-        }
-        Ok(StageOutput { body, summary })
+            Some(SavedFolder { folder: SAVED.to_owned(), format: saved.format, bytes: saved.bytes })
+        } else {
+            None
+        };
+        let weights_bytes = Some(totals.weights_bytes);
+        let record = QuantizeRecord { recipe, model: info, config, weights_bytes, totals, modules, saved };
+        Ok(StageOutput { body: record.to_fields(), summary })
     }
 }
 
@@ -105,54 +103,26 @@ fn config(context: &StageContext<'_>) -> Result<QuantizationConfig, StageError> 
     quantization::parse(&text, written, &name).map_err(wrap)
 }
 
-struct Totals {
-    n_quantized: usize,
-    n_kept: usize,
-    /// Parameters of quantized modules, and the bytes they take.
-    quantized_params: u64,
-    quantized_bytes: u64,
-    bits_per_weight: f64,
-    /// All weights of the model, embeddings and norms included.
-    weights_bytes: u64,
-    base_bytes: u64,
-}
-
-impl Totals {
-    fn of(modules: &[QuantizedModule], tied: bool, n_params: u64, base_size: u64) -> Totals {
-        let quantized: Vec<&QuantizedModule> = modules.iter().filter(|module| is_quantized(module)).collect();
-        let quantized_params: u64 = quantized.iter().map(|module| module.n_params).sum();
-        let quantized_bytes: u64 = quantized.iter().map(|module| module.bytes).sum();
-        // A tied head is the embedding: its parameters are counted once.
-        let counted = modules.iter().filter(|module| !(tied && module.module == "lm_head" && !is_quantized(module)));
-        let (counted_params, counted_bytes) =
-            counted.fold((0, 0), |(n, b), module| (n + module.n_params, b + module.bytes));
-        let weights_bytes = counted_bytes + n_params.saturating_sub(counted_params) * base_size;
-        Totals {
-            n_quantized: quantized.len(),
-            n_kept: modules.len() - quantized.len(),
-            quantized_params,
-            quantized_bytes,
-            bits_per_weight: 8.0 * weights_bytes as f64 / n_params.max(1) as f64,
-            weights_bytes,
-            base_bytes: n_params * base_size,
-        }
-    }
-
-    fn to_json(&self) -> Value {
-        json!({
-            "n_quantized": self.n_quantized,
-            "n_kept": self.n_kept,
-            "quantized_params": self.quantized_params,
-            "quantized_bytes": self.quantized_bytes,
-            "quantized_bits_per_weight": if self.quantized_params > 0 {
-                Some(8.0 * self.quantized_bytes as f64 / self.quantized_params as f64)
-            } else {
-                None
-            },
-            "weights_bytes": self.weights_bytes,
-            "base_bytes": self.base_bytes,
-            "bits_per_weight": self.bits_per_weight,
-        })
+/// Adds modules up.
+fn totals(modules: &[QuantizedModule], tied: bool, n_params: u64, base_size: u64) -> QuantizeTotals {
+    let quantized: Vec<&QuantizedModule> = modules.iter().filter(|module| is_quantized(module)).collect();
+    let quantized_params: u64 = quantized.iter().map(|module| module.n_params).sum();
+    let quantized_bytes: u64 = quantized.iter().map(|module| module.bytes).sum();
+    // A tied head is the embedding: its parameters are counted once.
+    let counted = modules.iter().filter(|module| !(tied && module.module == "lm_head" && !is_quantized(module)));
+    let (counted_params, counted_bytes) =
+        counted.fold((0, 0), |(n, b), module| (n + module.n_params, b + module.bytes));
+    let weights_bytes = counted_bytes + n_params.saturating_sub(counted_params) * base_size;
+    QuantizeTotals {
+        n_quantized: quantized.len(),
+        n_kept: modules.len() - quantized.len(),
+        quantized_params,
+        quantized_bytes,
+        quantized_bits_per_weight: (quantized_params > 0)
+            .then(|| 8.0 * quantized_bytes as f64 / quantized_params as f64),
+        weights_bytes,
+        base_bytes: n_params * base_size,
+        bits_per_weight: 8.0 * weights_bytes as f64 / n_params.max(1) as f64,
     }
 }
 

@@ -1,12 +1,13 @@
 //! `report`: turns records into pages, tables and plots that a person reads.
 
+use crate::artifact::{RecordBody, ReportRecord, ReportedFile};
 use crate::report::{ReportRequest, ScatterSource, render};
 use crate::stage::{
     ParamDefault, ParamDesc, ParamType, Stage, StageContext, StageDescription, StageError, StageInput, StageOutput,
 };
 use crate::store::read_scatter;
 use crate::units::format_bytes;
-use serde_json::{Map, Value, json};
+use serde_json::Value;
 
 /// The kind.
 pub struct Report;
@@ -14,7 +15,7 @@ pub struct Report;
 static DESCRIPTION: StageDescription = StageDescription {
     kind: "report",
     summary: "Writes a comparison of models and a layer-by-layer analysis: Markdown, CSV, JSON and plots.",
-    version: 4,
+    version: 5,
     measures: false,
     computes: false,
     params: &[
@@ -76,7 +77,7 @@ impl Stage for Report {
             scatter: &ScatterFiles,
         };
         let files = render(&request).map_err(|error| StageError::Other(error.to_string()))?;
-        let mut listed = Vec::new();
+        let mut listed: Vec<ReportedFile> = Vec::new();
         for file in &files {
             let path = context.out_dir.join(&file.path);
             let write = || {
@@ -84,13 +85,12 @@ impl Stage for Report {
                 std::fs::write(&path, &file.bytes)
             };
             write().map_err(|source| StageError::Write { path: path.clone(), source })?;
-            listed.push(json!({ "path": file.path, "bytes": file.bytes.len() }));
+            let path = file.path.to_string_lossy().into_owned();
+            listed.push(ReportedFile { path, bytes: file.bytes.len() as u64 });
         }
         let bytes: u64 = files.iter().map(|file| file.bytes.len() as u64).sum();
-        let mut body = Map::new();
-        body.insert("files".to_owned(), Value::Array(listed));
-        body.insert("missing_inputs".to_owned(), json!(context.missing_inputs));
-        Ok(StageOutput { body, summary: format!("{} files, {}", files.len(), format_bytes(bytes)) })
+        let record = ReportRecord { files: listed, missing_inputs: context.missing_inputs.to_vec() };
+        Ok(StageOutput { body: record.to_fields(), summary: format!("{} files, {}", files.len(), format_bytes(bytes)) })
     }
 }
 

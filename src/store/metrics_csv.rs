@@ -2,6 +2,7 @@
 
 use super::error::StoreError;
 use super::fs::create_dirs;
+use crate::artifact::number;
 use serde::Serialize;
 use std::fs::OpenOptions;
 use std::io::Write;
@@ -20,11 +21,15 @@ pub struct MetricsRow {
     /// Tokens.
     pub prompt_length: Option<u64>,
     /// Tokens per second.
+    #[serde(serialize_with = "number::optional::serialize")]
     pub avg_prefill_tps: Option<f64>,
     /// Tokens per second.
+    #[serde(serialize_with = "number::optional::serialize")]
     pub avg_decode_tps: Option<f64>,
     /// 10⁹ bytes of device memory; empty on a CPU.
     pub max_vram_gb: Option<f64>,
+    /// `inf` and `nan` where it is not finite.
+    #[serde(serialize_with = "number::optional::serialize")]
     pub perplexity: Option<f64>,
     pub gpu_name: String,
 }

@@ -74,7 +74,12 @@ pub fn summary(rows: &[ModuleDiff], subtitle: &str) -> Canvas {
         }
     }
     let rows_note = if parts.len() > 1 { format!(", in {} rows", parts.len()) } else { String::new() };
-    let counted = format!("modules in execution order (n = {}{rows_note})", thousands(rows.len()));
+    let n_left_out = rows.iter().filter(|row| !row.mse.is_finite() || !row.cosine.is_finite()).count();
+    let left_out = match n_left_out {
+        0 => String::new(),
+        n => format!("; {} with numbers that are not finite, left out", thousands(n)),
+    };
+    let counted = format!("modules in execution order (n = {}{rows_note}{left_out})", thousands(rows.len()));
     canvas.text((center, height - 18.0), counted, 13.0, Align::Middle, Color::INK);
     canvas
 }
@@ -164,7 +169,8 @@ fn axes(canvas: &mut Canvas, panel: &Panel<'_>) {
 
 fn series(canvas: &mut Canvas, panel: &Panel<'_>) {
     let points = |axis: &Axis, value: fn(&ModuleDiff) -> f64| -> Vec<(f64, f64)> {
-        panel.rows.iter().enumerate().map(|(idx, row)| (panel.x(idx), panel.y(axis, value(row)))).collect()
+        let finite = panel.rows.iter().enumerate().filter(|(_, row)| value(row).is_finite());
+        finite.map(|(idx, row)| (panel.x(idx), panel.y(axis, value(row)))).collect()
     };
     let mse = points(panel.mse, |row| -row.mse);
     let cosine = points(panel.cosine, |row| row.cosine);
@@ -230,6 +236,19 @@ mod tests {
             let apart = |pair: &[(i64, f64)]| pair[0].0 != pair[1].0 || pair[1].1 - pair[0].1 >= 12.0;
             assert!(names.windows(2).all(apart));
         }
+    }
+
+    #[test]
+    fn modules_without_numbers_are_left_out_and_counted() {
+        let mut rows = module_diffs(1);
+        (rows[2].mse, rows[3].cosine) = (f64::INFINITY, f64::NAN);
+        let canvas = summary(&rows, "nf4 against fp16");
+        let n_circles = canvas.shapes.iter().filter(|shape| matches!(shape, Shape::Circle { .. })).count();
+        assert_eq!(n_circles, rows.len(), "one for each finite MSE and one in the legend");
+        let says = |part: &str| {
+            canvas.shapes.iter().any(|shape| matches!(shape, Shape::Text { text, .. } if text.contains(part)))
+        };
+        assert!(says("; 2 with numbers that are not finite, left out"));
     }
 
     #[test]

@@ -3,7 +3,7 @@
 use super::passes::Pass;
 use super::settings::parse_format;
 use super::store;
-use crate::artifact::{KeptLogProbs, PplResult};
+use crate::artifact::{KeptLogProbs, PplRecord};
 use crate::inference::{LogProbFormat, ModelInfo};
 use crate::stage::{StageError, StageInput};
 use crate::store::{LogProbReader, TokenScores, read_token_scores};
@@ -30,13 +30,12 @@ impl<'a> Base<'a> {
     /// `Input` with what to do about it.
     pub fn open(input: &'a StageInput, info: &ModelInfo, tokenizer_hash: &str) -> Result<Base<'a>, StageError> {
         let fail = |reason: String| Err(StageError::Input { address: input.address.clone(), reason });
-        let list = |name: &str| input.record.body.get(name).cloned().unwrap_or_default();
-        let kept: Vec<KeptLogProbs> = serde_json::from_value(list("log_probs")).unwrap_or_default();
+        let record: PplRecord = input.body()?;
+        let kept = record.log_probs.unwrap_or_default();
         if kept.is_empty() {
             return fail("it kept no log-probabilities; give it keep_log_probs: f16 (or f32, or top-k)".to_owned());
         }
-        let results: Vec<PplResult> = serde_json::from_value(list("results")).unwrap_or_default();
-        if results.iter().any(|row| row.tokenizer_hash != tokenizer_hash) {
+        if record.results.iter().any(|row| row.tokenizer_hash != tokenizer_hash) {
             return fail("its model has another tokenizer, so that the two share no tokens".to_owned());
         }
         Ok(Base { input, kept, vocab_size: info.vocab_size })

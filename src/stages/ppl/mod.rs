@@ -9,7 +9,7 @@ mod settings;
 
 use super::MODELS;
 use super::text::TextForModel;
-use crate::artifact::{DivergenceResult, KeptLogProbs, PplResult};
+use crate::artifact::{DivergenceResult, KeptLogProbs, PplRecord, PplResult, RecordBody, TokenScoresFile};
 use crate::inference::{LogProbFormat, Model, ModelInfo, run_for_scores};
 use crate::metrics::{Convention, PerplexitySum, TokenPair, divergence};
 use crate::stage::{
@@ -19,7 +19,6 @@ use crate::store::{LogProbWriter, StoreError, TokenScores, write_token_scores};
 use crate::units::format_bytes;
 use base::{Base, BasePass};
 use passes::{Pass, passes};
-use serde_json::{Map, Value, json};
 use settings::Settings;
 use std::time::Instant;
 
@@ -31,7 +30,7 @@ const KEEP: &[&str] = &["none", "f16", "f32", "top-k"];
 static DESCRIPTION: StageDescription = StageDescription {
     kind: "ppl",
     summary: "Measures perplexity of a text, each convention stamped into its row, and divergence from a base model.",
-    version: 3,
+    version: 4,
     measures: false,
     computes: true,
     params: &[
@@ -146,11 +145,11 @@ impl Stage for Ppl {
             let mut kept = keep.map(|format| Kept::create(context, pass, format, &info)).transpose()?;
             let (scores, sum) = score(&mut **model, pass, base.as_mut(), kept.as_mut(), context, &mut outcome.speed)?;
             outcome.results.extend(pass.conventions.iter().map(|convention| row(*convention, pass, &sum)));
-            outcome.divergences.extend(base.map(|base| base.divergence(pass, &scores)));
+            outcome.divergences.extend(base.and_then(|base| base.divergence(pass, &scores)));
             outcome.kept.extend(kept.map(Kept::finish).transpose()?);
             let file = format!("tokens-{}.parquet", pass.cut.name());
             write_token_scores(&context.out_dir.join(&file), &scores).map_err(store)?;
-            outcome.token_files.push(json!({ "windows": pass.cut.name(), "file": file }));
+            outcome.token_files.push(TokenScoresFile { windows: pass.cut.name(), file });
         }
         outcome.results.sort_by_key(|row| settings.conventions.iter().position(|one| one.name() == row.convention));
         Ok(outcome.output(&settings, &info))
@@ -167,7 +166,7 @@ struct Outcome {
     results: Vec<PplResult>,
     divergences: Vec<DivergenceResult>,
     kept: Vec<KeptLogProbs>,
-    token_files: Vec<Value>,
+    token_files: Vec<TokenScoresFile>,
     speed: Speed,
 }
 
@@ -183,16 +182,6 @@ const SPEED_METHOD: &str = "wall clock around the model's scoring calls, over th
                             or compared do not. No benchmark: nothing was warmed up, other stages may have run beside it \
                             (prefill-bench with score: true is one)";
 
-impl Speed {
-    fn describe(&self, body: &mut Map<String, Value>) {
-        let rate = (self.scoring_s > 0.0).then(|| self.n_tokens_run as f64 / self.scoring_s);
-        body.insert("n_tokens_run".to_owned(), json!(self.n_tokens_run));
-        body.insert("scoring_s".to_owned(), json!(self.scoring_s));
-        body.insert("scoring_tokens_per_second".to_owned(), json!(rate));
-        body.insert("scoring_method".to_owned(), json!(SPEED_METHOD));
-    }
-}
-
 impl Outcome {
     fn output(self, settings: &Settings<'_>, info: &ModelInfo) -> StageOutput {
         let mut summary: Vec<String> = self.results.iter().map(told).collect();
@@ -205,19 +194,20 @@ impl Outcome {
             let bytes = self.kept.iter().map(|kept| kept.bytes).sum();
             format!("log-probabilities kept: {}", format_bytes(bytes))
         }));
-        let mut body = Map::new();
-        body.insert("results".to_owned(), json!(self.results));
-        if let Some(base) = settings.base {
-            body.insert("base".to_owned(), json!(base.address));
-            body.insert("divergence".to_owned(), json!(self.divergences));
-        }
-        if settings.keep.is_some() {
-            body.insert("log_probs".to_owned(), json!(self.kept));
-        }
-        body.insert("token_scores".to_owned(), json!(self.token_files));
-        self.speed.describe(&mut body);
-        body.insert("compute_dtype".to_owned(), json!(info.compute_dtype));
-        StageOutput { body, summary: summary.join(", ") }
+        let Speed { n_tokens_run, scoring_s } = self.speed;
+        let record = PplRecord {
+            results: self.results,
+            base: settings.base.map(|base| base.address.clone()),
+            divergence: settings.base.map(|_| self.divergences),
+            log_probs: settings.keep.map(|_| self.kept),
+            token_scores: self.token_files,
+            n_tokens_run,
+            scoring_s,
+            scoring_tokens_per_second: (scoring_s > 0.0).then(|| n_tokens_run as f64 / scoring_s),
+            scoring_method: SPEED_METHOD.to_owned(),
+            compute_dtype: info.compute_dtype,
+        };
+        StageOutput { body: record.to_fields(), summary: summary.join(", ") }
     }
 }
 
@@ -226,7 +216,14 @@ fn told(row: &PplResult) -> String {
         (Some(word), Some(bits)) => {
             format!("word ppl {word:.3}, {bits:.4} bits/byte ({}, n = {})", row.convention, row.n_scored)
         }
-        _ => format!("ppl {:.3} ± {:.3} ({}, n = {})", row.perplexity, row.stderr, row.convention, row.n_scored),
+        _ => {
+            let stderr = row.stderr.filter(|stderr| stderr.is_finite());
+            let stderr = stderr.map_or_else(String::new, |stderr| format!(" ± {stderr:.3}"));
+            // exp of it may be beyond any number: the mean itself never is.
+            let nll =
+                if row.perplexity.is_finite() { String::new() } else { format!(", NLL {:.5} nats", row.nll_mean) };
+            format!("ppl {:.3}{stderr}{nll} ({}, n = {})", row.perplexity, row.convention, row.n_scored)
+        }
     }
 }
 
@@ -328,20 +325,22 @@ fn row(convention: Convention, pass: &Pass, sum: &PerplexitySum) -> PplResult {
         nll_mean: sum.nll_mean(convention),
         perplexity,
         stderr,
+        nll_stderr: sum.nll_stderr(),
         n_documents: pass.n_documents,
         n_words: units.map(|units| units.n_words),
         n_bytes: units.map(|units| units.n_bytes),
         word_perplexity: word.map(|(value, _)| value),
-        word_perplexity_stderr: word.map(|(_, stderr)| stderr),
+        word_perplexity_stderr: word.and_then(|(_, stderr)| stderr),
         byte_perplexity: byte.map(|(value, _)| value),
-        byte_perplexity_stderr: byte.map(|(_, stderr)| stderr),
+        byte_perplexity_stderr: byte.and_then(|(_, stderr)| stderr),
         bits_per_byte: bits.map(|(value, _)| value),
-        bits_per_byte_stderr: bits.map(|(_, stderr)| stderr),
+        bits_per_byte_stderr: bits.and_then(|(_, stderr)| stderr),
     }
 }
 
 impl BasePass {
-    fn divergence(&self, pass: &Pass, own: &TokenScores) -> DivergenceResult {
+    /// Returns how far the model is from the base; None where no token was scored.
+    fn divergence(&self, pass: &Pass, own: &TokenScores) -> Option<DivergenceResult> {
         let pairs: Vec<TokenPair> = (0..own.nll.len())
             .map(|i| TokenPair {
                 base_nll: self.scores.nll[i],
@@ -351,12 +350,12 @@ impl BasePass {
             })
             .collect();
         let convention = pass.conventions.first().map_or("", |convention| convention.name());
-        DivergenceResult {
+        Some(DivergenceResult {
             convention: convention.to_owned(),
             max_length: pass.max_length,
             stride: pass.stride,
             base_log_probs: self.format.clone(),
-            ..divergence(&pairs).unwrap_or_default()
-        }
+            ..divergence(&pairs)?
+        })
     }
 }

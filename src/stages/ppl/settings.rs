@@ -87,7 +87,10 @@ impl<'a> Settings<'a> {
         let mut shared = params.clone();
         if let Some(base) = base {
             for name in SHARED {
-                let theirs = base.record.head.params.get(name).cloned().unwrap_or_default();
+                let theirs = base.record.head.params.get(name).cloned().ok_or_else(|| StageError::Input {
+                    address: base.address.clone(),
+                    reason: format!("its record has no parameter {name}; run it again with --force"),
+                })?;
                 if let Some(ours) = given(params, name).filter(|ours| **ours != theirs && !FLAGS.contains(&name)) {
                     let reason =
                         format!("{ours} is not the base's {theirs}; leave it to the base stage {}", base.address);

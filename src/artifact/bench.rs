@@ -1,0 +1,242 @@
+//! Records of the benchmarks.
+
+use super::number;
+use super::record::RecordBody;
+use crate::units::DType;
+use serde::{Deserialize, Serialize};
+
+/// The body of a `prefill-bench` record.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct PrefillRecord {
+    pub results: Vec<PrefillResult>,
+    /// Null where the device does not tell of its board.
+    pub power: Option<Vec<PowerResult>>,
+    /// Who else computed on the device while it was timed; null where it is not told.
+    pub n_other_processes: Option<usize>,
+    pub other_processes_bytes: Option<u64>,
+    pub weights_bytes: Option<u64>,
+    pub kv_cache_bytes: Option<u64>,
+    pub pool_peak_bytes: Option<u64>,
+    #[serde(default)]
+    pub pool_peak_method: Option<String>,
+    pub process_peak_bytes: Option<u64>,
+    pub process_peak_method: String,
+    /// What one sample is.
+    pub method: String,
+    pub clock: String,
+    pub engine: String,
+    pub compute_dtype: DType,
+}
+
+/// The body of a `decode-bench` record.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct DecodeRecord {
+    pub results: Vec<DecodeResult>,
+    /// Positions at which decode's logits were held against prefill's before anything was timed.
+    pub decode_check_n_positions: usize,
+    #[serde(with = "number")]
+    pub decode_check_relative_error_max: f64,
+    #[serde(with = "number")]
+    pub decode_check_budget: f64,
+    /// Null where the device does not tell of its board.
+    pub power: Option<Vec<PowerResult>>,
+    /// Who else computed on the device while it was timed; null where it is not told.
+    pub n_other_processes: Option<usize>,
+    pub other_processes_bytes: Option<u64>,
+    pub weights_bytes: Option<u64>,
+    pub kv_cache_bytes: Option<u64>,
+    pub pool_peak_bytes: Option<u64>,
+    #[serde(default)]
+    pub pool_peak_method: Option<String>,
+    pub process_peak_bytes: Option<u64>,
+    pub process_peak_method: String,
+    /// What one sample is.
+    pub method: String,
+    pub clock: String,
+    pub engine: String,
+    pub compute_dtype: DType,
+}
+
+impl RecordBody for PrefillRecord {
+    const KIND: &'static str = "prefill-bench";
+}
+
+impl RecordBody for DecodeRecord {
+    const KIND: &'static str = "decode-bench";
+}
+
+/// Statistics of repeated samples. Percentiles by linear interpolation; stdev with n − 1.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Statistics {
+    pub n: usize,
+    #[serde(with = "number")]
+    pub mean: f64,
+    /// Null for a single sample.
+    #[serde(default, with = "number::optional")]
+    pub stdev: Option<f64>,
+    #[serde(with = "number")]
+    pub median: f64,
+    #[serde(with = "number")]
+    pub p90: f64,
+    /// Null below 20 samples.
+    #[serde(default, with = "number::optional")]
+    pub p95: Option<f64>,
+    /// Null below 100 samples.
+    #[serde(default, with = "number::optional")]
+    pub p99: Option<f64>,
+    #[serde(with = "number")]
+    pub min: f64,
+    #[serde(with = "number")]
+    pub max: f64,
+}
+
+/// Memory figures, each named by its method. All in bytes; null where unknown.
+#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
+pub struct MemoryFigures {
+    /// Bytes of parameters as stored (packed codes and their statistics; tied weights once).
+    pub weights_bytes: Option<u64>,
+    /// Bytes of the key-value cache as allocated.
+    pub kv_cache_bytes: Option<u64>,
+    /// The most that the device's allocator held when asked, cleaned at the stage's start.
+    pub pool_peak_bytes: Option<u64>,
+    /// How `pool_peak_bytes` was measured, in words; null where it was not.
+    #[serde(default)]
+    pub pool_peak_method: Option<String>,
+    pub process_peak_bytes: Option<u64>,
+    /// How `process_peak_bytes` was measured, in words.
+    pub process_peak_method: String,
+}
+
+/// One row of a `prefill-bench` record's `results`; times in seconds.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct PrefillResult {
+    /// `pp512`; `pp512+nll` where every token was scored.
+    pub label: String,
+    pub n_prompt: usize,
+    /// A pass ends with the negative log-likelihoods of all its tokens, not with the last position's logits; the `ttft_s` are then
+    /// the times of such passes.
+    #[serde(default)]
+    pub scores: bool,
+    pub n_samples: usize,
+    #[serde(with = "number::list")]
+    pub samples_s: Vec<f64>,
+    #[serde(with = "number")]
+    pub ttft_s_mean: f64,
+    #[serde(default, with = "number::optional")]
+    pub ttft_s_stdev: Option<f64>,
+    #[serde(with = "number")]
+    pub ttft_s_median: f64,
+    #[serde(with = "number")]
+    pub ttft_s_p90: f64,
+    #[serde(default, with = "number::optional")]
+    pub ttft_s_p95: Option<f64>,
+    #[serde(default, with = "number::optional")]
+    pub ttft_s_p99: Option<f64>,
+    #[serde(with = "number")]
+    pub ttft_s_min: f64,
+    #[serde(with = "number")]
+    pub ttft_s_max: f64,
+    /// n_prompt / sample, averaged over samples.
+    #[serde(with = "number")]
+    pub tokens_per_second_mean: f64,
+    #[serde(default, with = "number::optional")]
+    pub tokens_per_second_stdev: Option<f64>,
+}
+
+/// One row of a `decode-bench` record's `results`; times in seconds per token.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct DecodeResult {
+    /// `tg128`, or `tg128 @ d512` after 512 tokens of context.
+    pub label: String,
+    pub n_gen: usize,
+    pub n_depth: usize,
+    /// Number of sequences generated; `samples_s` has n_gen times as many entries.
+    pub n_sequences: usize,
+    #[serde(with = "number")]
+    pub token_latency_s_mean: f64,
+    #[serde(default, with = "number::optional")]
+    pub token_latency_s_stdev: Option<f64>,
+    #[serde(with = "number")]
+    pub token_latency_s_median: f64,
+    #[serde(with = "number")]
+    pub token_latency_s_p90: f64,
+    #[serde(default, with = "number::optional")]
+    pub token_latency_s_p95: Option<f64>,
+    #[serde(default, with = "number::optional")]
+    pub token_latency_s_p99: Option<f64>,
+    #[serde(with = "number")]
+    pub token_latency_s_min: f64,
+    #[serde(with = "number")]
+    pub token_latency_s_max: f64,
+    #[serde(with = "number::list")]
+    pub samples_s: Vec<f64>,
+    /// n_gen / Σ latencies, averaged over sequences.
+    #[serde(with = "number")]
+    pub tokens_per_second: f64,
+    #[serde(default, with = "number::optional")]
+    pub tokens_per_second_stdev: Option<f64>,
+}
+
+/// One row of a benchmark record's `power`: the device's board over the timed regions of the row of `results` that has the same
+/// label. Null where the board does not tell.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct PowerResult {
+    /// `pp512`, `tg128 @ d512`.
+    pub label: String,
+    /// Tokens read or generated in the timed regions.
+    pub n_tokens: usize,
+    #[serde(default, with = "number::optional")]
+    pub energy_per_token_j: Option<f64>,
+    #[serde(default, with = "number::optional")]
+    pub energy_j: Option<f64>,
+    /// Duration of the timed regions together.
+    #[serde(with = "number")]
+    pub window_s: f64,
+    /// energy_j / window_s.
+    #[serde(default, with = "number::optional")]
+    pub power_w_mean: Option<f64>,
+    #[serde(default, with = "number::optional")]
+    pub power_limit_w: Option<f64>,
+    #[serde(default, with = "number::optional")]
+    pub sm_clock_mhz_min: Option<f64>,
+    #[serde(default, with = "number::optional")]
+    pub sm_clock_mhz_median: Option<f64>,
+    #[serde(default, with = "number::optional")]
+    pub memory_clock_mhz_min: Option<f64>,
+    #[serde(default, with = "number::optional")]
+    pub memory_clock_mhz_median: Option<f64>,
+    /// Samples of clocks, power and throttling.
+    pub n_samples: usize,
+    /// Why clocks were lower than they could be, as NVML names it, in any sample.
+    pub throttle_reasons: Vec<String>,
+    /// Where `energy_j` comes from, or why there is none.
+    pub energy_method: String,
+}
+
+impl PrefillRecord {
+    /// Returns the memory figures.
+    pub fn memory(&self) -> MemoryFigures {
+        MemoryFigures {
+            weights_bytes: self.weights_bytes,
+            kv_cache_bytes: self.kv_cache_bytes,
+            pool_peak_bytes: self.pool_peak_bytes,
+            pool_peak_method: self.pool_peak_method.clone(),
+            process_peak_bytes: self.process_peak_bytes,
+            process_peak_method: self.process_peak_method.clone(),
+        }
+    }
+}
+
+impl DecodeRecord {
+    /// Returns the memory figures.
+    pub fn memory(&self) -> MemoryFigures {
+        MemoryFigures {
+            weights_bytes: self.weights_bytes,
+            kv_cache_bytes: self.kv_cache_bytes,
+            pool_peak_bytes: self.pool_peak_bytes,
+            pool_peak_method: self.pool_peak_method.clone(),
+            process_peak_bytes: self.process_peak_bytes,
+            process_peak_method: self.process_peak_method.clone(),
+        }
+    }
+}

@@ -1,0 +1,19 @@
+//! Artifacts: the records that stages leave. Field names are a contract with whoever reads the JSON.
+//!
+//! Each kind's body is one type, which the stage writes and everything else reads ([`RecordBody`]); those of `load` and `quantize`
+//! hold a model's recipe and stand in `inference`.
+
+mod bench;
+mod layers;
+mod models;
+pub mod number;
+mod ppl;
+mod record;
+mod run;
+
+pub use bench::{DecodeRecord, DecodeResult, MemoryFigures, PowerResult, PrefillRecord, PrefillResult, Statistics};
+pub use layers::{CaptureRecord, CapturedTensor, DiffRecord, ModuleDiff};
+pub use models::{QuantizeTotals, QuantizedModule, ReportRecord, ReportedFile, SavedFolder};
+pub use ppl::{DivergenceResult, KeptLogProbs, PplRecord, PplResult, TokenScoresFile};
+pub use record::{FORMAT_VERSION, Key, KeyFields, Record, RecordBody, RecordError, RecordHead};
+pub use run::StageStatus;
