@@ -1,5 +1,6 @@
 //! The command line. It alone builds an engine and reads the environment; errors get their hints here.
 
+mod again;
 mod args;
 mod cache;
 mod catalogue;
@@ -16,6 +17,7 @@ mod workspace;
 pub use args::Args;
 pub use error::CliError;
 
+use crate::store::take_notes;
 use args::Command;
 use clap::{CommandFactory, Parser};
 use std::io::Write;
@@ -31,7 +33,12 @@ pub fn main() -> ExitCode {
             return ExitCode::from(u8::try_from(error.exit_code()).unwrap_or(2));
         }
     };
-    match dispatch(args) {
+    let done = dispatch(args);
+    // What a run did not tell as events.
+    for text in take_notes() {
+        let _ = writeln!(std::io::stderr(), "warning: {text}");
+    }
+    match done {
         Ok(code) => ExitCode::from(code),
         Err(error) => {
             let _ = writeln!(std::io::stderr(), "{}", error.render());

@@ -1,5 +1,6 @@
 //! The matrix: variables, cells, and what `--matrix` keeps of them.
 
+use super::cell_names::cell_names;
 use super::diagnostics::Problems;
 use super::node::{Key, Node, NodeValue, Place};
 use super::suggest::did_you_mean;
@@ -42,6 +43,14 @@ impl Matrix {
         };
         let mut axes: Vec<(String, Vec<Node>)> = Vec::new();
         for (key, value) in entries.iter().filter(|(key, _)| key.text != "include" && key.text != "exclude") {
+            if !is_variable(&key.text) {
+                let hint = Some("it becomes part of a folder's name in the results".to_owned());
+                let message = format!(
+                    "matrix variable {:?}: expected letters, digits, -, _ and . after a letter, a digit or _ (64 at most)",
+                    key.text
+                );
+                problems.add(key.at, message, hint);
+            }
             axes.push((key.text.clone(), axis(key, value, problems)));
         }
         let variables: Vec<String> = axes.iter().map(|(name, _)| name.clone()).collect();
@@ -116,6 +125,12 @@ impl Matrix {
         });
         Cell { values: values.collect() }
     }
+}
+
+fn is_variable(name: &str) -> bool {
+    name.starts_with(|first: char| first.is_ascii_alphanumeric() || first == '_')
+        && name.chars().all(|c| c.is_ascii_alphanumeric() || "-_.".contains(c))
+        && name.len() <= 64
 }
 
 fn plain(value: &Value) -> String {
@@ -199,9 +214,11 @@ fn value_names(variables: &[String], cells: &[CellValues]) -> BTreeMap<String, V
         let unique = short.iter().collect::<BTreeSet<_>>().len() == short.len();
         let long = |value: &Value| plain(value).replace(['/', '[', ']', ',', '='], "-");
         let named = values.iter().zip(&short).map(|(value, short)| {
-            (value.clone(), if unique { long(&Value::from(short.as_str())) } else { long(value) })
+            let name = if unique { long(&Value::from(short.as_str())) } else { long(value) };
+            (plain(value), name)
         });
-        names.insert(variable.clone(), named.collect());
+        let named = cell_names(&named.collect::<Vec<_>>());
+        names.insert(variable.clone(), values.into_iter().zip(named).collect());
     }
     names
 }

@@ -7,9 +7,12 @@ use super::node::{Key, Node, Place};
 use super::suggest::did_you_mean;
 use super::types::{Cell, ParseOptions, Pipeline, PipelineError};
 use crate::stage::Catalogue;
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 
 const KEYS: [&str; 6] = ["version", "name", "vars", "device", "matrix", "stages"];
+
+/// The name in the results folder that no pipeline can have.
+const LATEST: &str = "latest";
 
 /// Variables in file order, with what `--set` made of them.
 pub type Variables = Vec<(String, Node)>;
@@ -89,6 +92,10 @@ fn name(root: &Node, problems: &mut Problems) -> String {
         let message = format!("name: expected letters, digits, - and _, found {}", node.describe());
         problems.add(node.at, message, Some("it becomes a folder under results/".to_owned()));
     }
+    if text.eq_ignore_ascii_case(LATEST) {
+        let hint = format!("results/{LATEST} is the link to the newest run; choose another name");
+        problems.add(node.at, format!("name: {text:?} is reserved"), Some(hint));
+    }
     text.to_owned()
 }
 
@@ -161,6 +168,16 @@ fn stages(root: &Node, problems: &mut Problems) -> Vec<RawStage> {
     };
     for (key, _) in entries.iter().filter(|(key, _)| !is_word(&key.text)) {
         problems.add(key.at, stage_name_problem(key), Some("it becomes a folder in the results".to_owned()));
+    }
+    let mut seen = BTreeMap::new();
+    for (key, _) in entries {
+        // Names that are equal letter by letter are the YAML reader's to report.
+        let other = seen.insert(key.text.to_lowercase(), key.text.as_str()).filter(|other| *other != key.text);
+        if let Some(other) = other {
+            let message = format!("stage names {other:?} and {:?} differ in case only", key.text);
+            let hint = "file systems that ignore case would keep both in one folder; rename one".to_owned();
+            problems.add(key.at, message, Some(hint));
+        }
     }
     entries.iter().map(|(name, node)| RawStage { name: name.clone(), node: node.clone() }).collect()
 }
