@@ -8,7 +8,7 @@ use labpipe::inference::{
 };
 use labpipe::pipeline::{ParseOptions, parse};
 use labpipe::plan::{Selection, build};
-use labpipe::run::{RunFile, RunOutcome, RunRequest, StoreFacts, execute, timestamp};
+use labpipe::run::{RunFile, RunOutcome, RunRequest, StoreFacts, execute, planned_keys, timestamp};
 use labpipe::stage::{
     Catalogue, ParamDefault, ParamDesc, ParamType, Stage, StageContext, StageDescription, StageError, StageOutput,
 };
@@ -317,6 +317,7 @@ impl Bench {
             jobs,
             plan: serde_json::Value::Null,
             files: serde_json::Value::Null,
+            inputs_verified: serde_json::Value::Null,
             pipeline_text: text,
             set: Vec::new(),
             matrix: Vec::new(),
@@ -331,12 +332,16 @@ impl Bench {
             stages: Vec::new(),
         };
         let results = Results::new(&self.dir.path().join("results"));
-        let run_dir = results.start("fake", &run_file.run_id, &run_file.to_json()).expect("a run's folder");
+        let run_dir = results.reserve("fake", &run_file.run_id).expect("a run's folder");
+        let run_file = RunFile { run_id: run_dir.run_id(), ..run_file };
+        results.start(&run_dir, &run_file.to_json()).expect("a run");
+        let active = store.list_run(&run_file.run_id, "fake", planned_keys(&plan)).expect("a run that is listed");
         let request = RunRequest {
             plan: &plan,
             catalogue: &catalogue,
             root: self.dir.path(),
             store: &store,
+            active: &active,
             run_dir: &run_dir,
             run_file,
             engine,

@@ -15,5 +15,5 @@ pub use bench::{DecodeRecord, DecodeResult, MemoryFigures, PowerResult, PrefillR
 pub use layers::{CaptureRecord, CapturedTensor, DiffRecord, ModuleDiff};
 pub use models::{QuantizeTotals, QuantizedModule, ReportRecord, ReportedFile, SavedFolder};
 pub use ppl::{DivergenceResult, KeptLogProbs, PplRecord, PplResult, TokenScoresFile};
-pub use record::{FORMAT_VERSION, Key, KeyFields, Record, RecordBody, RecordError, RecordHead};
+pub use record::{FORMAT_VERSION, Key, KeyFields, Record, RecordBody, RecordError, RecordHead, key_of};
 pub use run::StageStatus;

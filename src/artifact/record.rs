@@ -13,15 +13,30 @@ pub const FORMAT_VERSION: u32 = 1;
 pub struct Key(pub String);
 
 impl Key {
+    /// Returns true if this is the form of a key: 64 lowercase hex digits. Anything else names no folder of the cache.
+    pub fn is_well_formed(&self) -> bool {
+        self.0.len() == 64 && self.0.bytes().all(|byte| byte.is_ascii_digit() || (b'a'..=b'f').contains(&byte))
+    }
+
     /// Returns the first 12 digits, for people.
     pub fn short(&self) -> &str {
-        &self.0[..12.min(self.0.len())]
+        self.0.get(..12).unwrap_or(&self.0)
     }
 }
 
 /// The fields that went into a key, by dotted name (`params.block_size`, `files.models/x/config.json`, `inputs.model`,
 /// `engine.numerics`, `device`): committed beside the artifact, so that a later miss can name the field that changed.
 pub type KeyFields = BTreeMap<String, String>;
+
+/// Returns the hash of a set of fields.
+pub fn key_of(fields: &KeyFields) -> Key {
+    let mut hasher = blake3::Hasher::new();
+    for (name, value) in fields {
+        // Lengths keep fields apart whatever they hold.
+        hasher.update(format!("{}:{name}={}:{value}\n", name.len(), value.len()).as_bytes());
+    }
+    Key(hasher.finalize().to_hex().to_string())
+}
 
 /// What is true of a stage's record whatever its kind; the kind's own fields stand beside these.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]

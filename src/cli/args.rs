@@ -146,7 +146,7 @@ pub struct RunArgs {
     #[command(flatten)]
     pub select: SelectArgs,
     /// Stages that may run at once; a stage that measures has its device alone
-    #[arg(long, value_name = "N", default_value = "2")]
+    #[arg(long, value_name = "N", default_value = "2", value_parser = jobs)]
     pub jobs: usize,
 }
 
@@ -162,7 +162,7 @@ pub struct RerunArgs {
     #[arg(long, value_name = "RUN_ID")]
     pub run: Option<String>,
     /// Stages that may run at once
-    #[arg(long, value_name = "N", default_value = "2")]
+    #[arg(long, value_name = "N", default_value = "2", value_parser = jobs)]
     pub jobs: usize,
 }
 
@@ -245,7 +245,7 @@ pub enum CacheAction {
     Ls,
     /// Hash every file again; exit code 5 if one is damaged
     Verify,
-    /// Remove artifacts that no run in the results refers to, and what killed runs left
+    /// Remove artifacts that no run in the results refers to, and what killed runs left; exit code 5 if the results can't be read
     Gc {
         /// Tell what would be removed, remove nothing
         #[arg(long)]
@@ -253,12 +253,84 @@ pub enum CacheAction {
         /// Keep what is younger
         #[arg(long, value_name = "DAYS", default_value = "0")]
         older_than: u64,
+        /// Remove what was not used for longest, referred to or not, until the rest fits; measurements last, as repeating one
+        /// gives other numbers
+        #[arg(long, value_name = "SIZE", value_parser = size)]
+        max_size: Option<u64>,
+        /// Go on where results that refer to artifacts can't be read, as if they referred to none
+        #[arg(long)]
+        force: bool,
     },
+}
+
+/// More stages at once than this are taken for a mistake.
+const MAX_JOBS: usize = 1024;
+
+fn jobs(text: &str) -> Result<usize, String> {
+    match text.parse() {
+        Ok(n) if (1..=MAX_JOBS).contains(&n) => Ok(n),
+        _ => Err(format!("expected a whole number from 1 to {MAX_JOBS}, found {text:?}")),
+    }
+}
+
+/// Reads a size: `20GiB`, `1.5 TB`, `500M`, or plain bytes.
+fn size(text: &str) -> Result<u64, String> {
+    let text = text.trim();
+    let end = text.find(|c: char| !c.is_ascii_digit() && c != '.').unwrap_or(text.len());
+    let (number, unit) = text.split_at(end);
+    let unit = unit.trim().to_ascii_lowercase();
+    let bytes = match unit.as_str() {
+        "" | "b" => Some(1.0),
+        _ => {
+            let power = unit.chars().next().and_then(|first| "kmgt".find(first)).map(|i| i as i32 + 1);
+            let base = match unit.get(1..) {
+                Some("" | "ib") => Some(1024.0_f64),
+                Some("b") => Some(1000.0),
+                _ => None,
+            };
+            base.zip(power).map(|(base, power)| base.powi(power))
+        }
+    };
+    match (number.parse::<f64>(), bytes) {
+        (Ok(number), Some(bytes)) if number * bytes < u64::MAX as f64 => Ok((number * bytes) as u64),
+        _ => Err(format!("expected a size such as 20GiB, 500MB or a number of bytes, found {text:?}")),
+    }
 }
 
 fn pair(text: &str) -> Result<(String, String), String> {
     match text.split_once('=') {
         Some((name, value)) if !name.trim().is_empty() => Ok((name.trim().to_owned(), value.to_owned())),
         _ => Err(format!("expected NAME=VALUE, found {text:?}")),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sizes_are_read_in_both_kinds_of_units() {
+        for (text, bytes) in [
+            ("20GiB", 20 << 30),
+            ("1.5 kB", 1500),
+            ("500M", 500 << 20),
+            ("7", 7),
+            ("0b", 0),
+            ("2TiB", 2 << 40),
+            ("3gb", 3_000_000_000),
+        ] {
+            assert_eq!(size(text), Ok(bytes), "{text}");
+        }
+        for text in ["", "GiB", "-1", "1.2.3", "5 XiB", "1e30GiB", "20GiBs", "9999999999TiB", "ü"] {
+            assert!(size(text).is_err(), "{text}");
+        }
+    }
+
+    #[test]
+    fn jobs_are_bounded() {
+        assert!(jobs("1") == Ok(1) && jobs("1024") == Ok(1024));
+        for text in ["0", "1025", "-1", "two", "99999999999999999999"] {
+            assert!(jobs(text).is_err(), "{text}");
+        }
     }
 }

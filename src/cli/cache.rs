@@ -3,9 +3,13 @@
 use super::args::{CacheAction, Global};
 use super::error::CliError;
 use super::print;
-use crate::store::Store;
-use crate::ui::table;
+use crate::run::StageProgress;
+use crate::store::{GcRequest, Store, StoreError};
+use crate::ui::{sink, table};
 use crate::units::format_bytes;
+use std::cell::Cell;
+use std::io::Write;
+use std::sync::Arc;
 use std::time::Duration;
 
 const DAY: Duration = Duration::from_secs(86_400);
@@ -15,27 +19,61 @@ pub fn cache(global: &Global, action: &CacheAction) -> Result<u8, CliError> {
     let store = Store::open(&global.cache)?;
     match action {
         CacheAction::Ls => list(&store),
-        CacheAction::Verify => verify(&store),
-        CacheAction::Gc { dry_run, older_than } => {
+        CacheAction::Verify => verify(global, &store),
+        CacheAction::Gc { dry_run, older_than, max_size, force } => {
             let days = u32::try_from(*older_than).unwrap_or(u32::MAX);
-            let report = store.gc(&global.results, DAY.saturating_mul(days), *dry_run)?;
-            let bytes: u64 = report.removed.iter().map(|(_, bytes, _)| bytes).sum();
-            let word = if *dry_run { "would remove" } else { "removed" };
-            let mut text: String = report
-                .removed
-                .iter()
-                .map(|(name, bytes, why)| format!("{word} {name:.24} ({}): {why}\n", format_bytes(*bytes)))
-                .collect();
-            text.push_str(&format!(
-                "{word} {} ({}), {} kept",
-                report.removed.len(),
-                format_bytes(bytes),
-                report.n_kept
-            ));
-            print(&text)?;
-            Ok(0)
+            let request = GcRequest {
+                results: &global.results,
+                older_than: DAY.saturating_mul(days),
+                max_bytes: *max_size,
+                dry_run: *dry_run,
+                force: *force,
+            };
+            gc(&store, &request)
         }
     }
+}
+
+fn gc(store: &Store, request: &GcRequest<'_>) -> Result<u8, CliError> {
+    let is_told = Cell::new(false);
+    let wait = || {
+        if !is_told.replace(true) {
+            let _ = writeln!(std::io::stderr(), "another labpipe looks up what is cached, or removes: waiting for it");
+        }
+        true
+    };
+    let report = store.gc(request, &wait).map_err(|error| match error {
+        StoreError::References { .. } => CliError::Refused(error),
+        other => CliError::Store(other),
+    })?;
+    for (path, reason) in &report.ignored {
+        let _ = writeln!(std::io::stderr(), "warning: {} counts as referring to nothing: {reason}", path.display());
+    }
+    let bytes: u64 = report.removed.iter().map(|(_, bytes, _)| bytes).sum();
+    let word = if request.dry_run { "would remove" } else { "removed" };
+    let mut text: String = report
+        .removed
+        .iter()
+        .map(|(name, bytes, why)| format!("{word} {name:.24} ({}): {why}\n", format_bytes(*bytes)))
+        .collect();
+    if report.n_leftovers > 0 {
+        text.push_str(&format!("{word} {} small files without a use\n", report.n_leftovers));
+    }
+    text.push_str(&format!(
+        "{word} {} ({}), {} kept ({})",
+        report.removed.len(),
+        format_bytes(bytes),
+        report.n_kept,
+        format_bytes(report.kept_bytes)
+    ));
+    if report.n_in_use > 0 {
+        text.push_str(&format!(", {} of them in use", report.n_in_use));
+    }
+    if let Some(max_bytes) = request.max_bytes.filter(|max_bytes| report.kept_bytes > *max_bytes) {
+        text.push_str(&format!("\nmore than {} is left: it is in use, or too young to go", format_bytes(max_bytes)));
+    }
+    print(&text)?;
+    Ok(0)
 }
 
 fn list(store: &Store) -> Result<u8, CliError> {
@@ -60,8 +98,11 @@ fn list(store: &Store) -> Result<u8, CliError> {
     Ok(0)
 }
 
-fn verify(store: &Store) -> Result<u8, CliError> {
-    let verdicts = store.verify()?;
+fn verify(global: &Global, store: &Store) -> Result<u8, CliError> {
+    let events = sink(global.log_format(), global.level());
+    // Ctrl-C ends the process: there is nothing to tidy up.
+    let progress = StageProgress::new("cache", events, Arc::default());
+    let verdicts = store.verify(&progress)?;
     let damaged: Vec<String> = verdicts
         .iter()
         .filter_map(|verdict| {

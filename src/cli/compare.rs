@@ -7,7 +7,7 @@ use crate::artifact::{FORMAT_VERSION, Key, PplRecord, PplResult, Record, RecordE
 use crate::metrics::{Convention, paired_difference};
 use crate::report::{self, Compared, Verdict};
 use crate::stage::StageInput;
-use crate::store::{Results, RunDir, Store, TokenScores, read_token_scores};
+use crate::store::{Part, Results, RunDir, Store, TokenScores, read_token_scores};
 use crate::ui::table;
 use crate::units::format_significant;
 use serde_json::{Value, json};
@@ -172,7 +172,10 @@ fn pair_tokens(
 
 /// Returns the single scores that a stage's artifact holds, where the cache still has it.
 fn tokens(stage: &StageInput, cut: &str, store: &Store) -> Option<TokenScores> {
-    let artifact = store.get(&Key(stage.key.clone()))?;
+    let key = Key(stage.key.clone());
+    // A damaged artifact counts as gone.
+    store.check(&key, Part::All, &|| true)?;
+    let artifact = store.get(&key)?;
     read_token_scores(&artifact.dir.join(format!("tokens-{cut}.parquet"))).ok()
 }
 

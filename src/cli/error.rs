@@ -20,6 +20,9 @@ pub enum CliError {
     Plan(#[from] PlanError),
     #[error("failed to {0}")]
     Store(#[from] StoreError),
+    /// A command that would do harm without what it can't read.
+    #[error("failed to {0}")]
+    Refused(StoreError),
     #[error("failed to {0}")]
     Device(#[from] InferenceError),
     #[error("failed to {0}")]
@@ -37,6 +40,7 @@ impl CliError {
     pub fn exit_code(&self) -> u8 {
         match self {
             CliError::Device(_) => 4,
+            CliError::Refused(_) => 5,
             CliError::Store(_) | CliError::Record(_) => 3,
             CliError::Output(_) => 6,
             CliError::Pipeline(_)

@@ -1,5 +1,6 @@
 //! The command line. It alone builds an engine and reads the environment; errors get their hints here.
 
+mod again;
 mod args;
 mod cache;
 mod catalogue;
@@ -17,6 +18,7 @@ pub use args::Args;
 pub use error::CliError;
 
 use crate::artifact::FORMAT_VERSION;
+use crate::store::take_notes;
 use args::Command;
 use clap::{CommandFactory, Parser};
 use std::io::{IsTerminal, Write};
@@ -33,6 +35,10 @@ pub fn main() -> ExitCode {
             return ExitCode::from(u8::try_from(error.exit_code()).unwrap_or(2));
         }
     };
+    // What a run did not tell as events.
+    for text in take_notes() {
+        let _ = writeln!(std::io::stderr(), "warning: {text}");
+    }
     match result {
         Ok(code) => ExitCode::from(code),
         Err(error) => {

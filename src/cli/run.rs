@@ -1,20 +1,21 @@
 //! `run` and `rerun`.
 
+use super::again::{Again, again};
 use super::args::{Global, RerunArgs, RunArgs};
 use super::download::download;
 use super::engine;
 use super::error::CliError;
-use super::workspace::{Planned, Read, planned, read};
+use super::workspace::{Planned, Read, planned_and_verified, read};
 use super::{check_run, print};
 use crate::artifact::StageStatus;
 use crate::event::{Event, EventSink, Level};
 use crate::pipeline::ParseOptions;
 use crate::plan::{Remeasure, Selection};
 use crate::run::{
-    RunFile, RunOutcome, RunRequest, environment, execute, external_files, metrics_rows, planned_stages, run_id,
-    timestamp,
+    RunFile, RunOutcome, RunRequest, environment, execute, external_files, metrics_rows, planned_keys, planned_stages,
+    run_id, timestamp,
 };
-use crate::store::{Results, append_metrics_csv};
+use crate::store::{Results, append_metrics_csv, take_notes};
 use crate::ui::{sink, summary_table};
 use serde_json::{Value, json};
 use std::path::{Path, PathBuf};
@@ -25,7 +26,8 @@ use std::thread::JoinHandle;
 /// Runs a pipeline.
 pub fn run(global: &Global, args: &RunArgs) -> Result<u8, CliError> {
     let read = read(&args.pipeline.file, args.pipeline.options())?;
-    start(global, &args.pipeline.file, read, &args.select.selection(), args.jobs)
+    let again = again(std::env::args_os(), None);
+    start(global, &args.pipeline.file, read, &args.select.selection(), args.jobs, &again)
 }
 
 /// Runs part of an earlier run again, with the options that one had.
@@ -49,7 +51,8 @@ pub fn rerun(global: &Global, args: &RerunArgs) -> Result<u8, CliError> {
     }
     let selection =
         Selection { from: args.from.clone(), rebuild_upstream: args.rebuild_upstream, ..Selection::default() };
-    start(&global, &file, read, &selection, args.jobs)
+    let again = again(std::env::args_os(), run["run_id"].as_str());
+    start(&global, &file, read, &selection, args.jobs, &again)
 }
 
 /// Returns the options that a run was started with; the environment is today's.
@@ -67,14 +70,26 @@ fn options(run: &Value) -> ParseOptions {
     }
 }
 
-fn start(global: &Global, file: &Path, read: Read, selection: &Selection, jobs: usize) -> Result<u8, CliError> {
+fn start(
+    global: &Global,
+    file: &Path,
+    read: Read,
+    selection: &Selection,
+    jobs: usize,
+    again: &Again,
+) -> Result<u8, CliError> {
     let events = sink(global.log_format(), global.level());
     download(&read, &global.root, &events)?;
-    let Planned { plan, store, engine, device_reason } = planned(global, &read, selection)?;
+    let (planned, verified) = planned_and_verified(global, &read, selection, &events)?;
+    let Planned { plan, store, engine, device_reason, guard } = planned;
     let results = Results::new(&global.results);
     let info = engine.info();
+    let run_dir = results.reserve(&read.pipeline.name, &run_id())?;
+    let active = store.list_run(&run_dir.run_id(), &read.pipeline.name, planned_keys(&plan))?;
+    // From here on gc goes by the list.
+    drop(guard);
     let run_file = RunFile {
-        run_id: run_id(),
+        run_id: run_dir.run_id(),
         pipeline: read.pipeline.name.clone(),
         pipeline_path: file.to_owned(),
         root: global.root.clone(),
@@ -83,6 +98,7 @@ fn start(global: &Global, file: &Path, read: Read, selection: &Selection, jobs: 
         jobs,
         plan: planned_stages(&plan),
         files: external_files(&plan, &global.root),
+        inputs_verified: verified.to_json(),
         pipeline_text: read.text.clone(),
         set: read.options.set.clone(),
         matrix: read.options.matrix.clone(),
@@ -96,7 +112,12 @@ fn start(global: &Global, file: &Path, read: Read, selection: &Selection, jobs: 
         status: "running".to_owned(),
         stages: Vec::new(),
     };
-    let run_dir = results.start(&read.pipeline.name, &run_file.run_id, &run_file.to_json())?;
+    results.start(&run_dir, &run_file.to_json())?;
+    if let Err(error) = store.note_results(&global.results) {
+        let text = format!("failed to {error}: cache gc does not know of this results folder; name it with --results");
+        events.emit(Event::Note { stage: None, level: Level::Warning, text });
+    }
+    warn(&events, take_notes());
     let cancel = Arc::new(AtomicBool::new(false));
     let teller = catch_interrupts(&cancel, &events)?;
     let request = RunRequest {
@@ -104,6 +125,7 @@ fn start(global: &Global, file: &Path, read: Read, selection: &Selection, jobs: 
         catalogue: &read.catalogue,
         root: &global.root,
         store: &store,
+        active: &active,
         run_dir: &run_dir,
         run_file,
         engine,
@@ -119,10 +141,17 @@ fn start(global: &Global, file: &Path, read: Read, selection: &Selection, jobs: 
     if std::env::var("SAVE_EVAL_RESULTS").is_ok_and(|value| !["", "0", "false"].contains(&value.as_str())) {
         append_metrics_csv(&global.results.join("metrics.csv"), &metrics_rows(&outcome.results, &timestamp())?)?;
     }
-    match print(&closing(&outcome, &run_dir.path, &again(global, file, &read.options))) {
+    match print(&closing(&outcome, &run_dir.path, again)) {
         // A stage that failed matters more than a table that could not be written.
         Err(error) if outcome.exit_code == 0 => Err(error),
         _ => Ok(outcome.exit_code),
+    }
+}
+
+/// Emits warnings.
+fn warn(events: &Arc<dyn EventSink>, texts: Vec<String>) {
+    for text in texts {
+        events.emit(Event::Note { stage: None, level: Level::Warning, text });
     }
 }
 
@@ -163,41 +192,7 @@ fn catch_interrupts(cancel: &Arc<AtomicBool>, events: &Arc<dyn EventSink>) -> Re
     Ok(teller.ok())
 }
 
-/// Returns the command that goes on with this run, options included; what the environment says it says again.
-fn again(global: &Global, file: &Path, options: &ParseOptions) -> String {
-    let mut command = format!("labpipe run {}", quoted(&file.to_string_lossy()));
-    for (option, folder, default, variable) in [
-        ("--root", &global.root, ".", None),
-        ("--cache", &global.cache, "cache", Some("LABPIPE_CACHE")),
-        ("--results", &global.results, "results", Some("LABPIPE_RESULTS")),
-    ] {
-        if folder != Path::new(default) && variable.is_none_or(|name| std::env::var_os(name).is_none()) {
-            command.push_str(&format!(" {option} {}", quoted(&folder.to_string_lossy())));
-        }
-    }
-    for (name, value) in &options.set {
-        command.push_str(&format!(" --set {}", quoted(&format!("{name}={value}"))));
-    }
-    for (name, values) in &options.matrix {
-        command.push_str(&format!(" --matrix {}", quoted(&format!("{name}={}", values.join(",")))));
-    }
-    if let Some(device) = &options.device {
-        command.push_str(&format!(" --device {}", quoted(device)));
-    }
-    command
-}
-
-/// Quotes a word for a POSIX shell where it needs that.
-fn quoted(word: &str) -> String {
-    let is_plain = |c: char| c.is_ascii_alphanumeric() || "-_./=:,+@%".contains(c);
-    if !word.is_empty() && word.chars().all(is_plain) {
-        word.to_owned()
-    } else {
-        format!("'{}'", word.replace('\'', "'\\''"))
-    }
-}
-
-fn closing(outcome: &RunOutcome, run_dir: &Path, again: &str) -> String {
+fn closing(outcome: &RunOutcome, run_dir: &Path, again: &Again) -> String {
     let shown: Vec<StageStatus> =
         outcome.stages.iter().filter(|stage| stage.error.as_deref() != Some("not selected")).cloned().collect();
     let mut text = summary_table(&shown);
@@ -208,39 +203,14 @@ fn closing(outcome: &RunOutcome, run_dir: &Path, again: &str) -> String {
         let page = dir.join("report.md");
         text.push_str(&format!("\nreport:  {}", if page.is_file() { page } else { dir }.display()));
     }
-    if outcome.was_cancelled {
-        text.push_str(&format!("\nstopped; {again} goes on from the last committed stage"));
+    let Again { command, repeats } = again;
+    if outcome.was_cancelled && repeats.is_empty() {
+        text.push_str(&format!("\nstopped; {command} goes on from the last committed stage"));
+    } else if outcome.was_cancelled {
+        let repeats = repeats.join(" ");
+        text.push_str(&format!("\nstopped; {command} goes on; what {repeats} asks for is computed again"));
     } else if outcome.exit_code != 0 {
-        text.push_str(&format!("\nsome stages failed; mend the cause and run again: {again}"));
+        text.push_str(&format!("\nsome stages failed; mend the cause and run again: {command}"));
     }
     text
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn the_command_that_goes_on_has_the_run_s_options() {
-        let folder = |name: &str| PathBuf::from(name);
-        let global = Global {
-            root: folder("."),
-            cache: folder("/a b"),
-            results: folder("results"),
-            log_format: super::super::args::LogFormat::Auto,
-            verbose: false,
-            quiet: false,
-        };
-        let pair = |name: &str, value: &str| (name.to_owned(), value.to_owned());
-        let options = ParseOptions {
-            set: vec![pair("model", "/models/x"), pair("n_prompt", "[512, 2048]"), pair("title", "it's")],
-            matrix: vec![("config".to_owned(), vec!["nf4".to_owned(), "int8".to_owned()])],
-            device: Some("cpu".to_owned()),
-            ..ParseOptions::default()
-        };
-        assert_eq!(
-            again(&global, Path::new("p.yaml"), &options),
-            r"labpipe run p.yaml --cache '/a b' --set model=/models/x --set 'n_prompt=[512, 2048]' --set 'title=it'\''s' --matrix config=nf4,int8 --device cpu"
-        );
-    }
 }

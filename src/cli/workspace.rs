@@ -3,19 +3,23 @@
 use super::args::{Global, LogFormat, PipelineArgs, SelectArgs};
 use super::engine;
 use super::error::CliError;
-use crate::event::Level;
+use crate::event::{Event, EventSink, Level};
 use crate::inference::Engine;
 use crate::pipeline::{Diagnostic, ParseOptions, Pipeline, PipelineError, parse};
 use crate::plan::{MissingFile, Plan, PlanError, Remeasure, Selection, build};
-use crate::run::StoreFacts;
+use crate::run::{StoreFacts, Verified, verify_cached};
 use crate::stage::Catalogue;
 use crate::stages::catalogue;
-use crate::store::{FileHashes, Store};
+use crate::store::{FileHashes, Store, UseGuard};
 use crate::ui;
+use crate::units::{format_bytes, format_seconds};
 use crate::yaml::MAX_TEXT_BYTES;
 use std::io::Read as _;
 use std::path::Path;
 use std::sync::Arc;
+
+/// Verification that takes less is told with `--verbose` only.
+const TOLD_ABOVE_S: f64 = 1.0;
 
 /// A pipeline with its text.
 pub struct Read {
@@ -31,6 +35,8 @@ pub struct Planned {
     pub store: Store,
     pub engine: Arc<dyn Engine>,
     pub device_reason: String,
+    /// Keeps gc off what the plan found.
+    pub guard: UseGuard,
 }
 
 impl Global {
@@ -150,16 +156,62 @@ fn missing_files(read: &Read, files: &[MissingFile]) -> PipelineError {
 pub fn planned(global: &Global, read: &Read, selection: &Selection) -> Result<Planned, CliError> {
     let (engine, device_reason) = engine::build(&read.pipeline.device)?;
     let store = Store::open(&global.cache)?;
+    let guard = store.hold_off_gc(&|| true)?;
     let facts = StoreFacts {
         store: store.clone(),
         hashes: FileHashes::open(store.dir()),
         pipeline: read.pipeline.name.clone(),
         engine: engine.info(),
     };
-    let plan =
-        build(&read.pipeline, &read.catalogue, &global.root, &facts, selection).map_err(|error| match error {
-            PlanError::MissingFiles(files) => CliError::Pipeline(missing_files(read, &files)),
-            other => CliError::Plan(other),
-        })?;
-    Ok(Planned { plan, store, engine, device_reason })
+    let plan = plan(global, read, selection, &facts)?;
+    Ok(Planned { plan, store, engine, device_reason, guard })
+}
+
+fn plan(global: &Global, read: &Read, selection: &Selection, facts: &StoreFacts) -> Result<Plan, CliError> {
+    build(&read.pipeline, &read.catalogue, &global.root, facts, selection).map_err(|error| match error {
+        PlanError::MissingFiles(files) => CliError::Pipeline(missing_files(read, &files)),
+        other => CliError::Plan(other),
+    })
+}
+
+/// Plans, and verifies what a run of the plan will read from the cache. What is damaged counts as missing and is planned anew,
+/// with a warning.
+///
+/// # Errors
+/// As [`planned`].
+pub fn planned_and_verified(
+    global: &Global,
+    read: &Read,
+    selection: &Selection,
+    events: &Arc<dyn EventSink>,
+) -> Result<(Planned, Verified), CliError> {
+    let mut planned = planned(global, read, selection)?;
+    let facts = StoreFacts {
+        store: planned.store.clone(),
+        hashes: FileHashes::open(planned.store.dir()),
+        pipeline: read.pipeline.name.clone(),
+        engine: planned.engine.info(),
+    };
+    let mut verified = Verified::default();
+    loop {
+        let found = verify_cached(&planned.plan, &planned.store);
+        let new: Vec<_> = found.damaged.iter().filter(|(stage, _)| !verified.damaged.contains_key(*stage)).collect();
+        for (stage, (key, damage)) in &new {
+            let text = format!("its artifact {} is damaged ({damage}): it is computed again", key.short());
+            events.emit(Event::Note { stage: Some((*stage).clone()), level: Level::Warning, text });
+        }
+        let is_sound = new.is_empty();
+        verified.extend(found);
+        if is_sound {
+            break;
+        }
+        planned.plan = plan(global, read, selection, &facts)?;
+    }
+    if verified.n_files > 0 {
+        let (bytes, took) = (format_bytes(verified.bytes), format_seconds(verified.duration_s));
+        let text = format!("verified {} cached files ({bytes}) in {took}", verified.n_files);
+        let level = if verified.duration_s < TOLD_ABOVE_S { Level::Debug } else { Level::Info };
+        events.emit(Event::Note { stage: None, level, text });
+    }
+    Ok((planned, verified))
 }

@@ -1,8 +1,9 @@
 //! The matrix: variables, cells, and what `--matrix` keeps of them.
 
+use super::cell_names::cell_names;
 use super::diagnostics::Problems;
 use super::suggest::did_you_mean;
-use super::types::{Cell, Pipeline, is_word, matrix_value_name};
+use super::types::{Cell, Pipeline, matrix_value_name};
 use crate::yaml::{Key, Node, Place};
 use serde_json::{Value, json};
 use std::collections::{BTreeSet, HashMap};
@@ -65,9 +66,13 @@ impl Matrix {
         };
         let mut axes: Vec<(String, Vec<Node>)> = Vec::new();
         for (key, value) in entries.iter().filter(|(key, _)| key.text != "include" && key.text != "exclude") {
-            if !is_word(&key.text) {
-                let message = format!("matrix variable {:?}: expected letters, digits, - and _", key.text);
-                problems.add(key.at, message, Some("it becomes part of a folder in the results".to_owned()));
+            if !is_variable(&key.text) {
+                let hint = Some("it becomes part of a folder's name in the results".to_owned());
+                let message = format!(
+                    "matrix variable {:?}: expected letters, digits, -, _ and . after a letter, a digit or _ (64 at most)",
+                    key.text
+                );
+                problems.add(key.at, message, hint);
             }
             axes.push((key.text.clone(), axis(key, value, problems)));
         }
@@ -213,10 +218,20 @@ fn give_names(values: &mut [NamedValue]) {
     let short: Vec<String> = values.iter().map(|value| matrix_value_name(&value.text)).collect();
     let unique = short.iter().collect::<BTreeSet<_>>().len() == short.len();
     let is_special = |c: char| ['/', '[', ']', ',', '='].contains(&c) || c.is_control();
-    for (value, short) in values.iter_mut().zip(short) {
+    let wished = values.iter().zip(short).map(|(value, short)| {
         let name = if unique { short } else { value.text.clone() };
-        value.name = name.replace(is_special, "-");
+        (value.text.clone(), name.replace(is_special, "-"))
+    });
+    let names = cell_names(&wished.collect::<Vec<_>>());
+    for (value, name) in values.iter_mut().zip(names) {
+        value.name = name;
     }
+}
+
+fn is_variable(name: &str) -> bool {
+    name.starts_with(|first: char| first.is_ascii_alphanumeric() || first == '_')
+        && name.chars().all(|c| c.is_ascii_alphanumeric() || "-_.".contains(c))
+        && name.len() <= 64
 }
 
 fn plain(value: &Value) -> String {

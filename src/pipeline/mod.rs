@@ -3,6 +3,7 @@
 //! The text becomes a tree with positions (`yaml`), variables are substituted in it (`variables`), each stage is read alone
 //! against its parameters' types (`read`), and the matrix is expanded (`expand`); every problem found on the way is reported.
 
+mod cell_names;
 mod diagnostics;
 mod expand;
 mod graph;

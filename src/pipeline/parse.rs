@@ -7,11 +7,12 @@ use super::suggest::did_you_mean;
 use super::types::{Cell, MAX_NAME, ParseOptions, Pipeline, PipelineError, is_word};
 use crate::stage::Catalogue;
 use crate::yaml::{self, Key, Node, NodeValue, Place, Untyped};
+use std::collections::BTreeMap;
 
 const KEYS: [&str; 6] = ["version", "name", "vars", "device", "matrix", "stages"];
 
-/// The name of the link to the newest run.
-const RESERVED: &str = "latest";
+/// The name in the results folder that no pipeline can have.
+const LATEST: &str = "latest";
 
 /// Variables in file order, with what `--set` made of them.
 pub type Variables = Vec<(String, Node)>;
@@ -93,9 +94,9 @@ fn name(root: &Node, problems: &mut Problems) -> String {
         (None, _) if node.is_null() => "a name that is the word null needs quotes: name: \"null\"".to_owned(),
         _ => "it becomes a folder under results/".to_owned(),
     };
-    if text == RESERVED {
-        let message = format!("name: {RESERVED:?} is reserved");
-        problems.add(node.at, message, Some("results/latest is the link to the newest run".to_owned()));
+    if text.eq_ignore_ascii_case(LATEST) {
+        let hint = format!("results/{LATEST} is the link to the newest run; choose another name");
+        problems.add(node.at, format!("name: {text:?} is reserved"), Some(hint));
     } else if !is_word(text) {
         let message =
             format!("name: expected letters, digits, - and _ ({MAX_NAME} at most), found {}", node.describe());
@@ -160,6 +161,16 @@ fn stages(root: &Node, problems: &mut Problems) -> Vec<RawStage> {
     };
     for (key, _) in entries.iter().filter(|(key, _)| !is_word(&key.text)) {
         problems.add(key.at, stage_name_problem(key), Some("it becomes a folder in the results".to_owned()));
+    }
+    let mut seen = BTreeMap::new();
+    for (key, _) in entries {
+        // Names that are equal letter by letter are the YAML reader's to report.
+        let other = seen.insert(key.text.to_lowercase(), key.text.as_str()).filter(|other| *other != key.text);
+        if let Some(other) = other {
+            let message = format!("stage names {other:?} and {:?} differ in case only", key.text);
+            let hint = "file systems that ignore case would keep both in one folder; rename one".to_owned();
+            problems.add(key.at, message, Some(hint));
+        }
     }
     entries.iter().map(|(name, node)| RawStage { name: name.clone(), node: node.clone() }).collect()
 }

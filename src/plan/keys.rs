@@ -3,22 +3,13 @@
 use super::build::{Facts, MissingFile, PlanError};
 use super::external::external_files;
 use super::types::{Key, KeyFields};
+use crate::artifact::key_of;
 use crate::pipeline::PipelineStage;
 use crate::stage::{ParamType, StageDescription};
 use labpipe_kernels::SCHEMES;
 use serde_json::Value;
 use std::collections::BTreeMap;
 use std::path::Path;
-
-/// Returns the hash of a set of fields.
-pub fn key_of(fields: &KeyFields) -> Key {
-    let mut hasher = blake3::Hasher::new();
-    for (name, value) in fields {
-        // Lengths keep fields apart whatever they hold.
-        hasher.update(format!("{}:{name}={}:{value}\n", name.len(), value.len()).as_bytes());
-    }
-    Key(hasher.finalize().to_hex().to_string())
-}
 
 /// Returns the fields that don't depend on inputs.
 ///

@@ -9,7 +9,7 @@ use crate::event::{Level, Progress};
 use crate::inference::{Engine, InferenceError};
 use crate::plan::{Key, KeyFields, PlanNode};
 use crate::stage::{Stage, StageContext, StageError, StageInput};
-use crate::store::{Artifact, ManifestDraft, Store};
+use crate::store::{Artifact, ManifestDraft, Part, Store, StoreError};
 use std::cell::Cell;
 use std::collections::BTreeMap;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -55,6 +55,7 @@ impl Job<'_> {
         {
             return Ok((artifact, true, String::new()));
         }
+        let commits = self.verify_inputs()?;
         let (started_at, start) = (timestamp(), Instant::now());
         let context = StageContext {
             address: &self.node.stage.address,
@@ -74,6 +75,7 @@ impl Job<'_> {
         if self.progress.is_cancelled() {
             return Err(StageError::Cancelled.into());
         }
+        self.check_not_replaced(&commits)?;
         let computes = self.node.description.computes || self.node.description.measures;
         let head = RecordHead {
             format_version: FORMAT_VERSION,
@@ -93,6 +95,38 @@ impl Job<'_> {
         body.insert("summary".to_owned(), output.summary.clone().into());
         let draft = ManifestDraft { record: Record { head, body }, fields: self.fields.clone() };
         Ok((staging.commit(draft)?, false, output.summary))
+    }
+
+    /// Hashes those inputs that this process has neither committed nor verified yet: others than the plan knew of, or committed by
+    /// another process. Returns which commit of each the stage is about to read.
+    fn verify_inputs(&self) -> Result<Vec<(Key, String, String)>, JobError> {
+        let keep_going = || !self.progress.is_cancelled();
+        let mut commits = Vec::new();
+        for input in self.inputs.values().flatten() {
+            let key = Key(input.key.clone());
+            let check = self.store.check(&key, Part::All, &keep_going).ok_or(StageError::Cancelled)?;
+            if let Some(damage) = check.damage {
+                let error = StoreError::Damaged { key: key.short().to_owned(), stage: input.address.clone(), damage };
+                return Err(error.into());
+            }
+            // The record came from one commit: the files must be of the same.
+            let made = |record: &Record| (record.head.produced_by_run.clone(), record.head.started_at.clone());
+            if self.store.get(&key).is_none_or(|now| made(&now.record) != made(&input.record)) {
+                return Err(JobError::InputReplaced { address: input.address.clone() });
+            }
+            let manifest_blake3 = self.store.commit_of(&key).unwrap_or_default();
+            commits.push((key, manifest_blake3, input.address.clone()));
+        }
+        Ok(commits)
+    }
+
+    /// Makes sure that what the stage read is one commit of each input: the one that its key goes by.
+    fn check_not_replaced(&self, commits: &[(Key, String, String)]) -> Result<(), JobError> {
+        let replaced = commits.iter().find(|(key, before, _)| self.store.commit_of(key).as_ref() != Some(before));
+        match replaced {
+            Some((_, _, address)) => Err(JobError::InputReplaced { address: address.clone() }),
+            None => Ok(()),
+        }
     }
 
     /// Names the device that failed a stage and what was free on it. The model goes: memory that a failed allocation left

@@ -4,6 +4,7 @@
 
 mod environment;
 mod facts;
+mod inputs;
 mod job;
 mod metrics_rows;
 mod progress;
@@ -14,6 +15,7 @@ mod schedule;
 
 pub use environment::{environment, load_average};
 pub use facts::StoreFacts;
+pub use inputs::{Verified, planned_keys, verify_cached};
 pub use metrics_rows::metrics_rows;
 pub use progress::StageProgress;
 pub use repeat::{external_files, planned_stages};
@@ -29,6 +31,8 @@ pub enum JobError {
     Stage(#[from] crate::stage::StageError),
     #[error(transparent)]
     Store(#[from] crate::store::StoreError),
+    #[error("read its input {address}: the artifact was replaced by another labpipe meanwhile; run again")]
+    InputReplaced { address: String },
     #[error("go on: stage code panicked ({message}); this is a bug in labpipe, please report it")]
     Panic { message: String },
 }
@@ -39,7 +43,7 @@ impl JobError {
         match self {
             JobError::Panic { .. } => 1,
             JobError::Stage(crate::stage::StageError::Inference(error)) if error.is_device() => 4,
-            JobError::Stage(_) | JobError::Store(_) => 3,
+            JobError::Stage(_) | JobError::Store(_) | JobError::InputReplaced { .. } => 3,
         }
     }
 
@@ -47,7 +51,7 @@ impl JobError {
         match self {
             JobError::Stage(error) => error.is_cancelled(),
             JobError::Store(error) => matches!(error, crate::store::StoreError::Cancelled { .. }),
-            JobError::Panic { .. } => false,
+            JobError::Panic { .. } | JobError::InputReplaced { .. } => false,
         }
     }
 }

@@ -14,6 +14,7 @@ pub fn planned_stages(plan: &Plan) -> Value {
         json!({
             "stage": node.stage.address,
             "kind": node.stage.kind,
+            "key": node.key.as_ref().map(|key| &key.0),
             "stage_version": node.description.version,
             "params": node.stage.params,
             "inputs": node.stage.inputs,

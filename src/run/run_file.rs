@@ -24,6 +24,8 @@ pub struct RunFile {
     pub plan: Value,
     /// Every file that parameters name, with hash and size.
     pub files: Value,
+    /// What was taken from the cache and verified before the first stage.
+    pub inputs_verified: Value,
     pub pipeline_text: String,
     pub set: Vec<(String, String)>,
     pub matrix: Vec<(String, Vec<String>)>,
@@ -86,6 +88,7 @@ impl RunFile {
             "environment": self.environment,
             "load_average_after": self.load_average_after,
             "files": self.files,
+            "inputs_verified": self.inputs_verified,
             "stages": self.stages,
             "plan": self.plan,
             "pipeline_text": self.pipeline_text,

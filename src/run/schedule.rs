@@ -10,8 +10,8 @@ use crate::artifact::{Record, StageStatus};
 use crate::event::{Event, EventSink, Level, Outcome};
 use crate::inference::{Engine, ModelRecipe};
 use crate::plan::{Key, Plan, Reason, resolve_key};
-use crate::stage::{Catalogue, StageInput};
-use crate::store::{Artifact, RunDir, Store, StoreError};
+use crate::stage::{Catalogue, StageError, StageInput};
+use crate::store::{ActiveRun, Artifact, Part, RunDir, Store, StoreError, take_notes};
 use petgraph::Direction;
 use petgraph::graph::NodeIndex;
 use petgraph::visit::EdgeRef;
@@ -27,6 +27,8 @@ pub struct RunRequest<'a> {
     pub catalogue: &'a Catalogue,
     pub root: &'a Path,
     pub store: &'a Store,
+    /// Lists this run's keys for gc.
+    pub active: &'a ActiveRun,
     pub run_dir: &'a RunDir,
     pub run_file: RunFile,
     pub engine: Arc<dyn Engine>,
@@ -147,6 +149,7 @@ impl Executor<'_> {
             shared.statuses.insert(next, status);
             shared.exit_codes.extend(exit_code);
             self.models.retain(&self.needed_models(&shared));
+            self.tell_notes();
             if let Err(error) = self.save(&mut shared) {
                 self.request.events.emit(Event::Note {
                     stage: None,
@@ -156,6 +159,13 @@ impl Executor<'_> {
             }
             drop(shared);
             self.changed.notify_all();
+        }
+    }
+
+    /// Tells what the file system of cache or results could not do.
+    fn tell_notes(&self) {
+        for text in take_notes() {
+            self.request.events.emit(Event::Note { stage: None, level: Level::Warning, text });
         }
     }
 
@@ -232,12 +242,16 @@ impl Executor<'_> {
             .into_iter()
             .map(|(param, list)| (param, list.into_iter().map(|(input, _)| input).collect()))
             .collect();
-        if !forced && let Some(artifact) = self.request.store.get(&key) {
-            let noted = self.request.store.note_use(&self.request.plan.pipeline, &address, &key, &fields);
-            return match noted.and_then(|()| self.keep(&address, &artifact, true)) {
-                Ok(record) => self.cached(status, &artifact, record, inputs, start),
-                Err(error) => self.failed(status, &error.into(), start),
-            };
+        match self.find(&address, &key, data.key.is_none(), forced) {
+            Err(error) => return self.failed(status, &error, start),
+            Ok(Some(artifact)) => {
+                self.request.store.note_use(&self.request.plan.pipeline, &address, &key, &fields);
+                return match self.keep(&address, &artifact, true) {
+                    Ok(record) => self.cached(status, &artifact, record, inputs, start),
+                    Err(error) => self.failed(status, &error.into(), start),
+                };
+            }
+            Ok(None) => {}
         }
         let Some(stage) = self.request.catalogue.get(&data.stage.kind) else {
             let why = format!("there is no kind {}", data.stage.kind);
@@ -277,6 +291,25 @@ impl Executor<'_> {
                 self.ended(status, Outcome::Done, Some(result), start, summary, None)
             }
         }
+    }
+
+    /// Looks a key up in the cache. One that only became known now is listed first, so that gc leaves it, and its files are verified:
+    /// the plan could not.
+    fn find(&self, address: &str, key: &Key, is_new: bool, forced: bool) -> Result<Option<Artifact>, JobError> {
+        let _guard = self.request.active.add(key, &|| !self.cancelled())?;
+        if forced {
+            return Ok(None);
+        }
+        let store = self.request.store;
+        if is_new && store.get(key).is_some() {
+            let check = store.check(key, Part::All, &|| !self.cancelled()).ok_or(StageError::Cancelled)?;
+            if let Some(damage) = check.damage {
+                let text = format!("its artifact {} is damaged ({damage}): it is computed again", key.short());
+                let stage = Some(address.to_owned());
+                self.request.events.emit(Event::Note { stage, level: Level::Warning, text });
+            }
+        }
+        Ok(store.get(key))
     }
 
     /// Returns a stage's inputs with the digests of measurements, the addresses that are missing from gathering parameters,
@@ -426,6 +459,7 @@ impl Executor<'_> {
             "failed"
         });
         self.save(&mut shared)?;
+        self.tell_notes();
         self.request.events.emit(finished);
         let results = shared.states.iter().filter_map(|(node, state)| match state {
             State::Ended { result: Some(result), .. } => {

@@ -1,23 +1,56 @@
 //! The cache: `cache/<key>/{manifest.json, record.json, …}`.
 
 use super::error::StoreError;
-use super::file_hash::hash_file;
-use super::fs::{create_dirs, files_below, sync_dir, write_atomically};
+use super::exchange::{clear_leftovers, recover, replace, set_aside_in};
+use super::folders::folder_name;
+use super::fs::{create_dirs, sync, sync_dir, walk, write_atomically};
+use super::lock::{FileLock, try_lock};
+use super::manifest::{
+    Damage, FileEntry, Inspected, MANIFEST, Manifest, RECORD, check_contents, digest, inspect, parse_record,
+};
+use super::quirks::{is_read_only, note_once};
 use crate::artifact::{FORMAT_VERSION, Key, KeyFields, Record};
 use serde::{Deserialize, Serialize};
-use std::fs::{self, File, TryLockError};
+use std::collections::BTreeMap;
+use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-pub const MANIFEST: &str = "manifest.json";
-const RECORD: &str = "record.json";
-const LOCK_POLL: Duration = Duration::from_millis(50);
+pub const LOCK_POLL: Duration = Duration::from_millis(50);
 
-/// Artifacts in a folder.
+/// Artifacts in a folder. Clones share what was verified.
 #[derive(Debug, Clone)]
 pub struct Store {
     dir: PathBuf,
+    checked: Arc<Mutex<BTreeMap<Key, Checked>>>,
+}
+
+/// What this process found when it hashed an artifact's files.
+#[derive(Debug, Clone)]
+struct Checked {
+    /// Of the commit that was verified: another one is verified anew.
+    manifest_blake3: String,
+    part: Part,
+    damage: Option<Damage>,
+}
+
+/// Which files of an artifact to verify.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Part {
+    /// What is copied into the results.
+    ForPeople,
+    All,
+}
+
+/// What verification found of an artifact, and what it took.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct Check {
+    /// Files and bytes that were hashed now; none where this process had done it before.
+    pub n_files: usize,
+    pub bytes: u64,
+    pub damage: Option<Damage>,
 }
 
 /// A committed artifact.
@@ -28,34 +61,6 @@ pub struct Artifact {
     pub dir: PathBuf,
     pub manifest: Manifest,
     pub record: Record,
-}
-
-/// What an artifact's folder holds.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct Manifest {
-    pub format_version: u32,
-    pub key: String,
-    pub pipeline: String,
-    pub stage: String,
-    pub kind: String,
-    /// RFC 3339, UTC.
-    pub created_at: String,
-    /// blake3 over the files' hashes and the record's body: what consumers of a measurement have in their key.
-    pub digest: String,
-    /// Every file but this one.
-    pub files: Vec<FileEntry>,
-    /// What the key was made of.
-    pub fields: KeyFields,
-}
-
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct FileEntry {
-    /// Relative to the artifact's folder, with `/`.
-    pub name: String,
-    pub bytes: u64,
-    pub blake3: String,
 }
 
 /// What a stage hands over when it commits.
@@ -72,19 +77,32 @@ pub struct Staging {
     key: Key,
     dir: PathBuf,
     /// Released when closed, also by the death of the process.
-    _lock: File,
+    _lock: FileLock,
 }
 
 impl Store {
-    /// Opens a cache, making its folders.
+    /// Opens a cache, making its folders, and puts back what a killed run had set aside.
     ///
     /// # Errors
     /// `Io` where they can't be made.
     pub fn open(dir: &Path) -> Result<Store, StoreError> {
-        for sub in ["tmp", "locks", "index"] {
-            create_dirs(&dir.join(sub))?;
+        for sub in ["tmp", "locks", "index", "runs", "used"] {
+            match create_dirs(&dir.join(sub)) {
+                // A cache that can only be read still serves what it holds.
+                Err(StoreError::Io { source, .. }) if is_read_only(&source) && dir.is_dir() => {}
+                other => other?,
+            }
         }
-        Ok(Store { dir: dir.to_owned() })
+        let store = Store { dir: dir.to_owned(), checked: Arc::default() };
+        for (name, _) in set_aside_in(dir).unwrap_or_default() {
+            let key = Key(name.split('.').next().unwrap_or_default().to_owned());
+            if key.is_well_formed()
+                && let Ok(Some(_lock)) = try_lock(&store.lock_path(&key))
+            {
+                recover(dir, &key)?;
+            }
+        }
+        Ok(store)
     }
 
     pub fn dir(&self) -> &Path {
@@ -95,22 +113,66 @@ impl Store {
         self.dir.join(&key.0)
     }
 
-    /// Returns the artifact of a key if it is whole: manifest and record readable, every file there with its size.
-    /// Anything else counts as missing; the stage is computed again and replaces it.
+    pub(super) fn lock_path(&self, key: &Key) -> PathBuf {
+        self.dir.join("locks").join(&key.0)
+    }
+
+    /// Returns the artifact of a key if it is whole: manifest and record verified, every file there with its size, and none found
+    /// damaged by [`Store::check`]. Anything else counts as missing; the stage is computed again and replaces it.
     pub fn get(&self, key: &Key) -> Option<Artifact> {
-        let dir = self.artifact_dir(key);
-        let manifest: Manifest = serde_json::from_slice(&fs::read(dir.join(MANIFEST)).ok()?).ok()?;
-        let is_whole = manifest.key == key.0
-            && manifest.format_version == FORMAT_VERSION
-            && manifest
-                .files
-                .iter()
-                .all(|file| fs::metadata(dir.join(&file.name)).is_ok_and(|meta| meta.len() == file.bytes));
-        if !is_whole {
-            return None;
+        let found = self.inspect(key).ok()?;
+        Some(Artifact { key: key.clone(), dir: self.artifact_dir(key), manifest: found.manifest, record: found.record })
+    }
+
+    /// Returns what is wrong with the artifact of a key; `None` where it is whole, or where there is none.
+    pub fn damage(&self, key: &Key) -> Option<Damage> {
+        let is_there = key.is_well_formed() && fs::symlink_metadata(self.artifact_dir(key)).is_ok();
+        is_there.then(|| self.inspect(key).err()).flatten()
+    }
+
+    /// Returns what tells one commit of a key from another; `None` where there is no readable one.
+    pub fn commit_of(&self, key: &Key) -> Option<String> {
+        Manifest::read(&self.artifact_dir(key)).ok().map(|(_, manifest_blake3)| manifest_blake3)
+    }
+
+    fn inspect(&self, key: &Key) -> Result<Inspected, Damage> {
+        if !key.is_well_formed() {
+            return Err(Damage { file: MANIFEST.to_owned(), reason: "the key is not well formed".to_owned() });
         }
-        let record = serde_json::from_slice(&fs::read(dir.join(RECORD)).ok()?).ok()?;
-        Some(Artifact { key: key.clone(), dir, manifest, record: Record::from_json(record).ok()? })
+        let found = inspect(&self.artifact_dir(key), key)?;
+        match self.checked(key, &found.manifest_blake3).and_then(|checked| checked.damage) {
+            Some(damage) => Err(damage),
+            None => Ok(found),
+        }
+    }
+
+    fn checked(&self, key: &Key, manifest_blake3: &str) -> Option<Checked> {
+        let checked = self.checked.lock().unwrap_or_else(PoisonError::into_inner);
+        checked.get(key).filter(|checked| checked.manifest_blake3 == manifest_blake3).cloned()
+    }
+
+    /// Hashes the files of an artifact, on all cores and once per process. One that is damaged counts as missing from then on.
+    /// Returns `None` once `keep_going` returns false.
+    pub fn check(&self, key: &Key, part: Part, keep_going: &(dyn Fn() -> bool + Sync)) -> Option<Check> {
+        let found = match self.inspect(key) {
+            Ok(found) => found,
+            Err(damage) => return Some(Check { damage: Some(damage), ..Check::default() }),
+        };
+        let before = self.checked(key, &found.manifest_blake3);
+        if before.is_some_and(|checked| checked.part >= part) {
+            return Some(Check::default());
+        }
+        let wanted = |file: &&FileEntry| file.name != RECORD && (part == Part::All || file.is_for_people());
+        let files: Vec<&FileEntry> = found.manifest.files.iter().filter(wanted).collect();
+        let damage = check_contents(&self.artifact_dir(key), &files, keep_going)?.err();
+        let check = Check { n_files: files.len(), bytes: files.iter().map(|file| file.bytes).sum(), damage };
+        self.note_checked(key, found.manifest_blake3, part, check.damage.clone());
+        Some(check)
+    }
+
+    fn note_checked(&self, key: &Key, manifest_blake3: String, part: Part, damage: Option<Damage>) {
+        let mut checked = self.checked.lock().unwrap_or_else(PoisonError::into_inner);
+        checked.insert(key.clone(), Checked { manifest_blake3, part, damage });
     }
 
     /// Waits for the key's lock and returns a staging folder. After it returns, ask [`Store::get`] again: another process
@@ -119,35 +181,21 @@ impl Store {
     /// # Errors
     /// `Cancelled` once `keep_waiting` returns false; `Io`.
     pub fn begin(&self, key: &Key, keep_waiting: &dyn Fn() -> bool) -> Result<Staging, StoreError> {
-        let path = self.dir.join("locks").join(&key.0);
-        let lock = File::create(&path).map_err(StoreError::io("create", &path))?;
-        loop {
-            match lock.try_lock() {
-                Ok(()) => break,
-                Err(TryLockError::WouldBlock) if keep_waiting() => std::thread::sleep(LOCK_POLL),
-                Err(TryLockError::WouldBlock) => return Err(StoreError::Cancelled { key: key.short().to_owned() }),
-                Err(TryLockError::Error(source)) => return Err(StoreError::Io { verb: "lock", path, source }),
+        let path = self.lock_path(key);
+        let lock = loop {
+            match try_lock(&path)? {
+                Some(lock) => break lock,
+                None if keep_waiting() => std::thread::sleep(LOCK_POLL),
+                None => return Err(StoreError::Cancelled { key: key.short().to_owned() }),
             }
-        }
+        };
         static COUNTER: AtomicU64 = AtomicU64::new(0);
         let n = COUNTER.fetch_add(1, Ordering::Relaxed);
-        self.clear_leftovers(key)?;
+        recover(&self.dir, key)?;
+        clear_leftovers(&self.dir, key)?;
         let dir = self.dir.join("tmp").join(format!("{}.{}.{n}", key.0, std::process::id()));
         create_dirs(&dir)?;
         Ok(Staging { store: self.clone(), key: key.clone(), dir, _lock: lock })
-    }
-
-    /// Removes what killed runs left of a key whose lock is held. In a container every process has the same id: a leftover would
-    /// otherwise become part of the next artifact.
-    fn clear_leftovers(&self, key: &Key) -> Result<(), StoreError> {
-        let tmp = self.dir.join("tmp");
-        let prefix = format!("{}.", key.0);
-        for entry in fs::read_dir(&tmp).map_err(StoreError::io("list", &tmp))?.filter_map(Result::ok) {
-            if entry.file_name().to_string_lossy().starts_with(&prefix) {
-                fs::remove_dir_all(entry.path()).map_err(StoreError::io("remove", &entry.path()))?;
-            }
-        }
-        Ok(())
     }
 
     /// Returns the artifact that a stage of a pipeline last had: what a miss is explained against.
@@ -156,30 +204,47 @@ impl Store {
         Some((Key(entry.key), entry.fields))
     }
 
-    /// Notes that a stage of a pipeline has this artifact now.
-    ///
-    /// # Errors
-    /// `Io`.
-    pub fn note_use(&self, pipeline: &str, stage: &str, key: &Key, fields: &KeyFields) -> Result<(), StoreError> {
-        let path = self.index_path(pipeline, stage);
-        if self.last(pipeline, stage).is_some_and(|(last, _)| last == *key) {
-            return Ok(());
+    /// Notes that a run uses an artifact now, and that a stage of a pipeline has it: `cache gc --max-size` and the reasons in a
+    /// plan go by that. No number depends on it, so a failure is a warning.
+    pub fn note_use(&self, pipeline: &str, stage: &str, key: &Key, fields: &KeyFields) {
+        let index = || -> Result<(), StoreError> {
+            let path = self.index_path(pipeline, stage);
+            if self.last(pipeline, stage).is_some_and(|(last, _)| last == *key) {
+                return Ok(());
+            }
+            if let Some(parent) = path.parent() {
+                create_dirs(parent)?;
+            }
+            let entry = IndexEntry { key: key.0.clone(), stage: stage.to_owned(), fields: fields.clone() };
+            write_atomically(&path, &to_json(&entry, &path)?)
+        };
+        let used = self.used_path(key);
+        let touch = || fs::write(&used, b"\n").map_err(StoreError::io("write", &used));
+        if let Err(error) = index().and_then(|()| touch()) {
+            note_once(
+                "use",
+                format!(
+                    "failed to note in the cache what is in use ({error}): plans explain a miss less well, and cache gc --max-size goes by \
+                     when artifacts were made"
+                ),
+            );
         }
-        if let Some(parent) = path.parent() {
-            create_dirs(parent)?;
-        }
-        let entry = IndexEntry { key: key.0.clone(), stage: stage.to_owned(), fields: fields.clone() };
-        write_atomically(&path, &to_json(&entry, &path)?)
+    }
+
+    /// The modification time of this file is when the artifact was last used.
+    pub(super) fn used_path(&self, key: &Key) -> PathBuf {
+        self.dir.join("used").join(&key.0)
     }
 
     fn index_path(&self, pipeline: &str, stage: &str) -> PathBuf {
-        self.dir.join("index").join(pipeline).join(format!("{}.json", &blake3::hash(stage.as_bytes()).to_hex()[..16]))
+        let name = format!("{}.json", &blake3::hash(stage.as_bytes()).to_hex()[..16]);
+        self.dir.join("index").join(folder_name(pipeline)).join(name)
     }
 }
 
 #[derive(Serialize, Deserialize)]
-struct IndexEntry {
-    key: String,
+pub(super) struct IndexEntry {
+    pub key: String,
     stage: String,
     fields: KeyFields,
 }
@@ -198,23 +263,20 @@ impl Staging {
         &self.dir
     }
 
-    /// Syncs and hashes the files, writes record and manifest, and renames the folder in.
+    /// Syncs and hashes the files, writes record and manifest, and moves the folder in, in one step where another artifact is there.
     ///
     /// # Errors
-    /// `Io`; nothing is committed then and what was there before stays.
+    /// `Io`, and `Write` where the stage left a link or a special file; nothing is committed then and what was there before stays.
     pub fn commit(self, draft: ManifestDraft) -> Result<Artifact, StoreError> {
         let head = &draft.record.head;
         let record_path = self.dir.join(RECORD);
-        write_atomically(&record_path, &to_json(&draft.record.to_json(), &record_path)?)?;
-        let mut files = Vec::new();
-        for relative in files_below(&self.dir)? {
-            let path = self.dir.join(&relative);
-            let file = File::open(&path).map_err(StoreError::io("open", &path))?;
-            file.sync_all().map_err(StoreError::io("sync", &path))?;
-            let bytes = file.metadata().map_err(StoreError::io("read", &path))?.len();
-            let name = relative.to_string_lossy().replace('\\', "/");
-            files.push(FileEntry { name, bytes, blake3: hash_file(&path)? });
-        }
+        let record_bytes = to_json(&draft.record.to_json(), &record_path)?;
+        write_atomically(&record_path, &record_bytes)?;
+        // What readers will find: a number may differ in its last digit from what is in memory.
+        let record = parse_record(&record_bytes)
+            .map_err(|damage| StoreError::Write { path: record_path, reason: damage.to_string() })?;
+        let (names, dirs) = walk(&self.dir)?;
+        let files = names.iter().map(|name| self.entry(name)).collect::<Result<Vec<FileEntry>, StoreError>>()?;
         let manifest = Manifest {
             format_version: FORMAT_VERSION,
             key: self.key.0.clone(),
@@ -222,26 +284,42 @@ impl Staging {
             stage: head.stage.clone(),
             kind: head.kind.clone(),
             created_at: head.started_at.clone(),
-            digest: digest(&files, &draft.record),
+            digest: digest(&files, &record),
             files,
             fields: draft.fields,
         };
         let manifest_path = self.dir.join(MANIFEST);
-        write_atomically(&manifest_path, &to_json(&manifest, &manifest_path)?)?;
-        sync_dir(&self.dir)?;
-        let target = self.store.artifact_dir(&self.key);
-        if target.exists() {
-            // Renamed away first: a reader sees the old artifact, none, or the new one, never a mixture.
-            let old = self.dir.with_extension("old");
-            fs::rename(&target, &old).map_err(StoreError::io("replace", &target))?;
-            fs::rename(&self.dir, &target).map_err(StoreError::io("commit", &target))?;
-            let _ = fs::remove_dir_all(&old);
-        } else {
-            fs::rename(&self.dir, &target).map_err(StoreError::io("commit", &target))?;
+        let manifest_bytes = to_json(&manifest, &manifest_path)?;
+        // The same rules as for whoever reads it.
+        Manifest::parse(&manifest_bytes)
+            .map_err(|damage| StoreError::Write { path: manifest_path.clone(), reason: damage.to_string() })?;
+        write_atomically(&manifest_path, &manifest_bytes)?;
+        for dir in dirs {
+            sync_dir(&self.dir.join(dir))?;
         }
+        let target = self.store.artifact_dir(&self.key);
+        replace(&self.dir, &target)?;
         sync_dir(&self.store.dir)?;
-        self.store.note_use(&manifest.pipeline, &manifest.stage, &self.key, &manifest.fields)?;
-        Ok(Artifact { key: self.key.clone(), dir: target, manifest, record: draft.record.clone() })
+        // Written and hashed by this process: there is nothing to verify.
+        let manifest_blake3 = blake3::hash(&manifest_bytes).to_hex().to_string();
+        self.store.note_checked(&self.key, manifest_blake3, Part::All, None);
+        self.store.note_use(&manifest.pipeline, &manifest.stage, &self.key, &manifest.fields);
+        Ok(Artifact { key: self.key.clone(), dir: target, manifest, record })
+    }
+
+    /// Syncs and hashes one file.
+    fn entry(&self, relative: &Path) -> Result<FileEntry, StoreError> {
+        let path = self.dir.join(relative);
+        let is_regular = fs::symlink_metadata(&path).map_err(StoreError::io("read", &path))?.is_file();
+        let Some(name) = relative.to_str().filter(|_| is_regular) else {
+            let reason = "an artifact holds regular files with names in UTF-8 only".to_owned();
+            return Err(StoreError::Write { path, reason });
+        };
+        let file = File::open(&path).map_err(StoreError::io("open", &path))?;
+        sync(&file, &path).map_err(StoreError::io("sync", &path))?;
+        let bytes = file.metadata().map_err(StoreError::io("read", &path))?.len();
+        let hash = super::fs::hash_pieces(&path, |_| Ok(true)).map_err(StoreError::io("read", &path))?;
+        Ok(FileEntry { name: name.to_owned(), bytes, blake3: hash.unwrap_or_default() })
     }
 }
 
@@ -252,23 +330,17 @@ impl Drop for Staging {
     }
 }
 
-/// Hashes what an artifact says, leaving out when and in which run it was made.
-fn digest(files: &[FileEntry], record: &Record) -> String {
-    let mut hasher = blake3::Hasher::new();
-    for file in files.iter().filter(|file| file.name != RECORD) {
-        hasher.update(file.name.as_bytes()).update(b"\0").update(file.blake3.as_bytes()).update(b"\n");
-    }
-    hasher.update(serde_json::to_string(&record.body).unwrap_or_default().as_bytes());
-    hasher.finalize().to_hex().to_string()
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::artifact::RecordHead;
+    use crate::artifact::{RecordHead, key_of};
     use serde_json::Map;
 
-    pub fn draft(stage: &str) -> ManifestDraft {
+    fn fields() -> KeyFields {
+        KeyFields::from([("kind".into(), "load".into())])
+    }
+
+    fn draft(stage: &str) -> ManifestDraft {
         let head = RecordHead {
             format_version: FORMAT_VERSION,
             pipeline: "p".to_owned(),
@@ -276,23 +348,20 @@ mod tests {
             produced_by_run: "r1".to_owned(),
             stage: stage.to_owned(),
             kind: "load".to_owned(),
-            key: String::new(),
+            key: key_of(&fields()).0,
             cached: false,
             started_at: "2026-01-01T00:00:00Z".to_owned(),
             duration_s: 0.5,
             device: None,
             params: Map::new(),
         };
-        ManifestDraft {
-            record: Record { head, body: Map::new() },
-            fields: KeyFields::from([("kind".into(), "load".into())]),
-        }
+        ManifestDraft { record: Record { head, body: Map::new() }, fields: fields() }
     }
 
     fn store() -> (tempfile::TempDir, Store, Key) {
         let dir = tempfile::tempdir().expect("a temporary folder");
         let store = Store::open(dir.path()).expect("a store");
-        (dir, store, Key("ab".repeat(32)))
+        (dir, store, key_of(&fields()))
     }
 
     #[test]
@@ -335,9 +404,6 @@ mod tests {
         assert_eq!(artifact.manifest.files.len(), 1);
         let left: Vec<_> = fs::read_dir(dir.path().join("tmp")).expect("the folder").collect();
         assert!(left.len() == 1 && other.is_dir(), "{left:?}");
-        // What is not named like a staging folder is not labpipe's to remove.
-        let report = store.gc(dir.path(), Duration::ZERO, false).expect("a report");
-        assert!(other.is_dir() && report.removed.len() == 1, "{report:?}");
     }
 
     #[test]
@@ -347,5 +413,80 @@ mod tests {
         assert!(matches!(store.begin(&key, &|| false), Err(StoreError::Cancelled { .. })));
         drop(staging);
         assert!(store.begin(&key, &|| false).is_ok());
+    }
+
+    fn committed(store: &Store, key: &Key) -> Artifact {
+        let staging = store.begin(key, &|| true).expect("a staging folder");
+        fs::create_dir(staging.dir().join("sub")).expect("a folder");
+        fs::write(staging.dir().join("sub/data.parquet"), b"abcdef").expect("a file");
+        fs::write(staging.dir().join("page.md"), b"text").expect("a file");
+        staging.commit(draft("s")).expect("a commit")
+    }
+
+    #[test]
+    fn a_flipped_bit_anywhere_in_an_artifact_is_noticed() {
+        let (dir, store, key) = store();
+        let artifact = committed(&store, &key);
+        for name in ["manifest.json", "record.json", "page.md", "sub/data.parquet"] {
+            let path = artifact.dir.join(name);
+            let whole = fs::read(&path).expect("a file");
+            // One bit of each byte, another one from byte to byte.
+            for bit in (0..whole.len()).map(|byte| byte * 8 + byte % 8) {
+                let mut flipped = whole.clone();
+                flipped[bit / 8] ^= 1 << (bit % 8);
+                fs::write(&path, &flipped).expect("damage");
+                // A process that has verified nothing yet.
+                let fresh = Store { dir: dir.path().to_owned(), checked: Arc::default() };
+                let check = fresh.check(&key, Part::All, &|| true).expect("not cancelled");
+                assert!(check.damage.is_some() && fresh.get(&key).is_none(), "{name}, bit {bit}");
+            }
+            fs::write(&path, &whole).expect("mended");
+        }
+        let fresh = Store::open(dir.path()).expect("a store");
+        assert_eq!(fresh.check(&key, Part::All, &|| true).map(|check| (check.n_files, check.damage)), Some((2, None)));
+        assert_eq!(fresh.check(&key, Part::All, &|| true), Some(Check::default()), "once per process");
+        assert_eq!(store.check(&key, Part::All, &|| true), Some(Check::default()), "its own commit");
+        assert_eq!(Store::open(dir.path()).expect("a store").check(&key, Part::All, &|| false), None);
+    }
+
+    #[test]
+    fn an_artifact_under_another_key_or_with_links_in_it_counts_as_missing() {
+        let (dir, store, key) = store();
+        let artifact = committed(&store, &key);
+        let other = Key("ab".repeat(32));
+        fs::rename(&artifact.dir, store.artifact_dir(&other)).expect("moved");
+        assert!(store.get(&other).is_none(), "moved to another key");
+        std::os::unix::fs::symlink(store.artifact_dir(&other), &artifact.dir).expect("a link");
+        assert!(store.get(&key).is_none(), "the folder is a link");
+        // A commit replaces the link and leaves what it names.
+        let artifact = committed(&store, &key);
+        assert!(store.get(&key).is_some() && store.artifact_dir(&other).join("page.md").is_file());
+        let page = artifact.dir.join("page.md");
+        fs::rename(&page, dir.path().join("outside")).expect("moved");
+        std::os::unix::fs::symlink(dir.path().join("outside"), &page).expect("a link");
+        assert!(store.damage(&key).expect("damage").to_string().contains("page.md: it is a link"));
+        assert!(store.get(&Key("../x".to_owned())).is_none());
+    }
+
+    #[test]
+    fn a_stage_that_leaves_a_link_commits_nothing() {
+        let (_dir, store, key) = store();
+        let staging = store.begin(&key, &|| true).expect("a staging folder");
+        std::os::unix::fs::symlink("/etc/passwd", staging.dir().join("x")).expect("a link");
+        assert!(matches!(staging.commit(draft("s")), Err(StoreError::Write { .. })));
+        assert!(store.get(&key).is_none());
+    }
+
+    #[test]
+    fn what_a_kill_had_set_aside_is_put_back_when_the_cache_is_opened() {
+        let (dir, store, key) = store();
+        let artifact = committed(&store, &key);
+        let old = dir.path().join("tmp").join(format!("{}.1.0.old", key.0));
+        fs::rename(&artifact.dir, &old).expect("set aside");
+        assert!(store.get(&key).is_none());
+        drop(store.begin(&key, &|| true).expect("a staging folder"));
+        assert!(store.get(&key).is_some(), "by the next who computes it");
+        fs::rename(&artifact.dir, &old).expect("set aside");
+        assert!(Store::open(dir.path()).expect("a store").get(&key).is_some(), "by the next who opens it");
     }
 }

@@ -1,5 +1,6 @@
 //! Why the store could not read or write.
 
+use super::manifest::Damage;
 use std::io;
 use std::path::{Path, PathBuf};
 
@@ -13,6 +14,15 @@ pub enum StoreError {
     Format { path: PathBuf, reason: String },
     #[error("write {path}: {reason}")]
     Parquet { path: PathBuf, reason: String },
+    #[error("write {path}: {reason}")]
+    Write { path: PathBuf, reason: String },
+    #[error("use the artifact {key} of stage {stage}: {damage}; run again, and it is computed anew")]
+    Damaged { key: String, stage: String, damage: Damage },
+    #[error(
+        "tell which artifacts are in use: {path}: {reason}; nothing was removed. Mend or remove it, or use --force to count it as \
+         referring to nothing"
+    )]
+    References { path: PathBuf, reason: String },
     #[error("wait for another labpipe that computes {key}: cancelled")]
     Cancelled { key: String },
 }

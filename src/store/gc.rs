@@ -1,162 +1,480 @@
-//! Looking after the cache: what is there, whether it is whole, what nobody refers to any more.
+//! Removes what nobody refers to any more, what was not used for longest, and what killed runs left.
 
-use super::cache::{MANIFEST, Manifest, Store};
+use super::cache::{IndexEntry, LOCK_POLL, Store};
 use super::error::StoreError;
-use super::file_hash::hash_file;
+use super::exchange::remove_any;
+use super::fs::{files_below, is_aside};
+use super::lock::{FileLock, try_lock};
+use super::manifest::{MANIFEST, Manifest};
+use super::references::References;
+use super::results::RUN;
 use crate::artifact::Key;
 use std::collections::BTreeSet;
-use std::fs::{self, File};
+use std::fs;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime};
 
-/// What verification found of one artifact.
-#[derive(Debug, Clone, PartialEq)]
-pub struct Verdict {
-    pub key: String,
-    pub stage: String,
-    /// Nothing where it is whole; else the file and what is wrong.
-    pub damage: Option<String>,
+/// A temporary file that has not changed for this long is nobody's, whatever goes on elsewhere.
+const ABANDONED: Duration = Duration::from_secs(60);
+
+/// What to remove.
+#[derive(Debug, Clone, Copy)]
+pub struct GcRequest<'a> {
+    /// Artifacts that a run in here refers to stay; so do those of every other results folder that used this cache.
+    pub results: &'a Path,
+    /// What is younger stays.
+    pub older_than: Duration,
+    /// Remove what was not used for longest, referred to or not, until the artifacts fit; instead of what nobody refers to.
+    pub max_bytes: Option<u64>,
+    /// Tell, and remove nothing.
+    pub dry_run: bool,
+    /// Count references that can't be read as none.
+    pub force: bool,
 }
 
 /// What gc removed, or would remove.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct GcReport {
-    /// (name in the cache, bytes, why)
+    /// Artifacts and staging folders: (name in the cache, bytes, why)
     pub removed: Vec<(String, u64, String)>,
     pub n_kept: usize,
+    pub kept_bytes: u64,
+    /// Of those kept: what running runs use or plan to.
+    pub n_in_use: usize,
+    /// Small files without a use: temporary ones, locks and notes of keys that are gone.
+    pub n_leftovers: usize,
+    /// References that `force` let pass, with the reason why they can't be read.
+    pub ignored: Vec<(PathBuf, String)>,
+}
+
+/// One artifact as gc weighs it.
+struct Candidate {
+    key: Key,
+    bytes: u64,
+    used_at: SystemTime,
+    made_at: SystemTime,
+    measures: bool,
+    is_referred: bool,
+    is_in_use: bool,
 }
 
 impl Store {
-    /// Returns every artifact's manifest and size in bytes, in the order of keys.
+    /// Removes artifacts and leftovers. `wait` is called while another process finds out what is cached, or removes; it returns false
+    /// to give up.
     ///
     /// # Errors
-    /// `Io` where the folder can't be listed.
-    pub fn list(&self) -> Result<Vec<(Manifest, u64)>, StoreError> {
-        let mut found = Vec::new();
-        for dir in self.artifact_dirs()? {
-            let manifest =
-                fs::read(dir.join(MANIFEST)).ok().and_then(|bytes| serde_json::from_slice::<Manifest>(&bytes).ok());
-            if let Some(manifest) = manifest {
-                let bytes = manifest.files.iter().map(|file| file.bytes).sum();
-                found.push((manifest, bytes));
+    /// `References` where it can't be told what is in use: nothing is removed then. `Cancelled`, `Io`.
+    pub fn gc(&self, request: &GcRequest<'_>, wait: &dyn Fn() -> bool) -> Result<GcReport, StoreError> {
+        let _lock = self.gc_lock(wait)?;
+        let start = self.now()?;
+        let keys = self.keys()?;
+        let references = self.references(request.results);
+        if let (Some((path, reason)), false, false) = (references.unreadable.first(), request.force, keys.is_empty()) {
+            let n = references.unreadable.len() - 1;
+            let more = if n == 0 { String::new() } else { format!(" (and {n} more like it)") };
+            return Err(StoreError::References { path: path.clone(), reason: format!("{reason}{more}") });
+        }
+        let (active, ended) = self.active_keys()?;
+        let mut report = GcReport { ignored: references.unreadable.clone(), ..GcReport::default() };
+        let mut candidates = Vec::new();
+        for key in keys {
+            candidates.push(self.candidate(key, &references.keys, &active, start)?);
+        }
+        let mut kept: BTreeSet<String> = candidates.iter().map(|candidate| candidate.key.0.clone()).collect();
+        for (candidate, why) in chosen(&candidates, request, start) {
+            if self.remove_artifact(candidate, why, request.dry_run, &mut report)? {
+                kept.remove(&candidate.key.0);
             }
         }
-        Ok(found)
-    }
-
-    fn artifact_dirs(&self) -> Result<Vec<PathBuf>, StoreError> {
-        let entries = fs::read_dir(self.dir()).map_err(StoreError::io("list", self.dir()))?;
-        let mut dirs: Vec<PathBuf> = entries
-            .filter_map(Result::ok)
-            .map(|entry| entry.path())
-            .filter(|path| path.is_dir() && path.file_name().is_some_and(|name| is_key(&name.to_string_lossy())))
-            .collect();
-        dirs.sort();
-        Ok(dirs)
-    }
-
-    /// Hashes every file of every artifact again.
-    ///
-    /// # Errors
-    /// `Io` where the folder can't be listed; damage is a verdict, no error.
-    pub fn verify(&self) -> Result<Vec<Verdict>, StoreError> {
-        let mut verdicts = Vec::new();
-        for dir in self.artifact_dirs()? {
-            let key = dir.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
-            let manifest = fs::read(dir.join(MANIFEST)).map_err(|error| error.to_string());
-            let manifest =
-                manifest.and_then(|b| serde_json::from_slice::<Manifest>(&b).map_err(|error| error.to_string()));
-            verdicts.push(match manifest {
-                Err(reason) => Verdict { key, stage: "?".to_owned(), damage: Some(format!("{MANIFEST}: {reason}")) },
-                Ok(manifest) => Verdict { key, damage: damage(&dir, &manifest), stage: manifest.stage },
-            });
-        }
-        Ok(verdicts)
-    }
-
-    /// Removes artifacts that no run in `results_dir` refers to and that are older than `older_than`, and staging folders of
-    /// processes that are gone.
-    ///
-    /// # Errors
-    /// `Io`.
-    pub fn gc(&self, results_dir: &Path, older_than: Duration, dry_run: bool) -> Result<GcReport, StoreError> {
-        let referred = referred_keys(results_dir);
-        let mut report = GcReport::default();
-        for dir in self.artifact_dirs()? {
-            let name = dir.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
-            if referred.contains(&name) || age(&dir) < older_than || !self.is_free(&Key(name.clone())) {
-                report.n_kept += 1;
-            } else {
-                remove(&dir, "no run refers to it", dry_run, &mut report)?;
+        let of_kept = || candidates.iter().filter(|candidate| kept.contains(&candidate.key.0));
+        report.n_kept = of_kept().count();
+        report.kept_bytes = of_kept().map(|candidate| candidate.bytes).sum();
+        report.n_in_use = of_kept().filter(|candidate| candidate.is_in_use).count();
+        self.remove_staging(request.dry_run, &mut report)?;
+        let mut leftovers = ended;
+        leftovers.extend(self.leftovers(&kept, &references, active.is_empty(), start)?);
+        for path in leftovers {
+            report.n_leftovers += 1;
+            if !request.dry_run {
+                remove_any(&path).map_err(StoreError::io("remove", &path))?;
             }
         }
-        let tmp = self.dir().join("tmp");
-        for entry in fs::read_dir(&tmp).map_err(StoreError::io("list", &tmp))?.filter_map(Result::ok) {
-            let name = entry.file_name().to_string_lossy().into_owned();
-            let key = name.split('.').next().unwrap_or_default().to_owned();
-            if is_key(&key) && entry.path().is_dir() && self.is_free(&Key(key)) {
-                remove(&entry.path(), "left by a run that was killed", dry_run, &mut report)?;
-            }
+        if request.force && !request.dry_run {
+            self.forget_results(&references.unreadable)?;
         }
         Ok(report)
     }
 
-    /// Returns true if no process holds the key's lock.
-    fn is_free(&self, key: &Key) -> bool {
-        match File::open(self.dir().join("locks").join(&key.0)) {
-            Ok(lock) => lock.try_lock().is_ok(),
-            Err(_) => true,
-        }
-    }
-}
-
-fn is_key(name: &str) -> bool {
-    name.len() == 64 && name.chars().all(|c| c.is_ascii_hexdigit())
-}
-
-fn damage(dir: &Path, manifest: &Manifest) -> Option<String> {
-    manifest.files.iter().find_map(|file| {
-        let path = dir.join(&file.name);
-        match fs::metadata(&path) {
-            Err(error) => Some(format!("{}: {error}", file.name)),
-            Ok(meta) if meta.len() != file.bytes => {
-                Some(format!("{}: expected {} bytes, found {}", file.name, file.bytes, meta.len()))
+    fn gc_lock(&self, wait: &dyn Fn() -> bool) -> Result<FileLock, StoreError> {
+        loop {
+            match try_lock(&self.gc_lock_path())? {
+                Some(lock) => return Ok(lock),
+                None if wait() => std::thread::sleep(LOCK_POLL),
+                None => return Err(StoreError::Cancelled { key: "what is cached".to_owned() }),
             }
-            Ok(_) => match hash_file(&path) {
-                Ok(hash) if hash == file.blake3 => None,
-                Ok(_) => Some(format!("{}: its content changed", file.name)),
-                Err(error) => Some(error.to_string()),
-            },
-        }
-    })
-}
-
-/// Collects every key that a run's `run.json` names.
-fn referred_keys(results_dir: &Path) -> BTreeSet<String> {
-    let mut keys = BTreeSet::new();
-    let runs = fs::read_dir(results_dir).into_iter().flatten().filter_map(Result::ok);
-    for run in runs.flat_map(|pipeline| fs::read_dir(pipeline.path()).into_iter().flatten().filter_map(Result::ok)) {
-        let Ok(bytes) = fs::read(run.path().join("run.json")) else { continue };
-        let Ok(json) = serde_json::from_slice::<serde_json::Value>(&bytes) else { continue };
-        for stage in json["stages"].as_array().into_iter().flatten() {
-            keys.extend(stage["key"].as_str().map(str::to_owned));
         }
     }
-    keys
-}
 
-fn age(dir: &Path) -> Duration {
-    let modified = fs::metadata(dir.join(MANIFEST)).and_then(|meta| meta.modified()).unwrap_or(SystemTime::UNIX_EPOCH);
-    SystemTime::now().duration_since(modified).unwrap_or_default()
-}
-
-fn remove(dir: &Path, why: &str, dry_run: bool, report: &mut GcReport) -> Result<(), StoreError> {
-    let bytes =
-        super::fs::files_below(dir)?.iter().filter_map(|file| fs::metadata(dir.join(file)).ok()).map(|m| m.len()).sum();
-    if !dry_run {
-        fs::remove_dir_all(dir).map_err(StoreError::io("remove", dir))?;
+    /// Returns the time now by the clock of the cache's file system, which may not be this machine's.
+    fn now(&self) -> Result<SystemTime, StoreError> {
+        let path = self.gc_lock_path();
+        fs::write(&path, b"\n").map_err(StoreError::io("write", &path))?;
+        fs::metadata(&path).and_then(|meta| meta.modified()).map_err(StoreError::io("read", &path))
     }
-    let name = dir.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
-    report.removed.push((name, bytes, why.to_owned()));
-    Ok(())
+
+    fn candidate(
+        &self,
+        key: Key,
+        referred: &BTreeSet<String>,
+        active: &BTreeSet<String>,
+        start: SystemTime,
+    ) -> Result<Candidate, StoreError> {
+        let dir = self.artifact_dir(&key);
+        let made_at = modified(&dir.join(MANIFEST)).or_else(|| modified(&dir)).unwrap_or(SystemTime::UNIX_EPOCH);
+        let used_at = modified(&self.used_path(&key)).unwrap_or(made_at).max(made_at);
+        let measures = Manifest::read(&dir).is_ok_and(|(manifest, _)| manifest.fields.contains_key("device"));
+        // Committed, or written by whoever has its lock, since gc began.
+        let is_in_use = active.contains(&key.0) || made_at >= start || !self.is_free(&key)?;
+        let is_referred = referred.contains(&key.0);
+        Ok(Candidate { bytes: size(&dir)?, key, used_at, made_at, measures, is_referred, is_in_use })
+    }
+
+    /// Returns true if no process holds the key's lock.
+    fn is_free(&self, key: &Key) -> Result<bool, StoreError> {
+        let path = self.lock_path(key);
+        // Looking makes no file.
+        if !path.exists() { Ok(true) } else { Ok(try_lock(&path)?.is_some()) }
+    }
+
+    /// Returns false where a process has taken the key meanwhile.
+    fn remove_artifact(
+        &self,
+        candidate: &Candidate,
+        why: String,
+        dry_run: bool,
+        report: &mut GcReport,
+    ) -> Result<bool, StoreError> {
+        let key = &candidate.key;
+        if !dry_run {
+            let lock_path = self.lock_path(key);
+            let Some(_lock) = try_lock(&lock_path)? else { return Ok(false) };
+            // Moved away first: whoever looks finds it whole or not at all.
+            let dir = self.artifact_dir(key);
+            let gone = self.dir().join("tmp").join(format!("{}.{}.gone", key.0, std::process::id()));
+            remove_any(&gone).map_err(StoreError::io("remove", &gone))?;
+            let moved = fs::rename(&dir, &gone);
+            let path = if moved.is_ok() { &gone } else { &dir };
+            remove_any(path).map_err(StoreError::io("remove", path))?;
+        }
+        report.removed.push((key.0.clone(), candidate.bytes, why));
+        Ok(true)
+    }
+
+    /// Removes staging folders of processes that are gone. What is not named like one is not labpipe's.
+    fn remove_staging(&self, dry_run: bool, report: &mut GcReport) -> Result<(), StoreError> {
+        for path in list(&self.dir().join("tmp"))? {
+            let name = name_of(&path);
+            let key = Key(name.split('.').next().unwrap_or_default().to_owned());
+            if !key.is_well_formed() || !name.contains('.') || !self.is_free(&key)? {
+                continue;
+            }
+            let bytes = size(&path)?;
+            if !dry_run {
+                let Some(_lock) = try_lock(&self.lock_path(&key))? else { continue };
+                remove_any(&path).map_err(StoreError::io("remove", &path))?;
+            }
+            report.removed.push((name, bytes, "left by a run that was killed".to_owned()));
+        }
+        Ok(())
+    }
+
+    /// Returns small files without a use.
+    fn leftovers(
+        &self,
+        kept: &BTreeSet<String>,
+        references: &References,
+        is_idle: bool,
+        start: SystemTime,
+    ) -> Result<Vec<PathBuf>, StoreError> {
+        let mut found = Vec::new();
+        for path in list(&self.dir().join("locks"))? {
+            let name = name_of(&path);
+            let key = Key(name.trim_end_matches(".held").to_owned());
+            if key.is_well_formed() && !kept.contains(&key.0) && self.is_free(&key)? {
+                found.push(path);
+            }
+        }
+        let used = list(&self.dir().join("used"))?;
+        found.extend(used.into_iter().filter(|path| !kept.contains(&name_of(path))));
+        for pipeline in list(&self.dir().join("index"))? {
+            let entries = if pipeline.is_dir() { list(&pipeline)? } else { Vec::new() };
+            let has_artifact = entries.iter().any(|path| {
+                let entry = fs::read(path).ok().and_then(|bytes| serde_json::from_slice::<IndexEntry>(&bytes).ok());
+                entry.is_some_and(|entry| kept.contains(&entry.key))
+            });
+            if !has_artifact && !references.pipelines.contains(&name_of(&pipeline)) {
+                found.push(pipeline);
+            } else {
+                found.extend(entries.into_iter().filter(|path| is_abandoned(path, is_idle, start)));
+            }
+        }
+        let own = list(self.dir())?;
+        found.extend(own.into_iter().filter(|path| is_abandoned(path, is_idle, start)));
+        for folder in &references.folders {
+            found.extend(abandoned_in_results(folder, start));
+        }
+        Ok(found)
+    }
+}
+
+/// Returns what to remove, with the reason.
+fn chosen<'a>(candidates: &'a [Candidate], request: &GcRequest<'_>, start: SystemTime) -> Vec<(&'a Candidate, String)> {
+    let is_old = |candidate: &&Candidate| {
+        start.duration_since(candidate.made_at).unwrap_or_default() >= request.older_than && !candidate.is_in_use
+    };
+    let mut free: Vec<&Candidate> = candidates.iter().filter(is_old).collect();
+    let Some(max_bytes) = request.max_bytes else {
+        free.retain(|candidate| !candidate.is_referred);
+        return free.into_iter().map(|candidate| (candidate, "no run refers to it".to_owned())).collect();
+    };
+    // Measurements are small, and repeating one gives other numbers: they go last.
+    free.sort_by_key(|candidate| (candidate.measures, candidate.used_at, candidate.key.clone()));
+    let mut bytes: u64 = candidates.iter().map(|candidate| candidate.bytes).sum();
+    let mut chosen = Vec::new();
+    for candidate in free {
+        if bytes <= max_bytes {
+            break;
+        }
+        bytes = bytes.saturating_sub(candidate.bytes);
+        let days = start.duration_since(candidate.used_at).unwrap_or_default().as_secs() / 86_400;
+        let measured = if candidate.measures { "; a measurement: repeating it gives other numbers" } else { "" };
+        chosen.push((candidate, format!("last used {days} days ago{measured}")));
+    }
+    chosen
+}
+
+fn list(dir: &Path) -> Result<Vec<PathBuf>, StoreError> {
+    match fs::read_dir(dir) {
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(Vec::new()),
+        Err(source) => Err(StoreError::Io { verb: "list", path: dir.to_owned(), source }),
+        Ok(entries) => {
+            let mut paths: Vec<PathBuf> = entries.filter_map(Result::ok).map(|entry| entry.path()).collect();
+            paths.sort();
+            Ok(paths)
+        }
+    }
+}
+
+fn name_of(path: &Path) -> String {
+    path.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default()
+}
+
+fn modified(path: &Path) -> Option<SystemTime> {
+    fs::metadata(path).and_then(|meta| meta.modified()).ok()
+}
+
+fn size(path: &Path) -> Result<u64, StoreError> {
+    let Ok(meta) = fs::symlink_metadata(path) else { return Ok(0) };
+    if !meta.is_dir() {
+        return Ok(meta.len());
+    }
+    Ok(files_below(path)?.iter().filter_map(|file| fs::symlink_metadata(path.join(file)).ok()).map(|m| m.len()).sum())
+}
+
+/// Returns true for a temporary file that a killed process left. With no run going on, and planning kept off by gc's lock, any that
+/// is older than gc's start is one.
+fn is_abandoned(path: &Path, is_idle: bool, start: SystemTime) -> bool {
+    let Some(changed) = modified(path).filter(|_| is_aside(&name_of(path))) else { return false };
+    let age = start.duration_since(changed).unwrap_or_default();
+    if is_idle { changed < start } else { age >= ABANDONED }
+}
+
+/// Returns temporary files in a results folder: beside `latest`, and below the folders of runs.
+fn abandoned_in_results(results: &Path, start: SystemTime) -> Vec<PathBuf> {
+    let is_left = |path: &PathBuf| {
+        let is_own_name = is_aside(&name_of(path));
+        // A link's own time, not that of what it names.
+        let changed = fs::symlink_metadata(path).and_then(|meta| meta.modified()).ok().filter(|_| is_own_name);
+        changed.is_some_and(|changed| start.duration_since(changed).unwrap_or_default() >= ABANDONED)
+    };
+    let entries = |dir: &Path| list(dir).unwrap_or_default();
+    let mut found: Vec<PathBuf> = entries(results).into_iter().filter(is_left).collect();
+    for run in entries(results).iter().filter(|path| path.is_dir() && !path.is_symlink()).flat_map(|path| entries(path))
+    {
+        if run.join(RUN).is_file() {
+            let files = files_below(&run).unwrap_or_default();
+            found.extend(files.into_iter().map(|file| run.join(file)).filter(is_left));
+        }
+    }
+    found
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::artifact::{FORMAT_VERSION, KeyFields, Record, RecordHead, key_of};
+    use crate::store::ManifestDraft;
+    use serde_json::{Map, json};
+
+    struct Lab {
+        _dir: tempfile::TempDir,
+        store: Store,
+        results: PathBuf,
+    }
+
+    impl Lab {
+        fn new() -> Lab {
+            let dir = tempfile::tempdir().expect("a temporary folder");
+            let store = Store::open(&dir.path().join("cache")).expect("a store");
+            let results = dir.path().join("results");
+            fs::create_dir(&results).expect("a folder");
+            Lab { _dir: dir, store, results }
+        }
+
+        /// Commits an artifact of 1,000 bytes and some; `days` since it was used.
+        fn commit(&self, stage: &str, measures: bool, days: u64) -> Key {
+            let mut fields = KeyFields::from([("kind".into(), stage.into())]);
+            if measures {
+                fields.insert("device".into(), "cpu".into());
+            }
+            let key = key_of(&fields);
+            let head = RecordHead {
+                format_version: FORMAT_VERSION,
+                pipeline: "p".to_owned(),
+                run_id: "r".to_owned(),
+                produced_by_run: "r".to_owned(),
+                stage: stage.to_owned(),
+                kind: "load".to_owned(),
+                key: key.0.clone(),
+                cached: false,
+                started_at: String::new(),
+                duration_s: 0.5,
+                device: None,
+                params: Map::new(),
+            };
+            let staging = self.store.begin(&key, &|| true).expect("a staging folder");
+            fs::write(staging.dir().join("data"), [0; 1000]).expect("a file");
+            staging.commit(ManifestDraft { record: Record { head, body: Map::new() }, fields }).expect("a commit");
+            let then = SystemTime::now() - Duration::from_secs(days * 86_400 + 1);
+            for path in [self.store.artifact_dir(&key).join(MANIFEST), self.store.used_path(&key)] {
+                fs::File::open(path).and_then(|file| file.set_modified(then)).expect("a time");
+            }
+            key
+        }
+
+        fn run(&self, keys: &[&Key]) {
+            let stages: Vec<_> = keys.iter().map(|key| json!({ "key": key.0 })).collect();
+            fs::create_dir_all(self.results.join("p/r")).expect("a folder");
+            let text = json!({ "format_version": 1, "stages": stages }).to_string();
+            fs::write(self.results.join("p/r/run.json"), text).expect("run.json");
+        }
+
+        fn gc(&self, change: impl Fn(&mut GcRequest<'_>)) -> Result<GcReport, StoreError> {
+            let mut request = GcRequest {
+                results: &self.results,
+                older_than: Duration::ZERO,
+                max_bytes: None,
+                dry_run: false,
+                force: false,
+            };
+            change(&mut request);
+            self.store.gc(&request, &|| false)
+        }
+
+        fn has(&self, key: &Key) -> bool {
+            self.store.get(key).is_some()
+        }
+    }
+
+    #[test]
+    fn what_a_run_refers_to_or_plans_or_computes_stays() {
+        let lab = Lab::new();
+        let [referred, planned, locked, free] = ["a", "b", "c", "d"].map(|stage| lab.commit(stage, false, 3));
+        lab.run(&[&referred]);
+        let run = lab.store.list_run("r2", "p", BTreeSet::from([planned.clone()])).expect("a run");
+        let staging = lab.store.begin(&locked, &|| true).expect("its lock");
+        let report = lab.gc(|_| {}).expect("a report");
+        assert_eq!((report.removed.len(), report.n_kept, report.n_in_use), (1, 3, 2), "{report:?}");
+        assert!(lab.has(&referred) && lab.has(&planned) && lab.has(&locked) && !lab.has(&free));
+        drop((run, staging));
+        let report = lab.gc(|request| request.dry_run = true).expect("a report");
+        assert!(report.removed.len() == 2 && lab.has(&planned), "{report:?}");
+        assert_eq!(lab.gc(|request| request.older_than = Duration::from_secs(4 * 86_400)).expect("a report").n_kept, 3);
+        assert_eq!(lab.gc(|_| {}).expect("a report").n_kept, 1);
+        // Locks and notes of keys that are gone are gone too.
+        assert!(!lab.store.lock_path(&free).exists() && !lab.store.used_path(&free).exists());
+        assert!(lab.store.lock_path(&referred).exists() && lab.store.used_path(&referred).exists());
+    }
+
+    #[test]
+    fn nothing_is_removed_where_references_can_t_be_read_unless_forced() {
+        let lab = Lab::new();
+        let key = lab.commit("a", false, 1);
+        lab.run(&[]);
+        fs::write(lab.results.join("p/r/run.json"), "{\"format_ver").expect("cut");
+        let error = lab.gc(|_| {}).expect_err("refused").to_string();
+        assert!(error.contains("p/r/run.json") && error.contains("--force") && lab.has(&key), "{error}");
+        fs::remove_dir_all(&lab.results).expect("gone");
+        let error = lab.gc(|request| request.max_bytes = Some(0)).expect_err("refused").to_string();
+        assert!(error.contains("results") && lab.has(&key), "{error}");
+        let report = lab.gc(|request| request.force = true).expect("a report");
+        assert!(report.removed.len() == 1 && report.ignored.len() == 1 && !lab.has(&key), "{report:?}");
+        assert!(lab.gc(|_| {}).is_ok(), "an empty cache has nothing to lose");
+    }
+
+    #[test]
+    fn a_budget_removes_what_was_not_used_for_longest_and_measurements_last() {
+        let lab = Lab::new();
+        let (measured, old, new) = (lab.commit("m", true, 9), lab.commit("o", false, 5), lab.commit("n", false, 2));
+        lab.run(&[&measured, &old, &new]);
+        let bytes = lab.gc(|_| {}).expect("a report").kept_bytes;
+        let fits = lab.gc(|request| request.max_bytes = Some(bytes)).expect("a report");
+        assert!(fits.removed.is_empty() && fits.n_kept == 3, "{fits:?}");
+        let report = lab.gc(|request| request.max_bytes = Some(bytes - 1)).expect("a report");
+        assert_eq!(report.removed[0].0, old.0, "{report:?}");
+        assert!(report.removed.len() == 1 && report.removed[0].2.contains("5 days"), "{report:?}");
+        let report = lab.gc(|request| request.max_bytes = Some(1)).expect("a report");
+        assert_eq!(report.removed.iter().map(|one| &one.0).collect::<Vec<_>>(), [&new.0, &measured.0]);
+        assert!(report.removed[1].2.contains("a measurement"), "{report:?}");
+    }
+
+    #[test]
+    fn what_killed_runs_left_goes_and_what_labpipe_did_not_write_stays() {
+        let lab = Lab::new();
+        let key = lab.commit("a", false, 1);
+        lab.run(&[&key]);
+        let dir = lab.store.dir().to_owned();
+        let other = Key("ab".repeat(32));
+        for name in [format!("tmp/{}.1.0", other.0), format!("tmp/{}.7.gone", other.0), "tmp/notes".to_owned()] {
+            fs::create_dir_all(dir.join(name)).expect("a folder");
+        }
+        fs::create_dir_all(dir.join("index/gone")).expect("a folder");
+        let then = SystemTime::now() - Duration::from_secs(120);
+        let files = [
+            dir.join(".file_hashes.json.12.3"),
+            dir.join("index/p/.x.json.12.3"),
+            dir.join("locks").join(&other.0),
+            dir.join("runs/killed"),
+            lab.results.join("p/r/.run.json.12.3"),
+            lab.results.join(".latest.12.3"),
+        ];
+        for path in &files {
+            fs::write(path, "x").expect("a file");
+            fs::File::open(path).and_then(|file| file.set_modified(then)).expect("a time");
+        }
+        let own = [dir.join("notes.txt"), dir.join(".notes"), lab.results.join("p/r/.notes.1"), dir.join("tmp/notes")];
+        for path in &own[..3] {
+            fs::write(path, "mine").expect("a file");
+        }
+        let told = lab.gc(|request| request.dry_run = true).expect("a report");
+        assert!(files.iter().all(|path| path.exists()), "a dry run removes nothing");
+        let report = lab.gc(|_| {}).expect("a report");
+        assert_eq!((report.removed.len(), report.n_kept), (2, 1), "{report:?}");
+        assert_eq!(told.removed, report.removed);
+        for path in &files {
+            assert!(!path.exists(), "{}", path.display());
+        }
+        assert!(!dir.join("index/gone").exists() && dir.join("index/p").exists());
+        assert!(own.iter().all(|path| path.exists()) && lab.has(&key));
+    }
 }

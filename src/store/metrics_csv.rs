@@ -2,6 +2,7 @@
 
 use super::error::StoreError;
 use super::fs::create_dirs;
+use super::quirks::{is_unsupported, note_once};
 use crate::artifact::number;
 use serde::Serialize;
 use std::fs::OpenOptions;
@@ -44,7 +45,16 @@ pub fn append_metrics_csv(path: &Path, rows: &[MetricsRow]) -> Result<(), StoreE
     }
     let mut file = OpenOptions::new().create(true).append(true).open(path).map_err(StoreError::io("open", path))?;
     // Two processes may end at once: the lock keeps their rows, and the one header, whole.
-    file.lock().map_err(StoreError::io("lock", path))?;
+    match file.lock() {
+        Err(error) if is_unsupported(&error) => note_once(
+            "flock",
+            format!(
+                "the file system of {} has no locks ({error}): two runs that end at once may mix their rows",
+                path.display()
+            ),
+        ),
+        other => other.map_err(StoreError::io("lock", path))?,
+    }
     let is_new = file.metadata().map_err(StoreError::io("read", path))?.len() == 0;
     let mut writer = csv::WriterBuilder::new().has_headers(is_new).from_writer(Vec::new());
     let format = |error: String| StoreError::Format { path: path.to_owned(), reason: error };
