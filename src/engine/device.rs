@@ -66,12 +66,16 @@ fn cuda(index: usize) -> Result<Arc<dyn Engine>, String> {
 #[cfg(feature = "cuda")]
 fn offered(parts: &labpipe_kernels::cube::nvidia::CudaParts) -> BTreeMap<String, String> {
     let absent = || "absent".to_owned();
-    BTreeMap::from([
+    let mut offered = BTreeMap::from([
         ("driver".to_owned(), super::nvidia::driver_version().unwrap_or_else(absent)),
         ("cuda".to_owned(), parts.driver.clone().unwrap_or_else(absent)),
         ("nvrtc".to_owned(), parts.nvrtc_version().unwrap_or_else(absent)),
         ("cublas".to_owned(), parts.cublas_version().unwrap_or_else(absent)),
-    ])
+    ]);
+    // cuBLAS reads it: products in f32 then have another precision.
+    let tf32 = std::env::var("NVIDIA_TF32_OVERRIDE").ok();
+    offered.extend(tf32.map(|value| ("nvidia_tf32_override".to_owned(), value)));
+    offered
 }
 
 #[cfg(not(feature = "cuda"))]

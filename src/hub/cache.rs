@@ -39,7 +39,8 @@ pub fn is_model_file(name: &str) -> bool {
     name.ends_with(".safetensors")
         || name.ends_with(".safetensors.index.json")
         || SIDE_FILES.contains(&name)
-        || (name.starts_with("tokenizer") && [".json", ".model", ".jinja"].iter().any(|ending| name.ends_with(ending)))
+        // `tokenizer.model.v3` too; a folder has no ending.
+        || (name.starts_with("tokenizer") && name.contains('.'))
 }
 
 /// Returns true for a folder within a model's that holds further chat templates, a file each.
@@ -126,6 +127,32 @@ mod tests {
         assert_eq!(locate(&commit, &settings), Some(repo.join("snapshots/abc")));
         write(repo.join("refs/main"), "../../..");
         assert_eq!(locate(&main, &settings), None);
+    }
+
+    #[test]
+    fn what_decides_how_a_model_is_read_tokenized_and_spoken_to_is_a_model_file() {
+        for name in [
+            "config.json",
+            "model-00001-of-00002.safetensors",
+            "model.safetensors.index.json",
+            "special_tokens_map.json",
+            "added_tokens.json",
+            "tokenizer.json",
+            "tokenizer_config.json",
+            "tokenizer.model",
+            "tokenizer.model.v3",
+            "chat_template.jinja",
+            "generation_config.json",
+            "adapter_config.json",
+            "hf_quant_config.json",
+            "quantize_config.json",
+            "quant_config.json",
+        ] {
+            assert!(is_model_file(name), "{name}");
+        }
+        for name in ["README.md", "tokenizer", "model.gguf", "pytorch_model.bin", "notes.txt"] {
+            assert!(!is_model_file(name), "{name}");
+        }
     }
 
     #[test]

@@ -3,7 +3,7 @@
 
 use crate::dataset;
 use crate::hub::{
-    HubReference, HubSettings, ModelLocation, dataset_reference, is_model_file, is_template_folder, locate,
+    HubReference, HubSettings, ModelLocation, dataset_reference, is_model_file, is_template_folder, locate, shards,
 };
 use crate::pipeline::Pipeline;
 use crate::plan::{Located, LocatedFile, Source, SourceFile, SourceKind, named_sources, tidy_path};
@@ -239,6 +239,12 @@ fn model_files(written: &str, dir: &Path) -> Result<Vec<LocatedFile>, SourceErro
             regular(&path.join(&name))?;
             names.push(format!("{folder}/{name}"));
         }
+    }
+    // Shards may be called anything. The stage that opens them reports one that is missing.
+    let shards = shards(dir).unwrap_or_default().into_iter();
+    for name in shards.filter(|name| !is_model_file(name) && dir.join(name).symlink_metadata().is_ok()) {
+        regular(&dir.join(&name))?;
+        names.push(name);
     }
     names.sort();
     let file = |name: String| LocatedFile { path: Some(dir.join(&name)), name: format!("{written}/{name}") };

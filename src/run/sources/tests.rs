@@ -78,6 +78,18 @@ fn a_model_folder_is_its_files_under_one_spelling() {
 }
 
 #[test]
+fn shards_that_an_index_names_are_the_model_s_whatever_they_are_called() {
+    let disk = Disk::new();
+    disk.write("m/part-one", "weights");
+    disk.write("m/model.safetensors.index.json", r#"{"weight_map": {"a": "part-one", "b": "part-two"}}"#);
+    let names = disk.names(SourceKind::Model, "m");
+    assert!(names.contains(&"m/part-one".to_owned()) && names.len() == 4, "{names:?}");
+    symlink("nowhere", disk.path("m/part-two")).expect("a link");
+    let error = disk.error(SourceKind::Model, "m");
+    assert!(error.contains("m/part-two: it is a link to nowhere"), "{error}");
+}
+
+#[test]
 fn what_cannot_be_listed_or_read_is_an_error_that_names_it() {
     let disk = Disk::new();
     fs::create_dir(disk.path("m/tokenizer.json")).expect("a folder");
