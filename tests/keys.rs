@@ -5,6 +5,8 @@
 mod support;
 
 use serde_json::Value;
+use std::collections::BTreeMap;
+use std::io::BufRead;
 use std::path::Path;
 use std::process::{Command, Stdio};
 use support::Lab;
@@ -95,40 +97,61 @@ fn a_text_that_is_edited_and_given_its_old_time_is_read_anew() {
 }
 
 #[test]
-fn a_text_that_is_edited_while_an_earlier_stage_runs_fails_its_stage_and_leaves_nothing() {
+fn what_is_edited_while_an_earlier_stage_runs_fails_its_stage_and_leaves_nothing() {
     let lab = Lab::new();
     copy(&lab, TEXT, "t.txt");
-    let text = lab.path("t.txt");
+    lab.write("c.yaml", "scheme: nf4\n");
+    lab.write("d.yaml", "scheme: nf4\n");
     lab.write(
         "p.yaml",
         "version: 1\nname: p\nstages:\n  m: { kind: load, model: models/stories260k }\n  \
          slow: { kind: decode-bench, model: m, n_gen: 200, samples: 20 }\n  \
-         p: { kind: ppl, model: m, text: { source: t.txt, n_chars: 3000 }, max_length: 64, stride: 32, after: slow }\n",
+         p: { kind: ppl, model: m, text: { source: t.txt, n_chars: 3000 }, max_length: 64, stride: 32, after: slow }\n  \
+         q: { kind: quantize, model: m, config: c.yaml, after: slow }\n  \
+         d: { kind: quantize, model: m, config: d.yaml, after: slow }\n",
     );
     let mut run = lab.command(&["run", "p.yaml", "--log-format", "plain"]);
     let mut child = run.stderr(Stdio::piped()).stdout(Stdio::null()).spawn().expect("a run");
     let mut told = String::new();
-    let mut lines = std::io::BufRead::lines(std::io::BufReader::new(child.stderr.take().expect("its messages")));
-    for line in lines.by_ref() {
+    for line in std::io::BufReader::new(child.stderr.take().expect("its messages")).lines() {
         let line = line.expect("a line");
-        told.push_str(&line);
-        told.push('\n');
-        // What is planned has been hashed; the text is read after this stage.
-        if line.contains("slow") {
-            break;
+        // What is planned has been hashed; the files are read after this stage.
+        if !told.contains("slow") && line.contains("slow") {
+            lab.write("t.txt", &"Another text. ".repeat(500));
+            lab.write("c.yaml", "scheme: int8\n");
+            lab.write("d.yaml", "name: called otherwise\nscheme: nf4\nblock_size: 64\n");
         }
-    }
-    std::fs::write(&text, "Another text. ".repeat(500)).expect("the text");
-    for line in lines {
-        told.push_str(&line.expect("a line"));
+        told.push_str(&line);
         told.push('\n');
     }
     assert_eq!(child.wait().expect("its end").code(), Some(3), "{told}");
-    assert!(told.contains("t.txt: it changed while the run was going on"), "{told}");
-    let outcomes = lab.outcomes();
-    assert!(outcomes.contains(&("p".to_owned(), "failed".to_owned())), "{outcomes:?}");
-    // Nothing was committed under the old key: with the old text back the stage runs.
+    for name in ["t.txt", "c.yaml"] {
+        assert!(told.contains(&format!("read {name}: it changed while the run was going on")), "{told}");
+    }
+    let outcomes: BTreeMap<String, String> = lab.outcomes().into_iter().collect();
+    let of = |stage: &str| outcomes[stage].as_str();
+    assert_eq!((of("p"), of("q"), of("d")), ("failed", "failed", "done"), "{outcomes:?}");
+    // Nothing was committed under the old keys: with the old files back the stage runs, and as they are now they run too.
     copy(&lab, TEXT, "t.txt");
     lab.expect(0, &["run", "p.yaml"]);
-    assert!(lab.outcomes().contains(&("p".to_owned(), "done".to_owned())));
+    let outcomes: BTreeMap<String, String> = lab.outcomes().into_iter().collect();
+    let of = |stage: &str| outcomes[stage].as_str();
+    assert_eq!((of("slow"), of("p"), of("q"), of("d")), ("cached", "done", "done", "cached"), "{outcomes:?}");
+    let scheme = lab.record("q")["config"]["scheme"]["scheme"].clone();
+    assert_eq!((scheme, lab.record("d")["config"]["name"].clone()), ("int8".into(), "called otherwise".into()));
+}
+
+#[test]
+fn a_damaged_config_fails_its_own_stage_and_plan_says_so_of_none() {
+    let lab = Lab::new();
+    lab.write("good.yaml", "scheme: nf4\n");
+    lab.write("bad.yaml", "scheme: [nf4\n");
+    lab.write(
+        "p.yaml",
+        "version: 1\nname: p\nstages:\n  m: { kind: load, model: models/stories260k }\n  \
+         good: { kind: quantize, model: m, config: good.yaml }\n  bad: { kind: quantize, model: m, config: bad.yaml }\n",
+    );
+    lab.expect(0, &["plan", "p.yaml"]);
+    let (_, told) = lab.expect(3, &["run", "p.yaml"]);
+    assert!(told.contains("bad.yaml") && lab.outcomes().contains(&("good".to_owned(), "done".to_owned())), "{told}");
 }

@@ -80,6 +80,7 @@ impl Job<'_> {
         if self.progress.is_cancelled() {
             return Err(StageError::Cancelled.into());
         }
+        let duration_s = start.elapsed().as_secs_f64();
         self.unchanged(&stamps)?;
         let computes = self.node.description.computes || self.node.description.measures;
         let head = RecordHead {
@@ -92,7 +93,7 @@ impl Job<'_> {
             key: self.key.0.clone(),
             cached: false,
             started_at,
-            duration_s: start.elapsed().as_secs_f64(),
+            duration_s,
             device: computes.then(|| self.engine.info().device),
             params: self.node.stage.params.clone(),
         };
