@@ -1,5 +1,6 @@
 //! Quantization configs: which scheme each module gets, as `experiments/*.yaml` and bitsandbytes-style files say it.
 
+mod meaning;
 mod reader;
 
 use crate::units::DType;

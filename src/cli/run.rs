@@ -81,7 +81,7 @@ fn start(
     let events = sink(global.log_format(), global.level());
     download(&read, &global.root, &events)?;
     let (planned, verified) = planned_and_verified(global, &read, selection, &events)?;
-    let Planned { plan, store, engine, device_reason, guard } = planned;
+    let Planned { plan, store, sources, engine, device_reason, guard } = planned;
     let results = Results::new(&global.results);
     let info = engine.info();
     let run_dir = results.reserve(&read.pipeline.name, &run_id())?;
@@ -97,7 +97,7 @@ fn start(
         selection: asked(selection),
         jobs,
         plan: planned_stages(&plan),
-        files: external_files(&plan, &global.root),
+        files: external_files(&plan),
         inputs_verified: verified.to_json(),
         pipeline_text: read.text.clone(),
         set: read.options.set.clone(),
@@ -126,6 +126,7 @@ fn start(
         root: &global.root,
         store: &store,
         active: &active,
+        sources: &sources,
         run_dir: &run_dir,
         run_file,
         engine,

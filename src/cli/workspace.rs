@@ -4,10 +4,11 @@ use super::args::{Global, LogFormat, PipelineArgs, SelectArgs};
 use super::engine;
 use super::error::CliError;
 use crate::event::{Event, EventSink, Level};
+use crate::hub::HubSettings;
 use crate::inference::Engine;
 use crate::pipeline::{Diagnostic, ParseOptions, Pipeline, PipelineError, parse};
 use crate::plan::{MissingFile, Plan, PlanError, Remeasure, Selection, build};
-use crate::run::{StoreFacts, Verified, verify_cached};
+use crate::run::{Sources, StoreFacts, Verified, verify_cached};
 use crate::stage::Catalogue;
 use crate::stages::catalogue;
 use crate::store::{FileHashes, Store, UseGuard};
@@ -27,12 +28,15 @@ pub struct Read {
     pub text: String,
     pub options: ParseOptions,
     pub catalogue: Catalogue,
+    /// Where the Hugging Face cache is, as the environment says it.
+    pub hub: HubSettings,
 }
 
 /// A pipeline with its plan, and what it was planned with.
 pub struct Planned {
     pub plan: Plan,
     pub store: Store,
+    pub sources: Sources,
     pub engine: Arc<dyn Engine>,
     pub device_reason: String,
     /// Keeps gc off what the plan found.
@@ -99,7 +103,7 @@ pub fn read(file: &Path, options: ParseOptions) -> Result<Read, CliError> {
     let text = read_text(file)?;
     let catalogue = catalogue();
     let pipeline = parse(&text, &file.to_string_lossy(), &catalogue, &options).map_err(CliError::Pipeline)?;
-    Ok(Read { pipeline, text, options, catalogue })
+    Ok(Read { pipeline, text, options, catalogue, hub: HubSettings::from_env() })
 }
 
 /// Reads a file of a bounded length, which must be UTF-8.
@@ -157,18 +161,20 @@ pub fn planned(global: &Global, read: &Read, selection: &Selection) -> Result<Pl
     let (engine, device_reason) = engine::build(&read.pipeline.device)?;
     let store = Store::open(&global.cache)?;
     let guard = store.hold_off_gc(&|| true)?;
+    let sources = Sources::new(&global.root, read.hub.clone(), FileHashes::open(store.dir()));
     let facts = StoreFacts {
         store: store.clone(),
-        hashes: FileHashes::open(store.dir()),
+        sources: &sources,
         pipeline: read.pipeline.name.clone(),
         engine: engine.info(),
     };
-    let plan = plan(global, read, selection, &facts)?;
-    Ok(Planned { plan, store, engine, device_reason, guard })
+    let plan = plan(read, selection, &facts)?;
+    sources.flush()?;
+    Ok(Planned { plan, store, sources, engine, device_reason, guard })
 }
 
-fn plan(global: &Global, read: &Read, selection: &Selection, facts: &StoreFacts) -> Result<Plan, CliError> {
-    build(&read.pipeline, &read.catalogue, &global.root, facts, selection).map_err(|error| match error {
+fn plan(read: &Read, selection: &Selection, facts: &StoreFacts<'_>) -> Result<Plan, CliError> {
+    build(&read.pipeline, &read.catalogue, facts, selection).map_err(|error| match error {
         PlanError::MissingFiles(files) => CliError::Pipeline(missing_files(read, &files)),
         other => CliError::Plan(other),
     })
@@ -186,12 +192,6 @@ pub fn planned_and_verified(
     events: &Arc<dyn EventSink>,
 ) -> Result<(Planned, Verified), CliError> {
     let mut planned = planned(global, read, selection)?;
-    let facts = StoreFacts {
-        store: planned.store.clone(),
-        hashes: FileHashes::open(planned.store.dir()),
-        pipeline: read.pipeline.name.clone(),
-        engine: planned.engine.info(),
-    };
     let mut verified = Verified::default();
     loop {
         let found = verify_cached(&planned.plan, &planned.store);
@@ -205,7 +205,13 @@ pub fn planned_and_verified(
         if is_sound {
             break;
         }
-        planned.plan = plan(global, read, selection, &facts)?;
+        let facts = StoreFacts {
+            store: planned.store.clone(),
+            sources: &planned.sources,
+            pipeline: read.pipeline.name.clone(),
+            engine: planned.engine.info(),
+        };
+        planned.plan = plan(read, selection, &facts)?;
     }
     if verified.n_files > 0 {
         let (bytes, took) = (format_bytes(verified.bytes), format_seconds(verified.duration_s));

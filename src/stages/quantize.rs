@@ -56,7 +56,9 @@ impl Stage for Quantize {
     fn run(&self, context: &StageContext<'_>) -> Result<StageOutput, StageError> {
         let mut recipe = context.input("model")?.recipe()?;
         let config = config(context)?;
-        recipe.quantization = Some(config.clone());
+        // Named and unnamed spellings of one meaning leave one record.
+        let applied = QuantizationConfig { name: config.name.clone(), ..config.canonical() };
+        recipe.quantization = Some(applied.clone());
         let rooted = recipe.rooted(context.root);
         let info = context.engine.inspect(&rooted)?;
         if info.tied_embeddings && config.scheme_for("lm_head").is_some() {
@@ -85,7 +87,7 @@ impl Stage for Quantize {
             None
         };
         let weights_bytes = Some(totals.weights_bytes);
-        let record = QuantizeRecord { recipe, model: info, config, weights_bytes, totals, modules, saved };
+        let record = QuantizeRecord { recipe, model: info, config: applied, weights_bytes, totals, modules, saved };
         Ok(StageOutput { body: record.to_fields(), summary })
     }
 }
