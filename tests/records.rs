@@ -5,6 +5,7 @@ use labpipe::artifact::{
     PplRecord, PplResult, PrefillRecord, PrefillResult, QuantizedModule, Record, RecordBody, ReportRecord,
     ReportedFile,
 };
+use labpipe::inference::{LoadRecord, QuantizeRecord};
 use proptest::prelude::*;
 use serde_json::{Map, Value, json};
 
@@ -195,6 +196,24 @@ fn bodies_without_odd_numbers_are_read_as_they_are_written() {
     });
     let read: QuantizedModule = serde_json::from_value(module.clone()).expect("a row");
     assert_eq!(json!(read), module);
+    let recipe = json!({ "source": { "path": "m" }, "dtype": "f16", "compute_dtype": null, "quantization": null });
+    let model = json!({
+        "family": "llama", "n_layers": 1, "hidden_size": 8, "n_heads": 1, "n_kv_heads": 1, "vocab_size": 9, "n_ctx_max": 2,
+        "n_params": u64::MAX, "tied_embeddings": false, "dtype": "f16", "compute_dtype": "f32",
+        "linears": [["lm_head", [9, 8]]], "tokenizer_dir": null, "bos_token_id": null,
+    });
+    let load: LoadRecord = filled(json!({ "recipe": recipe, "model": model }));
+    assert_eq!((&load.account, load.weights_bytes, &load.hub), (&None, None, &None), "absent is not 0");
+    assert_eq!(round_trip(&load), load.to_fields());
+    let quantize: QuantizeRecord = filled(json!({
+        "recipe": recipe, "model": model, "weights_bytes": 1, "modules": [read],
+        "config": { "name": "c", "scheme": null, "compute_dtype": null, "keep": [], "overrides": [] },
+        "totals": {
+            "n_quantized": 0, "n_kept": 1, "quantized_params": 0, "quantized_bytes": 0, "quantized_bits_per_weight": null,
+            "weights_bytes": 1, "base_bytes": 0, "bits_per_weight": "inf",
+        },
+    }));
+    assert_eq!(round_trip(&quantize), quantize.to_fields());
     assert!(serde_json::from_value::<PowerResult>(json!({})).is_err());
     assert!(serde_json::from_value::<(PrefillResult, DecodeResult)>(json!([{}, {}])).is_err());
 }

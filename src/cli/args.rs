@@ -110,8 +110,8 @@ pub enum Command {
 pub struct PipelineArgs {
     /// The pipeline file
     pub file: PathBuf,
-    /// Set a variable (repeatable). The value is taken as it is and read as what takes it: a path or text, a number, true or
-    /// false; [a, b] and {k: v} are a list and a mapping
+    /// Set a variable (repeatable). Text takes the value as given; a number, true or false, a [list] or a {mapping} is parsed
+    /// where one is wanted
     #[arg(long = "set", value_name = "NAME=VALUE", value_parser = pair)]
     pub set: Vec<(String, String)>,
     /// Keep only these values of a matrix variable (repeatable), as labpipe matrix names them or as the file writes them
