@@ -140,6 +140,7 @@ fn start(
     if std::env::var("SAVE_EVAL_RESULTS").is_ok_and(|value| !["", "0", "false"].contains(&value.as_str())) {
         append_metrics_csv(&global.results.join("metrics.csv"), &metrics_rows(&outcome.results, &timestamp()))?;
     }
+    warn(&request.events, take_notes());
     print(&closing(&outcome, &run_dir.path, again))?;
     Ok(outcome.exit_code)
 }
