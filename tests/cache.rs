@@ -234,3 +234,71 @@ fn cells_of_long_and_odd_values_have_folders_of_their_own() {
     }
     lab.expect(0, &["run", "p.yaml", "--matrix", &format!("note={long}2")]);
 }
+
+/// Compiles the library that makes calls fail; labpipe's own build needs a C compiler too.
+fn shim(lab: &Lab) -> PathBuf {
+    let source = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/support/shim.c");
+    let library = lab.path("shim.so");
+    let args = ["-shared", "-fPIC", "-w", "-o"];
+    let compiled = std::process::Command::new("cc").args(args).arg(&library).arg(source).arg("-ldl").status();
+    assert!(compiled.expect("cc starts").success());
+    library
+}
+
+#[test]
+fn a_file_system_without_locks_links_or_fsync_gets_one_warning_and_the_same_results() {
+    let lab = lab(CAPTURES);
+    let modules = lab.record("diff")["modules"].clone();
+    let library = shim(&lab);
+    // ENOSYS, ENOLCK; EPERM; EINVAL, EOPNOTSUPP.
+    for (spec, named) in [
+        ("flock:38", "no locks"),
+        ("flock:37", "no locks"),
+        ("symlink:1", "latest"),
+        ("fsync:22", "sync"),
+        ("fsync:95", "sync"),
+    ] {
+        for folder in ["cache", "results"] {
+            fs::remove_dir_all(lab.path(folder)).expect("a folder");
+        }
+        let with_shim = |args: &[&str]| {
+            let output =
+                lab.command(args).env("LD_PRELOAD", &library).env("SHIM_FAIL", spec).output().expect("labpipe starts");
+            assert!(output.status.success(), "{spec}: {}", support::text(&output.stderr));
+            support::text(&output.stderr)
+        };
+        let told = with_shim(&["run", "p.yaml"]);
+        let warnings: Vec<&str> = told.lines().filter(|line| line.contains("warning")).collect();
+        assert!(matches!(warnings[..], [one] if one.contains(named)), "{spec}: {told}");
+        assert_eq!(lab.record("diff")["modules"], modules, "{spec}");
+        with_shim(&["run", "p.yaml"]);
+        assert_eq!(lab.record("diff")["cached"], true, "{spec}");
+        with_shim(&["cache", "verify"]);
+        with_shim(&["cache", "gc"]);
+        assert!(fs::read_dir(lab.path("cache/runs")).expect("a folder").next().is_none(), "{spec}");
+    }
+}
+
+#[test]
+fn a_kill_before_any_call_that_changes_the_disk_loses_no_measurement() {
+    let lab = lab(&MEASURED.replace("n_gen: 60, samples: 4", "n_gen: 2, samples: 1"));
+    let library = shim(&lab);
+    let mut n_killed = 0;
+    for call in (1..90).step_by(4) {
+        let status = lab
+            .command(&["run", "p.yaml", "--remeasure", "--quiet"])
+            .env("LD_PRELOAD", &library)
+            .env("SHIM_KILL", call.to_string())
+            .stdout(Stdio::null())
+            .status()
+            .expect("labpipe starts");
+        n_killed += usize::from(status.code().is_none());
+        let (plan, _) = lab.expect(0, &["plan", "p.yaml"]);
+        assert!(plan.contains("0 of 3 stages would run"), "killed before call {call}:\n{plan}");
+    }
+    assert!(n_killed > 10, "{n_killed} runs were killed");
+    lab.expect(0, &["cache", "verify"]);
+    lab.expect(0, &["cache", "gc"]);
+    assert!(fs::read_dir(lab.path("cache/tmp")).expect("a folder").next().is_none());
+    assert!(fs::read_dir(lab.path("cache/runs")).expect("a folder").next().is_none());
+}

@@ -35,11 +35,13 @@ pub fn again(words: impl IntoIterator<Item = OsString>, run_id: Option<&str>) ->
     let (positionals, options): (Vec<&Arg>, Vec<&Arg>) =
         arguments(command, &root).into_iter().partition(|arg| arg.is_positional());
     for arg in positionals.into_iter().chain(options) {
-        for word in words_of(arg, matches) {
-            found.command.push_str(&format!(" {}", shell_word(&word)));
-            if ["force", "remeasure", "from"].contains(&arg.get_id().as_str()) {
-                found.repeats.push(word);
-            }
+        let words: Vec<String> = words_of(arg, matches).iter().map(|word| shell_word(word)).collect();
+        if words.is_empty() {
+            continue;
+        }
+        found.command.push_str(&format!(" {}", words.join(" ")));
+        if ["force", "remeasure", "from"].contains(&arg.get_id().as_str()) {
+            found.repeats.push(words.join(" "));
         }
     }
     let is_named = matches.try_contains_id("run").is_ok_and(|is_there| is_there);
@@ -69,9 +71,11 @@ fn words_of(arg: &Arg, matches: &ArgMatches) -> Vec<String> {
     match name {
         Some(name) if !takes_values => vec![name],
         Some(name) => values
-            .map(|values| match values.join(",") {
-                value if value.is_empty() && arg.is_require_equals_set() => name.clone(),
-                value => format!("{name}={value}"),
+            .flat_map(|values| match values.join(",") {
+                value if value.is_empty() && arg.is_require_equals_set() => vec![name.clone()],
+                // A value that begins with a dash would be taken for an option.
+                value if arg.is_require_equals_set() || value.starts_with('-') => vec![format!("{name}={value}")],
+                value => vec![name.clone(), value],
             })
             .collect(),
         None => values.flatten().collect(),
@@ -115,13 +119,13 @@ mod tests {
         let found = again(words(&asked), None);
         assert_eq!(
             found.command,
-            r"labpipe run p.yaml '--cache=/a b' --quiet '--set=title=it'\''s' '--set=n=[1, 2]' --until=diff --remeasure --jobs=3"
+            r"labpipe run p.yaml --cache '/a b' --quiet --set 'title=it'\''s' --set 'n=[1, 2]' --until diff --remeasure --jobs 3"
         );
         assert_eq!(found.repeats, ["--remeasure"]);
         let found = again(words(&["rerun", "--from", "diff"]), Some("20260101T000000Z-abcd"));
-        assert_eq!(found.command, "labpipe rerun --from=diff --run 20260101T000000Z-abcd");
+        assert_eq!(found.command, "labpipe rerun --from diff --run 20260101T000000Z-abcd");
         let found = again(words(&["rerun", "--from", "diff", "--run", "r1"]), Some("r1"));
-        assert_eq!(found.command, "labpipe rerun --from=diff --run=r1");
+        assert_eq!(found.command, "labpipe rerun --from diff --run r1");
     }
 
     /// A value that an argument takes; a flag has none.
@@ -161,7 +165,8 @@ mod tests {
                 }
                 let asked: Vec<&str> = asked.iter().map(String::as_str).collect();
                 let found = again(words(&asked), None).command;
-                assert!(found.contains(&shell_word(&word)), "{id}: {found}");
+                let named = arg.get_long().map_or_else(|| shell_word(&word), |long| format!("--{long}"));
+                assert!(found.contains(&named), "{id}: {found}");
                 // A shell reads it as the same words.
                 let shell = std::process::Command::new("sh").args(["-c", &format!("printf '%s\\0' {found}")]).output();
                 let read = String::from_utf8(shell.expect("a shell").stdout).expect("text");

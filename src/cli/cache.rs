@@ -3,6 +3,7 @@
 use super::args::{CacheAction, Global};
 use super::error::CliError;
 use super::print;
+use crate::event::{Event, Outcome};
 use crate::run::StageProgress;
 use crate::store::{GcRequest, Store, StoreError};
 use crate::ui::{sink, table};
@@ -10,7 +11,7 @@ use crate::units::format_bytes;
 use std::cell::Cell;
 use std::io::Write;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 const DAY: Duration = Duration::from_secs(86_400);
 
@@ -101,8 +102,13 @@ fn list(store: &Store) -> Result<u8, CliError> {
 fn verify(global: &Global, store: &Store) -> Result<u8, CliError> {
     let events = sink(global.log_format(), global.level());
     // Ctrl-C ends the process: there is nothing to tidy up.
-    let progress = StageProgress::new("cache", events, Arc::default());
+    let progress = StageProgress::new("cache", Arc::clone(&events), Arc::default());
+    let (stage, kind, start) = ("cache".to_owned(), "verify".to_owned(), Instant::now());
+    events.emit(Event::StageStarted { stage: stage.clone(), kind: kind.clone() });
     let verdicts = store.verify(&progress)?;
+    let summary = format!("{} artifacts", verdicts.len());
+    let duration_s = start.elapsed().as_secs_f64();
+    events.emit(Event::StageFinished { stage, kind, outcome: Outcome::Done, duration_s, summary });
     let damaged: Vec<String> = verdicts
         .iter()
         .filter_map(|verdict| {

@@ -142,6 +142,7 @@ fn start(
     if std::env::var("SAVE_EVAL_RESULTS").is_ok_and(|value| !["", "0", "false"].contains(&value.as_str())) {
         append_metrics_csv(&global.results.join("metrics.csv"), &metrics_rows(&outcome.results, &timestamp())?)?;
     }
+    warn(&request.events, take_notes());
     match print(&closing(&outcome, &run_dir.path, again)) {
         // A stage that failed matters more than a table that could not be written.
         Err(error) if outcome.exit_code == 0 => Err(error),

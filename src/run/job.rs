@@ -54,9 +54,9 @@ impl Job<'_> {
             !self.progress.is_cancelled()
         };
         let staging = self.store.begin(&self.key, &keep_waiting)?;
-        if !self.forced
-            && let Some(artifact) = self.store.get(&self.key)
-        {
+        // Two stages of one run may have the same key: what the first computed serves the second also where all is computed anew.
+        let serves = |artifact: &Artifact| !self.forced || artifact.record.head.produced_by_run == self.run_id;
+        if let Some(artifact) = self.store.get(&self.key).filter(serves) {
             return Ok((artifact, true, String::new()));
         }
         let commits = self.verify_inputs()?;
