@@ -164,7 +164,7 @@ mod tests {
         let flags: Vec<String> = flags.split_whitespace().map(|flag| flag.replace('_', "")).collect();
         for feature in cpu_features() {
             let listed = feature.replace('.', "");
-            assert!(flags.iter().any(|flag| *flag == listed), "{feature} is not among {flags:?}");
+            assert!(flags.contains(&listed), "{feature} is not among {flags:?}");
         }
         assert!(host().contains_key("cpu_features"));
     }

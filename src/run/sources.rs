@@ -50,7 +50,17 @@ pub enum SourceError {
     #[error("read {name}: it was not there when the run was planned; run again")]
     Appeared { name: String },
     #[error(transparent)]
-    Store(#[from] StoreError),
+    Store(StoreError),
+}
+
+impl SourceError {
+    /// Names the file that can't be read. What the store advises is about its own folders.
+    fn of(error: StoreError) -> SourceError {
+        match error {
+            StoreError::Io { path, source, .. } => SourceError::File { path, reason: source.to_string() },
+            other => SourceError::Store(other),
+        }
+    }
 }
 
 impl Sources {
@@ -106,7 +116,7 @@ impl Sources {
     /// # Errors
     /// `Store`.
     pub fn hash(&self, path: &Path) -> Result<String, SourceError> {
-        Ok(self.hashes.get(path)?)
+        self.hashes.get(path).map_err(SourceError::of)
     }
 
     /// Writes down the hashes that were computed.
@@ -168,7 +178,7 @@ impl Sources {
                 Err(StoreError::Io { source, .. }) if source.kind() == ErrorKind::NotFound => {
                     return Err(SourceError::Gone { name: name() });
                 }
-                Err(error) => return Err(error.into()),
+                Err(error) => return Err(SourceError::of(error)),
             };
             stamps.0.insert(file.name.clone(), stamp);
             if hash != planned.hash && !means_the_same(source, planned, path) {

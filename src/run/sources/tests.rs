@@ -214,3 +214,11 @@ fn a_file_that_was_replaced_and_put_back_while_a_stage_ran_is_named() {
     assert!(error.contains("m/model.safetensors: it was written to while the stage read it"), "{error}");
     assert!(sources.verify(&[&model]).is_ok());
 }
+
+#[test]
+fn a_file_that_may_not_be_read_is_named_without_advice_for_the_cache() {
+    let source = io::Error::from(ErrorKind::PermissionDenied);
+    let error = StoreError::Io { verb: "read", path: PathBuf::from("m/model.safetensors"), source };
+    let text = SourceError::of(error).to_string();
+    assert!(text.starts_with("read m/model.safetensors: ") && !text.contains("--cache"), "{text}");
+}
