@@ -13,6 +13,8 @@ pub enum StoreError {
     Format { path: PathBuf, reason: String },
     #[error("write {path}: {reason}")]
     Parquet { path: PathBuf, reason: String },
+    #[error("read {path}: it changed while it was read; run again when whoever writes it is done")]
+    Unsteady { path: PathBuf },
     #[error("wait for another labpipe that computes {key}: cancelled")]
     Cancelled { key: String },
 }

@@ -1,84 +1,90 @@
-//! Content hashes of files outside the cache, remembered by path, size, modification time and inode.
+//! blake3 of a file, large ones on all cores, and a check that it stayed as it was meanwhile.
 
 use super::error::StoreError;
-use super::fs::write_atomically;
-use serde::{Deserialize, Serialize};
-use std::collections::BTreeMap;
+use super::stamp::{Stamp, now_ns};
+use blake3::hazmat::{ChainingValue, HasherExt, Mode, left_subtree_len, merge_subtrees_non_root, merge_subtrees_root};
+use blake3::{Hash, Hasher};
 use std::fs::{self, File};
-use std::os::unix::fs::MetadataExt;
+use std::io;
+use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
-use std::sync::Mutex;
+
+/// Bytes that one thread reads and hashes at a time; a power of two, as the tree of blake3 wants it.
+const PIECE: u64 = 4 << 20;
+/// Times that a file is read anew because it changed meanwhile.
+const TRIES: usize = 4;
 
 /// Returns a file's blake3.
 ///
 /// # Errors
 /// `Io`.
 pub fn hash_file(path: &Path) -> Result<String, StoreError> {
-    let mut hasher = blake3::Hasher::new();
-    let mut file = File::open(path).map_err(StoreError::io("read", path))?;
-    hasher.update_reader(&mut file).map_err(StoreError::io("read", path))?;
-    Ok(hasher.finalize().to_hex().to_string())
+    let file = File::open(path).map_err(StoreError::io("read", path))?;
+    let bytes = file.metadata().map_err(StoreError::io("read", path))?.len();
+    Ok(hash_open(&file, bytes).map_err(StoreError::io("read", path))?.to_hex().to_string())
 }
 
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-struct Remembered {
-    bytes: u64,
-    mtime_ns: i128,
-    inode: u64,
-    blake3: String,
+/// A file's content, and how the file stood when it was read.
+#[derive(Debug, Clone)]
+pub struct Reading {
+    /// The file itself, links followed.
+    pub real: PathBuf,
+    pub stamp: Stamp,
+    /// blake3, in hexadecimal digits.
+    pub hash: String,
+    /// When reading began, in nanoseconds since 1970.
+    pub read_from_ns: i64,
 }
 
-/// Hashes that are computed once for a file that stays as it is.
-#[derive(Debug)]
-pub struct FileHashes {
-    path: PathBuf,
-    known: Mutex<BTreeMap<String, Remembered>>,
-}
-
-impl FileHashes {
-    /// Reads what is remembered in `cache/file_hashes.json`; a damaged file counts as empty.
-    pub fn open(cache_dir: &Path) -> FileHashes {
-        let path = cache_dir.join("file_hashes.json");
-        let known = fs::read(&path).ok().and_then(|bytes| serde_json::from_slice(&bytes).ok()).unwrap_or_default();
-        FileHashes { path, known: Mutex::new(known) }
-    }
-
-    /// Returns a file's blake3, computing it only where the file changed; for a blob of the Hugging Face cache that is named by its
-    /// SHA-256, that name (`sha256:…`).
-    ///
-    /// # Errors
-    /// `Io` where the file can't be read.
-    pub fn get(&self, path: &Path) -> Result<String, StoreError> {
-        let meta = fs::metadata(path).map_err(StoreError::io("read", path))?;
-        let real = fs::canonicalize(path).unwrap_or_else(|_| path.to_owned());
-        if let Some(sha256) = hub_blob_sha256(&real) {
-            return Ok(format!("sha256:{sha256}"));
+/// Hashes a file that stays as it is meanwhile; one that changes is read again.
+///
+/// # Errors
+/// `Io`; `Unsteady` where it changed each time; `Format` for what is no regular file.
+pub fn read_steadily(path: &Path) -> Result<Reading, StoreError> {
+    for _ in 0..TRIES {
+        let read_from_ns = now_ns();
+        let real = fs::canonicalize(path).map_err(StoreError::io("read", path))?;
+        // Asked before it is opened: a pipe would wait for whoever writes into it.
+        if !fs::metadata(&real).map_err(StoreError::io("read", path))?.is_file() {
+            return Err(StoreError::Format { path: path.to_owned(), reason: "it is no regular file".to_owned() });
         }
-        let name = real.to_string_lossy().into_owned();
-        let mtime_ns = i128::from(meta.mtime()) * 1_000_000_000 + i128::from(meta.mtime_nsec());
-        let is_same =
-            |known: &Remembered| (known.bytes, known.mtime_ns, known.inode) == (meta.len(), mtime_ns, meta.ino());
-        let mut known = self.known.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
-        if let Some(remembered) = known.get(&name).filter(|remembered| is_same(remembered)) {
-            return Ok(remembered.blake3.clone());
+        let file = File::open(&real).map_err(StoreError::io("read", path))?;
+        let stamp = Stamp::of(&file.metadata().map_err(StoreError::io("read", path))?);
+        let hash = match hash_open(&file, stamp.bytes) {
+            Ok(hash) => hash,
+            // It was cut short while it was read.
+            Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => continue,
+            Err(error) => return Err(StoreError::io("read", path)(error)),
+        };
+        let after = fs::metadata(path).map_err(StoreError::io("read", path))?;
+        if Stamp::of(&after) == stamp {
+            return Ok(Reading { real, stamp, hash: hash.to_hex().to_string(), read_from_ns });
         }
-        let blake3 = hash_file(path)?;
-        known.insert(name, Remembered { bytes: meta.len(), mtime_ns, inode: meta.ino(), blake3: blake3.clone() });
-        let bytes = serde_json::to_vec(&*known).unwrap_or_default();
-        write_atomically(&self.path, &bytes)?;
-        Ok(blake3)
     }
+    Err(StoreError::Unsteady { path: path.to_owned() })
 }
 
-/// Returns the name of a blob that the Hugging Face cache names by its content: `models--ORG--NAME/blobs/SHA256`. Git's own files
-/// have shorter names there.
-fn hub_blob_sha256(path: &Path) -> Option<&str> {
-    let name = path.file_name()?.to_str()?;
-    let is_sha256 = name.len() == 64 && name.bytes().all(|byte| byte.is_ascii_digit() || (b'a'..=b'f').contains(&byte));
-    let blobs = path.parent().filter(|dir| dir.file_name().is_some_and(|name| name == "blobs"))?;
-    let repo = blobs.parent()?.file_name()?.to_str()?;
-    let is_hub = repo.starts_with("models--") || repo.starts_with("datasets--");
-    (is_sha256 && is_hub).then_some(name)
+fn hash_open(mut file: &File, bytes: u64) -> io::Result<Hash> {
+    if bytes <= PIECE {
+        let mut hasher = Hasher::new();
+        hasher.update_reader(&mut file)?;
+        return Ok(hasher.finalize());
+    }
+    let left = left_subtree_len(bytes);
+    let (a, b) = rayon::join(|| subtree(file, 0, left), || subtree(file, left, bytes - left));
+    Ok(merge_subtrees_root(&a?, &b?, Mode::Hash))
+}
+
+/// Hashes the part of a file that is one subtree of blake3's tree.
+fn subtree(file: &File, offset: u64, bytes: u64) -> io::Result<ChainingValue> {
+    if bytes <= PIECE {
+        let mut buffer = vec![0; usize::try_from(bytes).map_err(io::Error::other)?];
+        file.read_exact_at(&mut buffer, offset)?;
+        return Ok(Hasher::new().set_input_offset(offset).update(&buffer).finalize_non_root());
+    }
+    let left = left_subtree_len(bytes);
+    let (a, b) = rayon::join(|| subtree(file, offset, left), || subtree(file, offset + left, bytes - left));
+    Ok(merge_subtrees_non_root(&a?, &b?, Mode::Hash))
 }
 
 #[cfg(test)]
@@ -86,33 +92,43 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_hub_blob_named_by_its_sha256_is_not_read() {
+    fn a_file_hashed_in_pieces_has_the_blake3_of_its_bytes() {
         let dir = tempfile::tempdir().expect("a temporary folder");
-        let blobs = dir.path().join("models--org--name/blobs");
-        fs::create_dir_all(&blobs).expect("a folder");
-        let hashes = FileHashes::open(dir.path());
-        let sha256 = "0123456789abcdef".repeat(4);
-        fs::write(blobs.join(&sha256), b"anything").expect("a blob");
-        fs::write(blobs.join(&sha256[..40]), b"config").expect("a blob");
-        let pointer = dir.path().join("model.safetensors");
-        std::os::unix::fs::symlink(blobs.join(&sha256), &pointer).expect("a link");
-        assert_eq!(hashes.get(&pointer).expect("a hash"), format!("sha256:{sha256}"));
-        let of_git_file = hashes.get(&blobs.join(&sha256[..40])).expect("a hash");
-        assert_eq!(of_git_file, blake3::hash(b"config").to_hex().to_string());
-        fs::rename(&blobs, dir.path().join("blobs")).expect("a move");
-        let elsewhere = hashes.get(&dir.path().join("blobs").join(&sha256)).expect("a hash");
-        assert_eq!(elsewhere, blake3::hash(b"anything").to_hex().to_string());
+        let path = dir.path().join("a");
+        let content: Vec<u8> = (0..PIECE * 5 + 1025).map(|i| (i % 251) as u8).collect();
+        for bytes in [0, 1, PIECE - 1, PIECE, PIECE + 1, 2 * PIECE, 3 * PIECE + 1024, 5 * PIECE + 1025] {
+            let content = &content[..usize::try_from(bytes).expect("a length")];
+            fs::write(&path, content).expect("a file");
+            assert_eq!(hash_file(&path).expect("a hash"), blake3::hash(content).to_hex().to_string(), "{bytes}");
+        }
     }
 
     #[test]
-    fn a_changed_file_gets_a_new_hash_and_a_damaged_memory_is_forgotten() {
+    fn a_file_that_never_rests_while_it_is_read_is_an_error_that_names_it() {
         let dir = tempfile::tempdir().expect("a temporary folder");
-        let path = dir.path().join("a");
-        fs::write(&path, b"one").expect("a file");
-        let first = FileHashes::open(dir.path()).get(&path).expect("a hash");
-        fs::write(dir.path().join("file_hashes.json"), b"{").expect("damage");
-        assert_eq!(FileHashes::open(dir.path()).get(&path).expect("a hash"), first);
-        fs::write(&path, b"three").expect("a file");
-        assert_ne!(FileHashes::open(dir.path()).get(&path).expect("a hash"), first);
+        let path = dir.path().join("growing.txt");
+        // Large enough that a write falls into every reading.
+        fs::write(&path, vec![7; 64 << 20]).expect("a file");
+        let stop = std::sync::atomic::AtomicBool::new(false);
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                use std::io::Write;
+                let mut file = File::options().append(true).open(&path).expect("the file");
+                while !stop.load(std::sync::atomic::Ordering::Relaxed) {
+                    file.write_all(b"x").expect("a write");
+                }
+            });
+            let error = read_steadily(&path).expect_err("it changes all the time").to_string();
+            stop.store(true, std::sync::atomic::Ordering::Relaxed);
+            assert!(error.contains("growing.txt") && error.contains("changed while"), "{error}");
+        });
+        assert!(read_steadily(&path).is_ok());
+    }
+
+    #[test]
+    fn a_folder_and_a_pipe_are_no_files_to_read() {
+        let dir = tempfile::tempdir().expect("a temporary folder");
+        let error = read_steadily(dir.path()).expect_err("a folder").to_string();
+        assert!(error.contains("no regular file"), "{error}");
     }
 }
