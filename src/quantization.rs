@@ -1,5 +1,7 @@
 //! Quantization configs: which scheme each module gets, as `experiments/*.yaml` and bitsandbytes-style files say it.
 
+mod meaning;
+
 use crate::units::DType;
 use globset::GlobBuilder;
 use labpipe_kernels::{SCHEMES, SchemeSpec, scheme};
