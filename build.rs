@@ -1,21 +1,51 @@
 //! Tells the program what it was built from and with: `run.json` carries it, so that another person can build the same.
 
+use std::collections::BTreeMap;
 use std::process::Command;
 
-/// Crates whose version may change numbers or files.
-const CRATES: [&str; 12] = [
+/// Crates whose version may change numbers, texts or files.
+const CRATES: [&str; 41] = [
     "arrow",
     "burn",
+    "burn-backend",
+    "burn-backend-extension",
     "burn-cubecl",
+    "burn-cuda",
+    "burn-dispatch",
     "burn-flex",
+    "burn-std",
+    "burn-tensor",
     "cubecl",
+    "cubecl-common",
+    "cubecl-core",
+    "cubecl-cpp",
+    "cubecl-cuda",
+    "cubecl-ir",
+    "cubecl-opt",
+    "cubecl-runtime",
+    "cubecl-server",
+    "cubecl-std",
+    "cubecl-wgpu",
+    "cudarc",
+    "fancy-regex",
     "gemm",
+    "gemm-common",
+    "gemm-f16",
+    "gemm-f32",
     "half",
+    "libm",
+    "macerator",
+    "minijinja",
+    "minijinja-contrib",
+    "naga",
     "parquet",
+    "pulp",
     "rayon",
     "safetensors",
     "serde-saphyr",
     "tokenizers",
+    "unicode-normalization-alignments",
+    "wgpu",
 ];
 
 fn main() {
@@ -47,15 +77,16 @@ fn output(program: &str, args: &[&str]) -> Option<String> {
     Some(text.trim().to_owned()).filter(|text| !text.is_empty())
 }
 
-/// Returns `name=version` of the crates in Cargo.lock.
+/// Returns `name=version` of the crates in Cargo.lock; `name=version+version` where it holds several.
 fn crates() -> Vec<String> {
     let lock = std::fs::read_to_string("Cargo.lock").unwrap_or_default();
     let quoted =
         |line: &str, key: &str| line.strip_prefix(key)?.strip_prefix(" = \"")?.strip_suffix('"').map(str::to_owned);
     let lines: Vec<&str> = lock.lines().collect();
     let pairs = lines.windows(2).filter_map(|pair| Some((quoted(pair[0], "name")?, quoted(pair[1], "version")?)));
-    pairs
-        .filter(|(name, _)| CRATES.contains(&name.as_str()))
-        .map(|(name, version)| format!("{name}={version}"))
-        .collect()
+    let mut versions: BTreeMap<String, Vec<String>> = BTreeMap::new();
+    for (name, version) in pairs.filter(|(name, _)| CRATES.contains(&name.as_str())) {
+        versions.entry(name).or_default().push(version);
+    }
+    versions.into_iter().map(|(name, versions)| format!("{name}={}", versions.join("+"))).collect()
 }

@@ -22,12 +22,12 @@ pub enum DatasetError {
 ///
 /// # Errors
 /// `NoFile` for a path that leads nowhere; `Hub` for what is no address of a data set's file.
-pub fn locate(source: &str, root: &Path) -> Result<Option<PathBuf>, DatasetError> {
+pub fn locate(source: &str, root: &Path, settings: &HubSettings) -> Result<Option<PathBuf>, DatasetError> {
     if !source.starts_with(SCHEME) {
         return on_disk(source, root).map(Some);
     }
     let reference = dataset_reference(source).map_err(of(source))?;
-    Ok(hub::locate(&reference, &HubSettings::from_env()))
+    Ok(hub::locate(&reference, settings))
 }
 
 /// Returns the file that a pipeline's `source` means, downloading it where it is not in the cache.
@@ -59,6 +59,7 @@ mod tests {
 
     #[test]
     fn addresses_that_lead_out_of_the_cache_or_nowhere_are_errors() {
+        let settings = HubSettings::from_env();
         for source in [
             "hf://datasets/a/b",
             "hf://datasets/a",
@@ -68,9 +69,12 @@ mod tests {
             "hf://datasets/a/b@../x/f",
             "hf://datasets/a/b//f",
         ] {
-            assert!(matches!(locate(source, Path::new("/nowhere")), Err(DatasetError::Hub { .. })), "{source}");
+            assert!(
+                matches!(locate(source, Path::new("/nowhere"), &settings), Err(DatasetError::Hub { .. })),
+                "{source}"
+            );
         }
-        let error = locate("no/such.txt", Path::new("/tmp")).expect_err("it is not there").to_string();
+        let error = locate("no/such.txt", Path::new("/tmp"), &settings).expect_err("it is not there").to_string();
         assert_eq!(error, "no/such.txt: no such file (looked in /tmp)");
     }
 }

@@ -21,6 +21,7 @@ use crate::quantization::QuantizationConfig;
 use crate::units::DType;
 use labpipe_kernels::SchemeSpec;
 use serde::{Deserialize, Serialize};
+use std::collections::BTreeMap;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
@@ -50,6 +51,13 @@ pub struct ModelRecipe {
 }
 
 impl ModelRecipe {
+    /// Returns true if both make the same model, whatever their quantization configs are called.
+    pub fn is_same_model(&self, other: &ModelRecipe) -> bool {
+        let meaning = |recipe: &ModelRecipe| recipe.quantization.as_ref().map(QuantizationConfig::canonical);
+        (&self.source, self.dtype, self.compute_dtype) == (&other.source, other.dtype, other.compute_dtype)
+            && meaning(self) == meaning(other)
+    }
+
     /// Returns the recipe with its paths, which are kept as the pipeline file writes them, starting at `root`.
     pub fn rooted(&self, root: &Path) -> ModelRecipe {
         let source = match &self.source {
@@ -64,7 +72,7 @@ impl ModelRecipe {
 /// Who computes: goes into records and, with `device`, into the keys of measurements.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct EngineInfo {
-    /// `burn-flex 0.22.1`.
+    /// `burn-flex 0.22.1`, the version exact.
     pub backend: String,
     /// `cpu: AMD EPYC 7B13, 2 threads, avx512f`: model, driver, power limit, whatever changes a measurement.
     pub device: String,
@@ -74,6 +82,9 @@ pub struct EngineInfo {
     pub clock: String,
     /// True where the device is the host's processor: a measurement then needs the whole machine.
     pub is_host: bool,
+    /// What else decides the numbers, by name: exact versions of the libraries that compute, instruction sets, and on a GPU its name,
+    /// the driver, NVRTC and cuBLAS (`absent` where it is not there). Gathered once; in the key of everything that is computed.
+    pub computed_with: BTreeMap<String, String>,
 }
 
 /// What a model is, known without loading its weights.

@@ -8,6 +8,7 @@
 pub mod artifact;
 pub mod event;
 pub mod units;
+pub mod versions;
 
 // Contracts.
 pub mod inference;

@@ -47,7 +47,7 @@ pub enum ParamType {
     /// files' content is in the key. Canonical form: that mapping with every key, null where absent; `source` is a list
     /// only where there are several.
     TextSource,
-    /// A path to a quantization config, or the config itself as a mapping; its content is in the key.
+    /// A path to a quantization config, or the config itself as a mapping; what it means is in the key.
     QuantizationConfig,
 }
 

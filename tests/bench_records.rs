@@ -173,6 +173,7 @@ impl Engine for Script {
             numerics_version: 1,
             clock: "scripted".to_owned(),
             is_host: false,
+            computed_with: BTreeMap::new(),
         }
     }
 

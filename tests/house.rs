@@ -319,15 +319,39 @@ fn workflows_run_recipes_of_the_justfile_and_nothing_else() {
 }
 
 #[test]
+fn a_plan_asks_facts_and_neither_the_disk_nor_the_environment() {
+    for path in sources(&root().join("src/plan")) {
+        let text = read(&path);
+        for word in [
+            "std::fs",
+            "fs::",
+            "std::env",
+            "env::var",
+            "from_env",
+            "is_dir(",
+            "is_file(",
+            "exists(",
+            "read_dir",
+            "File::",
+            "canonicalize",
+            "metadata(",
+        ] {
+            assert!(!text.contains(word), "{} has {word}", path.display());
+        }
+    }
+}
+
+#[test]
 fn rooms_import_downward_only() {
     // Each room, and the rooms that it may know.
-    let words = ["units", "event", "artifact"];
-    let contracts = ["units", "event", "artifact", "inference", "quantization", "stage"];
+    let words = ["units", "event", "artifact", "versions"];
+    let contracts = ["units", "event", "artifact", "versions", "inference", "quantization", "stage"];
     let with = |more: &[&'static str]| contracts.iter().chain(more).copied().collect::<Vec<_>>();
     let everything = ["bench", "metrics", "pipeline", "plan", "store", "report"];
     let allowed: BTreeMap<&str, Vec<&str>> = BTreeMap::from([
         ("units", vec![]),
         ("event", vec![]),
+        ("versions", vec![]),
         ("artifact", words.to_vec()),
         ("inference", contracts.to_vec()),
         ("quantization", words.to_vec()),
@@ -338,13 +362,13 @@ fn rooms_import_downward_only() {
         ("hub", words.to_vec()),
         ("dataset", [&words[..], &["hub"]].concat()),
         ("gguf", words.to_vec()),
-        ("plan", with(&["dataset", "hub", "pipeline"])),
+        ("plan", with(&["pipeline"])),
         ("store", with(&[])),
         ("report", with(&["metrics", "pipeline", "plan"])),
         ("engine", with(&["gguf", "hub", "metrics"])),
         ("stages", with(&["bench", "dataset", "gguf", "hub", "metrics", "report", "store"])),
         ("ui", with(&["pipeline", "plan"])),
-        ("run", with(&[&everything[..], &["hub"]].concat())),
+        ("run", with(&[&everything[..], &["dataset", "hub"]].concat())),
     ]);
     let src = root().join("src");
     for path in sources(&src) {

@@ -8,7 +8,7 @@ use labpipe::inference::{
 };
 use labpipe::pipeline::{ParseOptions, parse};
 use labpipe::plan::{Selection, build};
-use labpipe::run::{RunFile, RunOutcome, RunRequest, StoreFacts, execute, timestamp};
+use labpipe::run::{RunFile, RunOutcome, RunRequest, Sources, StoreFacts, execute, timestamp};
 use labpipe::stage::{
     Catalogue, ParamDefault, ParamDesc, ParamType, Stage, StageContext, StageDescription, StageError, StageOutput,
 };
@@ -86,6 +86,7 @@ impl Engine for FakeEngine {
             numerics_version: 1,
             clock: "scripted".to_owned(),
             is_host: true,
+            computed_with: BTreeMap::new(),
         }
     }
 
@@ -300,13 +301,11 @@ impl Bench {
         let pipeline = parse(&text, "fake.yaml", &catalogue, &ParseOptions::default()).expect("a pipeline");
         let engine: Arc<dyn Engine> = Arc::new(FakeEngine(Arc::clone(&self.seen)));
         let store = Store::open(&self.dir.path().join("cache")).expect("a store");
-        let facts = StoreFacts {
-            store: store.clone(),
-            hashes: FileHashes::open(store.dir()),
-            pipeline: "fake".to_owned(),
-            engine: engine.info(),
-        };
-        let plan = build(&pipeline, &catalogue, self.dir.path(), &facts, selection).expect("a plan");
+        let hub = labpipe::hub::HubSettings::from_env();
+        let sources = Sources::new(self.dir.path(), hub, FileHashes::open(store.dir()));
+        let facts =
+            StoreFacts { store: store.clone(), sources: &sources, pipeline: "fake".to_owned(), engine: engine.info() };
+        let plan = build(&pipeline, &catalogue, &facts, selection).expect("a plan");
         let run_file = RunFile {
             run_id: labpipe::run::run_id(),
             pipeline: "fake".to_owned(),
@@ -337,6 +336,7 @@ impl Bench {
             catalogue: &catalogue,
             root: self.dir.path(),
             store: &store,
+            sources: &sources,
             run_dir: &run_dir,
             run_file,
             engine,

@@ -4,8 +4,7 @@ use super::error::CliError;
 use super::workspace::Read;
 use crate::event::{Event, EventSink, Outcome};
 use crate::hub::{HubError, HubReference, HubSettings, fetch, locate};
-use crate::plan::hub_references;
-use crate::run::StageProgress;
+use crate::run::{StageProgress, hub_references};
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
@@ -17,13 +16,7 @@ use std::time::Instant;
 /// `Hub`, for the first thing that is not to be had.
 pub fn download(read: &Read, root: &Path, events: &Arc<dyn EventSink>) -> Result<(), CliError> {
     let references = hub_references(&read.pipeline, &read.catalogue, root);
-    if references.is_empty() {
-        return Ok(());
-    }
-    let settings = HubSettings::from_env();
-    for reference in references {
-        get(&reference, &settings, events)?;
-    }
+    references.iter().try_for_each(|reference| get(reference, &read.hub, events))?;
     Ok(())
 }
 

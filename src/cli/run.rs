@@ -69,7 +69,7 @@ fn options(run: &Value) -> ParseOptions {
 fn start(global: &Global, file: &Path, read: Read, selection: &Selection, jobs: usize) -> Result<u8, CliError> {
     let events = sink(global.log_format(), global.level());
     download(&read, &global.root, &events)?;
-    let Planned { plan, store, engine, device_reason } = planned(global, &read, selection)?;
+    let Planned { plan, store, sources, engine, device_reason } = planned(global, &read, selection)?;
     let results = Results::new(&global.results);
     let info = engine.info();
     let run_file = RunFile {
@@ -81,7 +81,7 @@ fn start(global: &Global, file: &Path, read: Read, selection: &Selection, jobs: 
         selection: asked(selection),
         jobs,
         plan: planned_stages(&plan),
-        files: external_files(&plan, &global.root),
+        files: external_files(&plan),
         pipeline_text: read.text.clone(),
         set: read.options.set.clone(),
         matrix: read.options.matrix.clone(),
@@ -103,6 +103,7 @@ fn start(global: &Global, file: &Path, read: Read, selection: &Selection, jobs: 
         catalogue: &read.catalogue,
         root: &global.root,
         store: &store,
+        sources: &sources,
         run_dir: &run_dir,
         run_file,
         engine,

@@ -4,10 +4,11 @@ use super::args::{Global, LogFormat, PipelineArgs, SelectArgs};
 use super::engine;
 use super::error::CliError;
 use crate::event::Level;
+use crate::hub::HubSettings;
 use crate::inference::Engine;
 use crate::pipeline::{Diagnostic, ParseOptions, Pipeline, PipelineError, parse};
 use crate::plan::{MissingFile, Plan, PlanError, Remeasure, Selection, build};
-use crate::run::StoreFacts;
+use crate::run::{Sources, StoreFacts};
 use crate::stage::Catalogue;
 use crate::stages::catalogue;
 use crate::store::{FileHashes, Store};
@@ -21,12 +22,15 @@ pub struct Read {
     pub text: String,
     pub options: ParseOptions,
     pub catalogue: Catalogue,
+    /// Where the Hugging Face cache is, as the environment says it.
+    pub hub: HubSettings,
 }
 
 /// A pipeline with its plan, and what it was planned with.
 pub struct Planned {
     pub plan: Plan,
     pub store: Store,
+    pub sources: Sources,
     pub engine: Arc<dyn Engine>,
     pub device_reason: String,
 }
@@ -91,7 +95,7 @@ pub fn read(file: &Path, options: ParseOptions) -> Result<Read, CliError> {
     let text = std::fs::read_to_string(file).map_err(|source| CliError::Read { path: file.to_owned(), source })?;
     let catalogue = catalogue();
     let pipeline = parse(&text, &file.to_string_lossy(), &catalogue, &options).map_err(CliError::Pipeline)?;
-    Ok(Read { pipeline, text, options, catalogue })
+    Ok(Read { pipeline, text, options, catalogue, hub: HubSettings::from_env() })
 }
 
 /// Shows missing files as what they are: mistakes in the pipeline file, each with its place.
@@ -121,16 +125,17 @@ fn missing_files(read: &Read, files: &[MissingFile]) -> PipelineError {
 pub fn planned(global: &Global, read: &Read, selection: &Selection) -> Result<Planned, CliError> {
     let (engine, device_reason) = engine::build(&read.pipeline.device)?;
     let store = Store::open(&global.cache)?;
+    let sources = Sources::new(&global.root, read.hub.clone(), FileHashes::open(store.dir()));
     let facts = StoreFacts {
         store: store.clone(),
-        hashes: FileHashes::open(store.dir()),
+        sources: &sources,
         pipeline: read.pipeline.name.clone(),
         engine: engine.info(),
     };
-    let plan =
-        build(&read.pipeline, &read.catalogue, &global.root, &facts, selection).map_err(|error| match error {
-            PlanError::MissingFiles(files) => CliError::Pipeline(missing_files(read, &files)),
-            other => CliError::Plan(other),
-        })?;
-    Ok(Planned { plan, store, engine, device_reason })
+    let plan = build(&read.pipeline, &read.catalogue, &facts, selection).map_err(|error| match error {
+        PlanError::MissingFiles(files) => CliError::Pipeline(missing_files(read, &files)),
+        other => CliError::Plan(other),
+    })?;
+    sources.flush()?;
+    Ok(Planned { plan, store, sources, engine, device_reason })
 }

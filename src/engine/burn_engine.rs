@@ -1,6 +1,7 @@
 //! The [`Engine`] over burn.
 
 use super::checkpoint::Checkpoint;
+use super::computed_with;
 use super::device::cpu_identity;
 use super::forward::Executor;
 use super::memory::{HostProbe, total_memory_bytes};
@@ -32,11 +33,12 @@ impl BurnEngine {
         BurnEngine {
             device: Device::flex(),
             info: EngineInfo {
-                backend: "burn-flex 0.22".to_owned(),
+                backend: computed_with::named("burn-flex"),
                 device: cpu_identity(),
                 numerics_version: NUMERICS_VERSION,
                 clock: "host monotonic clock; the device computes synchronously".to_owned(),
                 is_host: true,
+                computed_with: computed_with::host(),
             },
         }
     }

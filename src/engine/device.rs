@@ -2,6 +2,8 @@
 
 use super::burn_engine::BurnEngine;
 use crate::inference::{Engine, InferenceError};
+#[cfg(any(feature = "cuda", feature = "wgpu"))]
+use std::collections::BTreeMap;
 use std::sync::Arc;
 
 /// Builds the engine for a device: `auto`, `cpu`, `cuda`, `cuda:N`, `wgpu`. Returns it with the reason for the choice.
@@ -44,7 +46,8 @@ fn cuda(index: usize) -> Result<Arc<dyn Engine>, String> {
     use labpipe_kernels::cube::kernel_store::KernelStore;
     let identity = super::nvidia::probe(index)?;
     // Before the first client is made: cubecl reads its settings once.
-    let kernels = KernelStore::open(&labpipe_kernels::cube::nvidia::CudaParts::find().compiler());
+    let parts = labpipe_kernels::cube::nvidia::CudaParts::find();
+    let kernels = KernelStore::open(&parts.compiler());
     let client = cubecl::Device::cuda(index).map_err(|error| format!("open CUDA device {index}: {error}"))?.client();
     let physical = client.properties().identity.physical.clone();
     let bus_id = physical.and_then(|card| card.pci_address).map(|address| address.to_string());
@@ -56,7 +59,23 @@ fn cuda(index: usize) -> Result<Arc<dyn Engine>, String> {
         device: Box::new(move || Some(Box::new(BoardProbe::new(board.clone()?, Some(PERIOD))))),
         free_bytes: Arc::new(move || free.as_ref()?.free_bytes()),
     };
-    Ok(Arc::new(super::gpu::GpuEngine::new(client, identity, senses, kernels)))
+    Ok(Arc::new(super::gpu::GpuEngine::new(client, identity, offered(&parts), senses, kernels)))
+}
+
+/// Returns what numbers on an NVIDIA GPU depend on beside the program: driver, compiler and cuBLAS.
+#[cfg(feature = "cuda")]
+fn offered(parts: &labpipe_kernels::cube::nvidia::CudaParts) -> BTreeMap<String, String> {
+    let absent = || "absent".to_owned();
+    let mut offered = BTreeMap::from([
+        ("driver".to_owned(), super::nvidia::driver_version().unwrap_or_else(absent)),
+        ("cuda".to_owned(), parts.driver.clone().unwrap_or_else(absent)),
+        ("nvrtc".to_owned(), parts.nvrtc_version().unwrap_or_else(absent)),
+        ("cublas".to_owned(), parts.cublas_version().unwrap_or_else(absent)),
+    ]);
+    // cuBLAS reads it: products in f32 then have another precision.
+    let tf32 = std::env::var("NVIDIA_TF32_OVERRIDE").ok();
+    offered.extend(tf32.map(|value| ("nvidia_tf32_override".to_owned(), value)));
+    offered
 }
 
 #[cfg(not(feature = "cuda"))]
@@ -76,7 +95,7 @@ fn wgpu() -> Result<Arc<dyn Engine>, String> {
         device: Box::new(|| None),
         free_bytes: Arc::new(|| None),
     };
-    Ok(Arc::new(super::gpu::GpuEngine::new(client, device, senses, None)))
+    Ok(Arc::new(super::gpu::GpuEngine::new(client, device, BTreeMap::new(), senses, None)))
 }
 
 #[cfg(not(feature = "wgpu"))]

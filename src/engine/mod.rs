@@ -8,6 +8,7 @@ mod attention;
 mod board;
 mod burn_engine;
 mod checkpoint;
+mod computed_with;
 mod device;
 mod families;
 #[cfg(any(feature = "cuda", feature = "wgpu", test))]

@@ -37,6 +37,11 @@ pub fn probe(index: usize) -> Result<String, String> {
     Ok(format!("cuda:{index}: {name}, driver {driver}{power}"))
 }
 
+/// Returns the driver's version, `580.65.06`; `None` without NVML.
+pub fn driver_version() -> Option<String> {
+    Nvml::init().ok()?.sys_driver_version().ok()
+}
+
 /// Returns the machine's GPUs in NVML's order; nothing where it is missing.
 pub fn gpus() -> Option<Vec<GpuIdentity>> {
     let nvml = Nvml::init().ok()?;

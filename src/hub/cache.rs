@@ -11,12 +11,41 @@ pub const INDEX: &str = "model.safetensors.index.json";
 pub const CONFIG: &str = "config.json";
 const TOKENIZER: &str = "tokenizer.json";
 
+/// Files beside weights and tokenizers that say how a model is stored, quantized, tokenized or spoken to. Not every one is read
+/// today; a folder in which one of them changes is another model.
+const SIDE_FILES: [&str; 18] = [
+    CONFIG,
+    "adapter_config.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "chat_template.json",
+    "generation_config.json",
+    "hf_quant_config.json",
+    "merges.txt",
+    "quant_config.json",
+    "quantization_config.json",
+    "quantize_config.json",
+    "sentencepiece.bpe.model",
+    "special_tokens_map.json",
+    "spiece.model",
+    "tekken.json",
+    "vocab.json",
+    "vocab.txt",
+    "params.json",
+];
+
 /// Returns true for a file of a model folder that determines what is computed.
 pub fn is_model_file(name: &str) -> bool {
     name.ends_with(".safetensors")
         || name.ends_with(".safetensors.index.json")
-        || [CONFIG, "generation_config.json", "special_tokens_map.json", "chat_template.jinja"].contains(&name)
-        || (name.starts_with("tokenizer") && (name.ends_with(".json") || name.ends_with(".model")))
+        || SIDE_FILES.contains(&name)
+        // `tokenizer.model.v3` too; a folder has no ending.
+        || (name.starts_with("tokenizer") && name.contains('.'))
+}
+
+/// Returns true for a folder within a model's that holds further chat templates, a file each.
+pub fn is_template_folder(name: &str) -> bool {
+    ["additional_chat_templates", "chat_templates"].contains(&name)
 }
 
 /// Returns where a model's folder, or the one file that `reference` names, lies on disk; nothing where it isn't, or where a model
@@ -98,6 +127,32 @@ mod tests {
         assert_eq!(locate(&commit, &settings), Some(repo.join("snapshots/abc")));
         write(repo.join("refs/main"), "../../..");
         assert_eq!(locate(&main, &settings), None);
+    }
+
+    #[test]
+    fn what_decides_how_a_model_is_read_tokenized_and_spoken_to_is_a_model_file() {
+        for name in [
+            "config.json",
+            "model-00001-of-00002.safetensors",
+            "model.safetensors.index.json",
+            "special_tokens_map.json",
+            "added_tokens.json",
+            "tokenizer.json",
+            "tokenizer_config.json",
+            "tokenizer.model",
+            "tokenizer.model.v3",
+            "chat_template.jinja",
+            "generation_config.json",
+            "adapter_config.json",
+            "hf_quant_config.json",
+            "quantize_config.json",
+            "quant_config.json",
+        ] {
+            assert!(is_model_file(name), "{name}");
+        }
+        for name in ["README.md", "tokenizer", "model.gguf", "pytorch_model.bin", "notes.txt"] {
+            assert!(!is_model_file(name), "{name}");
+        }
     }
 
     #[test]

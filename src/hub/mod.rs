@@ -11,7 +11,7 @@ mod error;
 mod reference;
 mod settings;
 
-pub use cache::{commit, is_model_file, locate};
+pub use cache::{commit, is_model_file, is_template_folder, locate, shards};
 pub use error::HubError;
 pub use reference::{HubReference, ModelLocation, RepoKind};
 pub use settings::HubSettings;

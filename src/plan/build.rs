@@ -1,10 +1,12 @@
 //! Builds a plan: graph, order, keys, reasons.
 
-use super::keys::{own_fields, resolve_key};
+use super::external::{External, Located, SourceKind};
+use super::keys::{InputKey, own_fields, resolve_key, shown};
 use super::select::{Remeasure, Selection, all_addresses};
 use super::types::{Key, KeyFields, Plan, PlanEdge, PlanNode, Reason};
 use crate::inference::EngineInfo;
 use crate::pipeline::Pipeline;
+use crate::quantization::QuantizationConfig;
 use crate::stage::Catalogue;
 use petgraph::Direction;
 use petgraph::graph::{DiGraph, NodeIndex};
@@ -12,9 +14,19 @@ use petgraph::visit::EdgeRef;
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 
-/// What a plan must know of the world.
+/// What a plan must know of the world: of the disk, of the Hugging Face cache, of the machine. All of it is asked here.
 pub trait Facts {
+    /// Returns where something lies that a parameter names, file by file.
+    ///
+    /// # Errors
+    /// Why it isn't there or can't be listed, in words.
+    fn locate(&self, kind: SourceKind, written: &str) -> Result<Located, String>;
+    /// Returns what a quantization config says; `None` where it can't be read: the stage that reads it reports that.
+    fn quantization_config(&self, path: &Path) -> Option<QuantizationConfig>;
     /// Returns the content hash of a file.
+    ///
+    /// # Errors
+    /// Why it can't be read, in words.
     fn file_hash(&self, path: &Path) -> Result<String, String>;
     /// Returns the digest of the artifact under a key, if there is a whole one.
     fn artifact(&self, key: &Key) -> Option<String>;
@@ -59,7 +71,6 @@ pub struct MissingFile {
 pub fn build(
     pipeline: &Pipeline,
     catalogue: &Catalogue,
-    root: &Path,
     facts: &dyn Facts,
     selection: &Selection,
 ) -> Result<Plan, PlanError> {
@@ -68,7 +79,7 @@ pub fn build(
     let chosen = Chosen::new(pipeline, &graph, selection)?;
     let mut missing = Vec::new();
     for &node in &order {
-        match own_fields(&graph[node].stage, graph[node].description, root, facts) {
+        match own_fields(&pipeline.name, &graph[node].stage, graph[node].description, facts) {
             Ok(own) => decide(&mut graph, node, own, facts, &chosen),
             Err(PlanError::MissingFiles(found)) => missing.extend(found),
             Err(error) => return Err(error),
@@ -94,6 +105,9 @@ fn graph(pipeline: &Pipeline, catalogue: &Catalogue) -> Result<DiGraph<PlanNode,
             description: kind.description(),
             key: None,
             fields: KeyFields::new(),
+            sources: Vec::new(),
+            config_name: None,
+            shown: String::new(),
             reason: Reason::New,
             runs: true,
             selected: true,
@@ -117,27 +131,40 @@ fn graph(pipeline: &Pipeline, catalogue: &Catalogue) -> Result<DiGraph<PlanNode,
 
 /// Orders topologically; where that leaves a choice, a stage on the model used last comes first, then file order.
 fn order(graph: &DiGraph<PlanNode, PlanEdge>) -> Result<Vec<NodeIndex>, PlanError> {
-    let mut waiting: BTreeMap<NodeIndex, usize> =
-        graph.node_indices().map(|node| (node, graph.edges_directed(node, Direction::Incoming).count())).collect();
+    let models: Vec<Option<NodeIndex>> = graph.node_indices().map(|node| model_of(graph, node)).collect();
+    let mut waits_for: Vec<usize> =
+        graph.node_indices().map(|node| graph.edges_directed(node, Direction::Incoming).count()).collect();
+    // Stages whose inputs are ordered, by the model that they compute with.
+    let mut ready: BTreeSet<NodeIndex> = graph.node_indices().filter(|node| waits_for[node.index()] == 0).collect();
+    let mut ready_on: BTreeSet<(NodeIndex, NodeIndex)> =
+        ready.iter().filter_map(|node| Some((models[node.index()]?, *node))).collect();
     let mut order = Vec::with_capacity(graph.node_count());
     let mut model = None;
-    while !waiting.is_empty() {
-        let ready = || waiting.iter().filter(|(_, n)| **n == 0).map(|(node, _)| *node);
-        let next = ready().find(|node| model.is_some() && model_of(graph, *node) == model).or_else(|| ready().next());
-        let Some(next) = next else {
-            let stage = waiting.keys().next().map(|node| graph[*node].stage.address.clone()).unwrap_or_default();
-            return Err(PlanError::Cycle { stage });
-        };
-        waiting.remove(&next);
-        model = model_of(graph, next).or(model);
+    loop {
+        let same = model.and_then(|model| {
+            let next = ready_on.range((model, NodeIndex::new(0))..).next();
+            next.filter(|(of, _)| *of == model).map(|(_, node)| *node)
+        });
+        let Some(next) = same.or_else(|| ready.first().copied()) else { break };
+        ready.remove(&next);
+        if let Some(of) = models[next.index()] {
+            ready_on.remove(&(of, next));
+            model = Some(of);
+        }
         for edge in graph.edges_directed(next, Direction::Outgoing) {
-            if let Some(n) = waiting.get_mut(&edge.target()) {
-                *n -= 1;
+            let to = edge.target();
+            waits_for[to.index()] -= 1;
+            if waits_for[to.index()] == 0 {
+                ready.insert(to);
+                ready_on.extend(models[to.index()].map(|of| (of, to)));
             }
         }
         order.push(next);
     }
-    Ok(order)
+    match graph.node_indices().find(|node| waits_for[node.index()] > 0) {
+        Some(node) => Err(PlanError::Cycle { stage: graph[node].stage.address.clone() }),
+        None => Ok(order),
+    }
 }
 
 /// Returns the stage that makes the model which a stage computes with.
@@ -237,16 +264,12 @@ fn reach(graph: &DiGraph<PlanNode, PlanEdge>, from: &BTreeSet<String>, direction
 }
 
 /// Gives a node its key, if it is known yet, and its reason; its inputs have theirs.
-fn decide(
-    graph: &mut DiGraph<PlanNode, PlanEdge>,
-    node: NodeIndex,
-    own: KeyFields,
-    facts: &dyn Facts,
-    chosen: &Chosen,
-) {
+fn decide(graph: &mut DiGraph<PlanNode, PlanEdge>, node: NodeIndex, own: External, facts: &dyn Facts, chosen: &Chosen) {
+    let External { fields: own, sources, config_name } = own;
     let address = graph[node].stage.address.clone();
     let mut inputs = BTreeMap::new();
     let mut awaits = None;
+    let shown = shown_of(graph, node, config_name.as_deref());
     for edge in graph.edges_directed(node, Direction::Incoming).filter(|edge| edge.weight().data) {
         let input = &graph[edge.source()];
         let known = match (&input.key, input.description.measures) {
@@ -255,7 +278,8 @@ fn decide(
             _ => None,
         };
         match known {
-            Some(known) => {
+            Some((key, digest)) => {
+                let known = InputKey { key, digest, shown: input.shown.clone() };
                 inputs.insert(input.stage.address.clone(), known);
             }
             None => awaits = Some(input.stage.address.clone()),
@@ -265,6 +289,7 @@ fn decide(
     let is_selected = chosen.selected.contains(&address);
     let data = &mut graph[node];
     data.selected = is_selected;
+    (data.sources, data.config_name, data.shown) = (sources, config_name, shown);
     if let Some(input) = awaits {
         data.fields = own;
         data.reason = if is_selected { Reason::Awaits(input) } else { Reason::NotSelected };
@@ -281,11 +306,35 @@ fn decide(
     } else if is_cached {
         Reason::Cached
     } else {
-        miss_reason(&key, &fields, last)
+        named_by_files(miss_reason(&key, &fields, last), data)
     };
     data.runs = data.reason != Reason::Cached;
     data.key = Some(key);
     data.fields = fields;
+}
+
+fn shown_of(graph: &DiGraph<PlanNode, PlanEdge>, node: NodeIndex, config_name: Option<&str>) -> String {
+    let edges = graph.edges_directed(node, Direction::Incoming).filter(|edge| edge.weight().data);
+    let mut inputs: Vec<(&str, &str)> =
+        edges.map(|edge| (edge.weight().param.as_str(), graph[edge.source()].shown.as_str())).collect();
+    inputs.sort_unstable();
+    let inputs: Vec<&str> = inputs.into_iter().map(|(_, shown)| shown).collect();
+    shown(&graph[node].stage, graph[node].description, config_name, &inputs)
+}
+
+/// Lets a reason name files as the pipeline does, where the key's fields count them.
+fn named_by_files(reason: Reason, node: &PlanNode) -> Reason {
+    let Reason::Changed(changes) = reason else { return reason };
+    let files: BTreeMap<&str, &str> = node
+        .sources
+        .iter()
+        .flat_map(|source| source.files.iter().map(|file| (file.field.as_str(), file.name.as_str())))
+        .collect();
+    let named = changes.into_iter().map(|(field, before, now)| match files.get(field.as_str()) {
+        Some(name) => (format!("files.{name}"), before, now),
+        None => (field, before, now),
+    });
+    Reason::Changed(named.collect())
 }
 
 /// Says why a key is not in the cache.

@@ -1,14 +1,15 @@
 //! Cache keys: blake3 over the named fields that determine what a stage produces.
 
 use super::build::{Facts, MissingFile, PlanError};
-use super::external::external_files;
+use super::external::{External, Unusable, external};
 use super::types::{Key, KeyFields};
+use crate::inference::EngineInfo;
 use crate::pipeline::PipelineStage;
 use crate::stage::{ParamType, StageDescription};
+use crate::versions;
 use labpipe_kernels::SCHEMES;
 use serde_json::Value;
 use std::collections::BTreeMap;
-use std::path::Path;
 
 /// Returns the hash of a set of fields.
 pub fn key_of(fields: &KeyFields) -> Key {
@@ -20,58 +21,71 @@ pub fn key_of(fields: &KeyFields) -> Key {
     Key(hasher.finalize().to_hex().to_string())
 }
 
-/// Returns the fields that don't depend on inputs.
+/// Returns the fields that don't depend on inputs, and the files that they were made from.
 ///
 /// # Errors
 /// `MissingFiles`, `Hash`.
 pub fn own_fields(
+    pipeline: &str,
     stage: &PipelineStage,
     description: &StageDescription,
-    root: &Path,
     facts: &dyn Facts,
-) -> Result<KeyFields, PlanError> {
-    let mut fields = KeyFields::new();
-    fields.insert("kind".to_owned(), stage.kind.clone());
-    fields.insert("stage.version".to_owned(), description.version.to_string());
-    for param in description.params {
-        if !matches!(param.ty, ParamType::StageRef(_) | ParamType::StageRefs(_)) {
-            let value = stage.params.get(param.name).map(canonical).unwrap_or_default();
-            fields.insert(format!("params.{}", param.name), value);
-        }
-    }
-    let address = || stage.address.clone();
-    let files = external_files(description, &stage.params, root).map_err(|missing| {
-        PlanError::MissingFiles(vec![MissingFile {
+) -> Result<External, PlanError> {
+    let mut own = external(description, &stage.params, facts).map_err(|unusable| match unusable {
+        Unusable::Missing { param, reason } => PlanError::MissingFiles(vec![MissingFile {
             stage: stage.name.clone(),
             line: stage.line,
-            param: missing.param,
-            reason: missing.reason,
-        }])
+            param: param.to_owned(),
+            reason,
+        }]),
+        Unusable::Unreadable { reason } => PlanError::Hash { stage: stage.address.clone(), reason },
     })?;
-    for file in files {
-        let hash = match &file.path {
-            Some(path) => facts.file_hash(path).map_err(|reason| PlanError::Hash { stage: address(), reason })?,
-            // No artifact has this key: whoever computes downloads first.
-            None => "not downloaded yet".to_owned(),
-        };
-        fields.insert(format!("files.{}", file.written), hash);
+    let fields = &mut own.fields;
+    fields.insert("kind".to_owned(), stage.kind.clone());
+    fields.insert("stage.version".to_owned(), description.version.to_string());
+    if !stage.gathers.is_empty() {
+        // What gathers shows who it is.
+        fields.insert("shown_as".to_owned(), format!("{} of pipeline {pipeline}", stage.address));
     }
     if description.computes || description.measures {
         let engine = facts.engine();
-        fields.insert("engine.backend".to_owned(), engine.backend.clone());
-        fields.insert("engine.numerics".to_owned(), engine.numerics_version.to_string());
-        let schemes: Vec<String> =
-            SCHEMES.iter().map(|scheme| format!("{}={}", scheme.name(), scheme.version())).collect();
-        fields.insert("engine.schemes".to_owned(), schemes.join(","));
+        engine_fields(description, &engine, fields);
         if description.measures {
             fields.insert("device".to_owned(), engine.device);
         }
     }
-    Ok(fields)
+    let is_text = |ty: &ParamType| *ty == ParamType::TextSource;
+    if description.params.iter().any(|param| is_text(&param.ty) && has_value(stage, param.name)) {
+        let crates = versions::of_text();
+        fields.extend(crates.into_iter().map(|(name, version)| (format!("text.{name}"), version)));
+    }
+    Ok(own)
+}
+
+fn has_value(stage: &PipelineStage, param: &str) -> bool {
+    stage.params.get(param).is_some_and(|value| !value.is_null())
+}
+
+/// Adds who computes. A stage that names a model reads its files and computes no number from them: only how this engine stores
+/// what it reads matters there, not the libraries nor the machine.
+fn engine_fields(description: &StageDescription, engine: &EngineInfo, fields: &mut KeyFields) {
+    let names_a_model = |ty: &ParamType| matches!(ty, ParamType::Model | ParamType::RandomModel);
+    let only_reads = !description.measures && description.params.iter().any(|param| names_a_model(&param.ty));
+    let backend = match only_reads {
+        true => engine.backend.split(' ').next().unwrap_or_default(),
+        false => engine.backend.as_str(),
+    };
+    fields.insert("engine.backend".to_owned(), backend.to_owned());
+    fields.insert("engine.numerics".to_owned(), engine.numerics_version.to_string());
+    let schemes: Vec<String> = SCHEMES.iter().map(|scheme| format!("{}={}", scheme.name(), scheme.version())).collect();
+    fields.insert("engine.schemes".to_owned(), schemes.join(","));
+    if !only_reads {
+        fields.extend(engine.computed_with.iter().map(|(name, value)| (format!("engine.{name}"), value.clone())));
+    }
 }
 
 /// Returns JSON text that does not depend on the order in which a mapping was written.
-fn canonical(value: &Value) -> String {
+pub fn canonical(value: &Value) -> String {
     match value {
         Value::Object(map) => {
             let sorted: BTreeMap<&String, String> = map.iter().map(|(name, value)| (name, canonical(value))).collect();
@@ -83,12 +97,37 @@ fn canonical(value: &Value) -> String {
     }
 }
 
-/// An input's key, and its artifact's digest where it is a measurement.
-pub type InputKey = (Key, Option<String>);
+/// Returns a hash of what whoever shows a stage may show of it beside its numbers: its address, its parameters as written, the name of
+/// its config, and the same of all that it was made from. `inputs` gives the hashes of its inputs.
+pub fn shown(
+    stage: &PipelineStage,
+    description: &StageDescription,
+    config_name: Option<&str>,
+    inputs: &[&str],
+) -> String {
+    let mut fields = KeyFields::from([("address".to_owned(), stage.address.clone())]);
+    let is_reference = |ty: &ParamType| matches!(ty, ParamType::StageRef(_) | ParamType::StageRefs(_));
+    for param in description.params.iter().filter(|param| !is_reference(&param.ty)) {
+        let value = stage.params.get(param.name).map(canonical).unwrap_or_default();
+        fields.insert(format!("params.{}", param.name), value);
+    }
+    fields.extend(config_name.map(|name| ("config_name".to_owned(), name.to_owned())));
+    fields.extend(inputs.iter().enumerate().map(|(i, input)| (format!("inputs[{i}]"), (*input).to_owned())));
+    key_of(&fields).0
+}
 
-/// Adds what a stage takes from its inputs and returns the key. `lookup` gives an input's key and digest, or nothing for an
-/// input that failed (gathering stages alone have those); measurements count by their digest, so that new numbers always
-/// reach their consumers.
+/// What a stage's key takes of an input.
+#[derive(Debug, Clone, PartialEq)]
+pub struct InputKey {
+    pub key: Key,
+    /// Of the artifact, where the input is a measurement.
+    pub digest: Option<String>,
+    /// See [`PlanNode::shown`](super::PlanNode::shown).
+    pub shown: String,
+}
+
+/// Adds what a stage takes from its inputs and returns the key. `lookup` gives an input's key, or nothing for an input that failed
+/// (gathering stages alone have those); measurements count by their digest, so that new numbers always reach their consumers.
 pub fn resolve_key(
     stage: &PipelineStage,
     own: &KeyFields,
@@ -98,13 +137,17 @@ pub fn resolve_key(
         own.iter().filter(|(name, _)| !name.starts_with("inputs.")).map(|(n, v)| (n.clone(), v.clone())).collect();
     for (param, addresses) in &stage.inputs {
         for (i, address) in addresses.iter().enumerate() {
-            let value = match lookup(address) {
+            let found = lookup(address);
+            let value = match &found {
                 None => "failed".to_owned(),
-                Some((_, Some(digest))) => format!("digest:{digest}"),
-                Some((key, None)) => format!("key:{}", key.0),
+                Some(InputKey { digest: Some(digest), .. }) => format!("digest:{digest}"),
+                Some(InputKey { key, .. }) => format!("key:{}", key.0),
             };
-            // What gathers shows its inputs by name; for the others a name changes nothing.
-            let value = if stage.gathers.contains(param) { format!("{address} {value}") } else { value };
+            // What gathers shows its inputs and what they were made from by name; for the others a name changes nothing.
+            let value = match stage.gathers.contains(param) {
+                true => format!("{address} {value} shown:{}", found.map(|input| input.shown).unwrap_or_default()),
+                false => value,
+            };
             fields.insert(format!("inputs.{param}[{i}]"), value);
         }
     }

@@ -9,7 +9,7 @@ mod select;
 mod types;
 
 pub use build::{Facts, MissingFile, PlanError, build, miss_reason, model_of};
-pub use external::hub_references;
-pub use keys::resolve_key;
+pub use external::{Located, LocatedFile, Source, SourceFile, SourceKind, named_sources, tidy_path};
+pub use keys::{InputKey, resolve_key};
 pub use select::{Remeasure, Selection};
 pub use types::{Key, KeyFields, Plan, PlanEdge, PlanNode, Reason};

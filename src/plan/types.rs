@@ -1,9 +1,12 @@
 //! A plan: the DAG of a pipeline's stages, each with its key and the reason why it will or won't run.
 
+use super::external::{Source, SourceKind};
 pub use crate::artifact::{Key, KeyFields};
 use crate::pipeline::PipelineStage;
 use crate::stage::StageDescription;
+use petgraph::Direction;
 use petgraph::graph::{DiGraph, NodeIndex};
+use petgraph::visit::EdgeRef;
 
 /// Why a stage will run, or won't.
 #[derive(Debug, Clone, PartialEq)]
@@ -36,6 +39,12 @@ pub struct PlanNode {
     /// Null while it depends on a measurement that has not been made.
     pub key: Option<Key>,
     pub fields: KeyFields,
+    /// What it reads outside the cache, with the hashes that are in its key.
+    pub sources: Vec<Source>,
+    /// The name that its quantization config has here: another stage's config may mean the same and be called otherwise.
+    pub config_name: Option<String>,
+    /// Hash of what a report may show of the stage beside its numbers; in the key of what gathers.
+    pub shown: String,
     pub reason: Reason,
     /// True if the executor has to run it, or cannot know yet.
     pub runs: bool,
@@ -60,4 +69,23 @@ pub struct Plan {
     pub graph: DiGraph<PlanNode, PlanEdge>,
     /// Topological, file order among equals, grouped by model where the order is free.
     pub order: Vec<NodeIndex>,
+}
+
+impl Plan {
+    /// Returns what a stage reads outside the cache: what it names itself, and the files of the model that it computes with, which the
+    /// engine opens again.
+    pub fn reads(&self, node: NodeIndex) -> Vec<&Source> {
+        let mut reads: Vec<&Source> = self.graph[node].sources.iter().collect();
+        let mut open = vec![node];
+        while let Some(node) = open.pop() {
+            for edge in
+                self.graph.edges_directed(node, Direction::Incoming).filter(|edge| edge.weight().param == "model")
+            {
+                let is_model = |source: &&Source| matches!(source.kind, SourceKind::Model | SourceKind::ModelConfig);
+                reads.extend(self.graph[edge.source()].sources.iter().filter(is_model));
+                open.push(edge.source());
+            }
+        }
+        reads
+    }
 }

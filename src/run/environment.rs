@@ -2,6 +2,7 @@
 //! variables.
 
 use crate::inference::{EngineInfo, GpuIdentity};
+use crate::versions;
 use serde_json::{Map, Value, json};
 
 /// Returns what is known of machine and program. `gpus` is null where nobody could look for them.
@@ -25,8 +26,7 @@ pub fn environment(engine: &EngineInfo, gpus: Option<&[GpuIdentity]>) -> Value {
 
 /// What the program was built from and with.
 fn build() -> Value {
-    let pairs = env!("LABPIPE_CRATES").split(' ').filter_map(|pair| pair.split_once('='));
-    let crates: Map<String, Value> = pairs.map(|(name, version)| (name.to_owned(), version.into())).collect();
+    let crates: Map<String, Value> = versions::all().map(|(name, version)| (name.to_owned(), version.into())).collect();
     json!({
         "git_revision": option_env!("LABPIPE_GIT_REVISION").filter(|revision| !revision.is_empty()),
         "rustc": env!("LABPIPE_RUSTC"),
@@ -88,6 +88,7 @@ pub fn memory_bytes() -> Option<u64> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::collections::BTreeMap;
 
     #[test]
     fn gpus_are_listed_and_null_where_nobody_could_look() {
@@ -97,6 +98,7 @@ mod tests {
             numerics_version: 1,
             clock: "a clock".to_owned(),
             is_host: false,
+            computed_with: BTreeMap::new(),
         };
         let gpu = GpuIdentity {
             name: "NVIDIA H200".to_owned(),

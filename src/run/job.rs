@@ -4,10 +4,11 @@ use super::JobError;
 use super::progress::StageProgress;
 use super::residency::Residency;
 use super::run_file::timestamp;
+use super::sources::{Sources, Stamps};
 use crate::artifact::{FORMAT_VERSION, Record, RecordHead};
 use crate::event::{Level, Progress};
 use crate::inference::{Engine, InferenceError};
-use crate::plan::{Key, KeyFields, PlanNode};
+use crate::plan::{Key, KeyFields, PlanNode, Source};
 use crate::stage::{Stage, StageContext, StageError, StageInput};
 use crate::store::{Artifact, ManifestDraft, Store};
 use std::cell::Cell;
@@ -31,6 +32,9 @@ pub struct Job<'a> {
     pub run_id: &'a str,
     pub root: &'a Path,
     pub store: &'a Store,
+    /// What the stage reads outside the cache, with what is known of it.
+    pub reads: Vec<&'a Source>,
+    pub sources: &'a Sources,
     pub engine: &'a Arc<dyn Engine>,
     pub models: &'a Residency,
     pub progress: &'a StageProgress,
@@ -55,6 +59,7 @@ impl Job<'_> {
         {
             return Ok((artifact, true, String::new()));
         }
+        let stamps = self.sources.verify(&self.reads)?;
         let (started_at, start) = (timestamp(), Instant::now());
         let context = StageContext {
             address: &self.node.stage.address,
@@ -68,12 +73,15 @@ impl Job<'_> {
             progress: self.progress,
         };
         let output = match catch_unwind(AssertUnwindSafe(|| self.stage.run(&context))) {
-            Ok(output) => output.map_err(|error| self.device_failure(error))?,
+            Ok(Ok(output)) => output,
+            Ok(Err(error)) => return Err(self.failure(error, &stamps)),
             Err(payload) => return Err(JobError::Panic { message: message(payload.as_ref()) }),
         };
         if self.progress.is_cancelled() {
             return Err(StageError::Cancelled.into());
         }
+        let duration_s = start.elapsed().as_secs_f64();
+        self.unchanged(&stamps)?;
         let computes = self.node.description.computes || self.node.description.measures;
         let head = RecordHead {
             format_version: FORMAT_VERSION,
@@ -85,7 +93,7 @@ impl Job<'_> {
             key: self.key.0.clone(),
             cached: false,
             started_at,
-            duration_s: start.elapsed().as_secs_f64(),
+            duration_s,
             device: computes.then(|| self.engine.info().device),
             params: self.node.stage.params.clone(),
         };
@@ -93,6 +101,23 @@ impl Job<'_> {
         body.insert("summary".to_owned(), output.summary.clone().into());
         let draft = ManifestDraft { record: Record { head, body }, fields: self.fields.clone() };
         Ok((staging.commit(draft)?, false, output.summary))
+    }
+
+    /// Checks that the stage read what its key says. The model goes where it did not: other stages must not compute with it.
+    fn unchanged(&self, stamps: &Stamps) -> Result<(), JobError> {
+        self.sources.verify_since(stamps, &self.reads).map_err(|error| {
+            self.models.retain(&[]);
+            error.into()
+        })
+    }
+
+    /// Returns why a stage failed: a file that was changed under it goes before what the stage made of that.
+    fn failure(&self, error: StageError, stamps: &Stamps) -> JobError {
+        let is_device = matches!(&error, StageError::Inference(error) if error.is_device());
+        match self.unchanged(stamps) {
+            Err(change) if !is_device && !error.is_cancelled() => change,
+            _ => self.device_failure(error).into(),
+        }
     }
 
     /// Names the device that failed a stage and what was free on it. The model goes: memory that a failed allocation left

@@ -11,6 +11,8 @@ mod repeat;
 mod residency;
 mod run_file;
 mod schedule;
+mod show_as;
+mod sources;
 
 pub use environment::{environment, load_average};
 pub use facts::StoreFacts;
@@ -20,6 +22,7 @@ pub use repeat::{external_files, planned_stages};
 pub use residency::Residency;
 pub use run_file::{RunFile, run_id, timestamp};
 pub use schedule::{RunOutcome, RunRequest, execute};
+pub use sources::{SourceError, Sources, hub_references};
 
 /// Why a stage did not give a result.
 #[derive(Debug, thiserror::Error)]
@@ -29,6 +32,8 @@ pub enum JobError {
     Stage(#[from] crate::stage::StageError),
     #[error(transparent)]
     Store(#[from] crate::store::StoreError),
+    #[error(transparent)]
+    Source(#[from] SourceError),
     #[error("go on: stage code panicked ({message}); this is a bug in labpipe, please report it")]
     Panic { message: String },
 }
@@ -39,7 +44,7 @@ impl JobError {
         match self {
             JobError::Panic { .. } => 1,
             JobError::Stage(crate::stage::StageError::Inference(error)) if error.is_device() => 4,
-            JobError::Stage(_) | JobError::Store(_) => 3,
+            JobError::Stage(_) | JobError::Store(_) | JobError::Source(_) => 3,
         }
     }
 
@@ -47,7 +52,7 @@ impl JobError {
         match self {
             JobError::Stage(error) => error.is_cancelled(),
             JobError::Store(error) => matches!(error, crate::store::StoreError::Cancelled { .. }),
-            JobError::Panic { .. } => false,
+            JobError::Source(_) | JobError::Panic { .. } => false,
         }
     }
 }

@@ -28,7 +28,7 @@ impl Residency {
     /// Drops the model unless it is one of `needed`, or lent.
     pub fn retain(&self, needed: &[ModelRecipe]) {
         if let Ok(mut slot) = self.slot.try_lock()
-            && slot.as_ref().is_some_and(|resident| !needed.contains(&resident.recipe))
+            && slot.as_ref().is_some_and(|resident| !needed.iter().any(|recipe| recipe.is_same_model(&resident.recipe)))
         {
             *slot = None;
         }
@@ -68,7 +68,7 @@ impl ModelPool for Residency {
             *slot = None;
             slot
         });
-        if slot.as_ref().is_none_or(|resident| resident.recipe != *recipe) {
+        if slot.as_ref().is_none_or(|resident| !resident.recipe.is_same_model(recipe)) {
             // The old model goes before the new one comes: never both.
             *slot = None;
             let start = Instant::now();

@@ -6,10 +6,12 @@ use super::job::Job;
 use super::progress::StageProgress;
 use super::residency::Residency;
 use super::run_file::RunFile;
+use super::show_as::show_as;
+use super::sources::Sources;
 use crate::artifact::{Record, StageStatus};
 use crate::event::{Event, EventSink, Level, Outcome};
 use crate::inference::{Engine, ModelRecipe};
-use crate::plan::{Key, Plan, Reason, resolve_key};
+use crate::plan::{InputKey, Key, Plan, PlanNode, Reason, resolve_key};
 use crate::stage::{Catalogue, StageInput};
 use crate::store::{Artifact, RunDir, Store, StoreError};
 use petgraph::Direction;
@@ -27,6 +29,8 @@ pub struct RunRequest<'a> {
     pub catalogue: &'a Catalogue,
     pub root: &'a Path,
     pub store: &'a Store,
+    /// Looks after the files outside the cache that the plan was made from.
+    pub sources: &'a Sources,
     pub run_dir: &'a RunDir,
     pub run_file: RunFile,
     pub engine: Arc<dyn Engine>,
@@ -223,7 +227,8 @@ impl Executor<'_> {
         let own = &data.fields;
         let lookup = |address: &str| {
             let found = inputs.values().flatten().find(|(input, _)| input.address == address)?;
-            Some((Key(found.0.key.clone()), found.1.clone()))
+            let shown = self.input_node(node, address).map(|input| input.shown.clone()).unwrap_or_default();
+            Some(InputKey { key: Key(found.0.key.clone()), digest: found.1.clone(), shown })
         };
         let (key, fields) = resolve_key(&data.stage, own, &lookup);
         status.key = Some(key.0.clone());
@@ -234,7 +239,7 @@ impl Executor<'_> {
             .collect();
         if !forced && let Some(artifact) = self.request.store.get(&key) {
             let noted = self.request.store.note_use(&self.request.plan.pipeline, &address, &key, &fields);
-            return match noted.and_then(|()| self.keep(&address, &artifact, true)) {
+            return match noted.and_then(|()| self.keep(data, &artifact, true)) {
                 Ok(record) => self.cached(status, &artifact, record, inputs, start),
                 Err(error) => self.failed(status, &error.into(), start),
             };
@@ -262,12 +267,14 @@ impl Executor<'_> {
             run_id: &self.request.run_file.run_id,
             root: self.request.root,
             store: self.request.store,
+            reads: self.request.plan.reads(node),
+            sources: self.request.sources,
             engine: &self.request.engine,
             models: &self.models,
             progress: &progress,
         };
         let done = job.run().and_then(|(artifact, was_cached, summary)| {
-            Ok((self.keep(&address, &artifact, was_cached)?, artifact, was_cached, summary))
+            Ok((self.keep(data, &artifact, was_cached)?, artifact, was_cached, summary))
         });
         match done {
             Err(error) => self.failed(status, &error, start),
@@ -277,6 +284,12 @@ impl Executor<'_> {
                 self.ended(status, Outcome::Done, Some(result), start, summary, None)
             }
         }
+    }
+
+    fn input_node(&self, node: NodeIndex, address: &str) -> Option<&PlanNode> {
+        let graph = &self.request.plan.graph;
+        let inputs = graph.neighbors_directed(node, Direction::Incoming);
+        inputs.map(|input| &graph[input]).find(|input| input.stage.address == address)
     }
 
     /// Returns a stage's inputs with the digests of measurements, the addresses that are missing from gathering parameters,
@@ -327,10 +340,10 @@ impl Executor<'_> {
         self.request.store.get(&Key(input.key.clone())).map(|artifact| artifact.manifest.digest)
     }
 
-    /// Writes a stage's record into the run's results.
-    fn keep(&self, address: &str, artifact: &Artifact, cached: bool) -> Result<Record, StoreError> {
+    /// Writes a stage's record into the run's results, as this stage shows it: another may have computed it under another name.
+    fn keep(&self, node: &PlanNode, artifact: &Artifact, cached: bool) -> Result<Record, StoreError> {
         let mut record = artifact.record.clone();
-        record.head.stage = address.to_owned();
+        show_as(&mut record, node);
         record.head.pipeline.clone_from(&self.request.plan.pipeline);
         record.head.run_id.clone_from(&self.request.run_file.run_id);
         record.head.cached = cached;

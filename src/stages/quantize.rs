@@ -55,7 +55,9 @@ impl Stage for Quantize {
     fn run(&self, context: &StageContext<'_>) -> Result<StageOutput, StageError> {
         let mut recipe = context.input("model")?.recipe()?;
         let config = config(context)?;
-        recipe.quantization = Some(config.clone());
+        // Named and unnamed spellings of one meaning leave one record.
+        let applied = QuantizationConfig { name: config.name.clone(), ..config.canonical() };
+        recipe.quantization = Some(applied.clone());
         let rooted = recipe.rooted(context.root);
         let info = context.engine.inspect(&rooted)?;
         if info.tied_embeddings && config.scheme_for("lm_head").is_some() {
@@ -80,7 +82,7 @@ impl Stage for Quantize {
         let mut body = Map::new();
         body.insert("recipe".to_owned(), json!(recipe));
         body.insert("model".to_owned(), json!(info));
-        body.insert("config".to_owned(), json!(config));
+        body.insert("config".to_owned(), json!(applied));
         body.insert("weights_bytes".to_owned(), json!(totals.weights_bytes));
         body.insert("totals".to_owned(), totals.to_json());
         body.insert("modules".to_owned(), json!(modules));

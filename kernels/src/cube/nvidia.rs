@@ -38,12 +38,36 @@ impl CudaParts {
 
     /// Returns what compiles kernels: the driver, as the CUDA it supports, and NVRTC.
     pub fn compiler(&self) -> String {
+        let nvrtc = self.nvrtc_version().unwrap_or_else(|| "0.0".to_owned());
+        format!("driver for CUDA {}, NVRTC {nvrtc}", self.driver.as_deref().unwrap_or("none"))
+    }
+
+    /// Returns NVRTC's version, as 12.8; `None` if it is missing.
+    pub fn nvrtc_version(&self) -> Option<String> {
         let (mut major, mut minor) = (0, 0);
         if self.has_nvrtc {
             // SAFETY: writes two integers, which outlive the call; where it fails they stay 0.
             let _ = unsafe { cudarc::nvrtc::sys::nvrtcVersion(&mut major, &mut minor) };
         }
-        format!("driver for CUDA {}, NVRTC {major}.{minor}", self.driver.as_deref().unwrap_or("none"))
+        (major > 0).then(|| format!("{major}.{minor}"))
+    }
+
+    /// Returns the version of cuBLAS, as 12.8.4; `None` if it is missing.
+    pub fn cublas_version(&self) -> Option<String> {
+        use cudarc::cublas::sys::{cublasGetProperty, libraryPropertyType};
+        if !self.has_cublas {
+            return None;
+        }
+        let number = |property| {
+            let mut value = 0;
+            // SAFETY: needs no handle and writes one integer, which outlives the call; where it fails that stays 0.
+            let _ = unsafe { cublasGetProperty(property, &mut value) };
+            value
+        };
+        let [major, minor, patch] =
+            [libraryPropertyType::MAJOR_VERSION, libraryPropertyType::MINOR_VERSION, libraryPropertyType::PATCH_LEVEL]
+                .map(number);
+        Some(format!("{major}.{minor}.{patch}"))
     }
 
     /// Returns why device `index` can't be used, or nothing.

@@ -9,6 +9,7 @@ use super::survey::Surveyor;
 use super::weights::GpuWeights;
 use crate::artifact::QuantizedModule;
 use crate::engine::burn_engine::BurnEngine;
+use crate::engine::computed_with;
 use crate::engine::footprint::weights_bytes;
 use crate::engine::survey::survey;
 use crate::engine::weights::{WeightReader, has_compute_dtype};
@@ -21,6 +22,7 @@ use burn::tensor::Device;
 use cubecl::client::Client;
 use labpipe_kernels::cube::Element;
 use labpipe_kernels::cube::kernel_store::KernelStore;
+use std::collections::BTreeMap;
 use std::path::Path;
 
 /// Grows when the numbers that this engine computes change.
@@ -40,13 +42,24 @@ pub struct GpuEngine {
 
 impl GpuEngine {
     /// Takes a device that was found; `device` identifies it in records, `kernels` keeps what is compiled for it.
-    pub fn new(client: Client, device: String, senses: Senses, kernels: Option<KernelStore>) -> GpuEngine {
+    /// `parts` is what the machine offers for it, by name: driver, compiler, cuBLAS.
+    pub fn new(
+        client: Client,
+        device: String,
+        parts: BTreeMap<String, String>,
+        senses: Senses,
+        kernels: Option<KernelStore>,
+    ) -> GpuEngine {
+        let identity = &client.properties().identity;
+        let chip = format!("{} ({})", identity.name, identity.fingerprint);
+        let burn = computed_with::named("burn").replacen("burn", &format!("burn-{}", client.name()), 1);
         let info = EngineInfo {
-            backend: format!("burn-{} 0.22 (cubecl 0.11)", client.name()),
+            backend: format!("{burn} ({})", computed_with::named("cubecl")),
             device,
             numerics_version: NUMERICS_VERSION,
             clock: "host monotonic clock around a synchronized device".to_owned(),
             is_host: false,
+            computed_with: computed_with::gpu(client.name(), &chip, parts),
         };
         let room = Room::new(&client, &senses);
         GpuEngine { client, host: BurnEngine::cpu(), info, senses, room, _kernels: kernels }
@@ -176,7 +189,7 @@ mod tests {
             device: Box::new(|| None),
             free_bytes: Arc::new(|| None),
         };
-        GpuEngine::new(client, "a GPU".to_owned(), senses, None)
+        GpuEngine::new(client, "a GPU".to_owned(), BTreeMap::new(), senses, None)
     }
 
     fn recipe(folder: &str, scheme: Option<&str>, compute: DType) -> ModelRecipe {

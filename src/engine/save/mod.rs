@@ -183,8 +183,9 @@ fn write_config(source: &Path, dir: &Path, dtype: Option<DType>, quantization: V
 }
 
 fn copy_side_files(source: &Path, dir: &Path) -> Result<(), InferenceError> {
-    let entries = std::fs::read_dir(source).into_iter().flatten().filter_map(Result::ok);
-    for name in entries.map(|entry| entry.file_name().to_string_lossy().into_owned()) {
+    let list = |error: std::io::Error| InferenceError::File { path: source.to_owned(), reason: error.to_string() };
+    for entry in std::fs::read_dir(source).map_err(list)? {
+        let name = entry.map_err(list)?.file_name().to_string_lossy().into_owned();
         if name.starts_with("tokenizer") || SIDE_FILES.contains(&name.as_str()) {
             let path = dir.join(&name);
             std::fs::copy(source.join(&name), &path).map_err(|error| write_error(&path, &error))?;
