@@ -15,6 +15,7 @@ use crate::engine::weights::{WeightReader, has_compute_dtype};
 use crate::event::Progress;
 use crate::inference::{
     DeviceProbe, Engine, EngineInfo, InferenceError, MemoryProbe, Model, ModelInfo, ModelRecipe, SavedModel,
+    SourceAccount,
 };
 use crate::units::DType;
 use burn::tensor::Device;
@@ -118,6 +119,16 @@ impl Engine for GpuEngine {
 
     fn inspect(&self, recipe: &ModelRecipe) -> Result<ModelInfo, InferenceError> {
         self.host.inspect(&self.settled(recipe)?)
+    }
+
+    fn account(&self, recipe: &ModelRecipe) -> Result<SourceAccount, InferenceError> {
+        self.host.account(recipe)
+    }
+
+    /// Values pass by on their way to the device and are checked there, unless they are to be kept in another type: how many become 0 in
+    /// it is counted before.
+    fn check_values(&self, recipe: &ModelRecipe, progress: &dyn Progress) -> Result<(), InferenceError> {
+        if recipe.dtype.is_some() { self.host.check_values(recipe, progress) } else { Ok(()) }
     }
 
     fn open(&self, recipe: &ModelRecipe, progress: &dyn Progress) -> Result<Box<dyn Model>, InferenceError> {
