@@ -34,9 +34,9 @@ pub struct Measured {
     pub sqnr_db: Option<f64>,
 }
 
-/// Below this half of a decoded weight is noise. Every scheme reaches 15 dB on weights whose magnitudes it can represent, and falls to
-/// 0 dB where it saturates or rounds all of them to 0.
-const MIN_SQNR_DB: f64 = 3.0;
+/// Below this a quarter of a decoded weight's energy is noise. Every scheme reaches 15 dB on Gaussian weights whose magnitudes it can
+/// represent, and falls to 0 dB where it saturates or rounds all of them to 0.
+const MIN_SQNR_DB: f64 = 6.0;
 
 /// Names shown in a warning.
 const MAX_NAMED: usize = 3;
@@ -100,21 +100,24 @@ impl Lost {
     }
 
     fn warnings(&self) -> Vec<String> {
-        let infinite = "decoded, they or their error are not finite, so that weight_mse or weight_sqnr_db is no number";
-        let noisy = format!("decoded, their signal-to-noise ratio is below {MIN_SQNR_DB} dB");
-        let kinds = [(&self.infinite, infinite), (&self.noisy, noisy.as_str())];
-        let warning = |(scheme, modules): (&String, &Vec<String>), what: &str| {
+        let infinite = "cannot represent the weights of";
+        let infinite_why =
+            "decoded, they or their error are not finite, so that weight_mse or weight_sqnr_db is no number";
+        let noisy = "loses much of the weights of";
+        let noisy_why = format!("decoded, their signal-to-noise ratio is below {MIN_SQNR_DB} dB");
+        let kinds = [(&self.infinite, infinite, infinite_why), (&self.noisy, noisy, noisy_why.as_str())];
+        let warning = |(scheme, modules): (&String, &Vec<String>), what: &str, why: &str| {
             let more = match modules.len().saturating_sub(MAX_NAMED) {
                 0 => String::new(),
                 n => format!(" and {n} more"),
             };
             let named = modules[..modules.len().min(MAX_NAMED)].join(", ");
             format!(
-                "{scheme} cannot represent the weights of {named}{more}: {what}; their magnitudes are too large, too small or too far \
-                 apart for it (list them in keep, or take another scheme)"
+                "{scheme} {what} {named}{more}: {why}; their magnitudes are too large, too small or too far apart for it (list them in \
+                 keep, or take another scheme)"
             )
         };
-        kinds.iter().flat_map(|(lost, what)| lost.iter().map(|entry| warning(entry, what))).collect()
+        kinds.iter().flat_map(|(lost, what, why)| lost.iter().map(|entry| warning(entry, what, why))).collect()
     }
 }
 
