@@ -2,6 +2,7 @@
 
 use super::fail;
 use crate::inference::InferenceError;
+use crate::json_file::parse_json;
 use serde_json::Value;
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
@@ -106,8 +107,8 @@ fn instead(dir: &Path, names: &BTreeSet<String>) -> Option<String> {
 
 /// Says what an adapter's folder is: changes to another model's weights.
 fn adapter(dir: &Path) -> String {
-    let text = std::fs::read_to_string(dir.join("adapter_config.json")).unwrap_or_default();
-    let config: Value = serde_json::from_str(text.trim_start_matches('\u{feff}')).unwrap_or_default();
+    let bytes = std::fs::read(dir.join("adapter_config.json")).unwrap_or_default();
+    let config = parse_json(&bytes).unwrap_or_default();
     let kind = config["peft_type"].as_str().unwrap_or("PEFT");
     let base = config["base_model_name_or_path"].as_str().map_or(String::new(), |base| format!(" for {base}"));
     format!(
@@ -155,9 +156,8 @@ fn read_index(path: &Path) -> Result<BTreeMap<String, String>, InferenceError> {
     if n_bytes > MAX_INDEX_BYTES {
         return Err(fail(path, format!("{n_bytes} bytes are no index")));
     }
-    let text = std::fs::read_to_string(path).map_err(|error| fail(path, error.to_string()))?;
-    let index: Value = serde_json::from_str(text.trim_start_matches('\u{feff}'))
-        .map_err(|error| fail(path, format!("not valid JSON: {error}")))?;
+    let bytes = std::fs::read(path).map_err(|error| fail(path, error.to_string()))?;
+    let index = parse_json(&bytes).map_err(|error| fail(path, error))?;
     let map = index.get("weight_map").and_then(Value::as_object);
     let map = map.ok_or_else(|| fail(path, "weight_map is missing".to_owned()))?;
     map.iter()

@@ -2,6 +2,7 @@
 
 use super::safetensors_file::FolderTensor;
 use crate::inference::InferenceError;
+use crate::json_file::parse_json;
 use safetensors::Dtype;
 use serde_json::Value;
 use std::collections::BTreeMap;
@@ -48,8 +49,7 @@ const SIDE_FILES: [(&str, &str); 6] = [
 pub fn refuse_declared(dir: &Path, config: &Value) -> Result<(), InferenceError> {
     let declared = [config, &config["text_config"]].into_iter().find_map(declared_in).or_else(|| {
         let (file, method) = SIDE_FILES.iter().find(|(file, _)| dir.join(file).is_file())?;
-        let text = std::fs::read_to_string(dir.join(file)).unwrap_or_default();
-        let side: Value = serde_json::from_str(text.trim_start_matches('\u{feff}')).unwrap_or_default();
+        let side = parse_json(&std::fs::read(dir.join(file)).unwrap_or_default()).unwrap_or_default();
         let named = ["quant_method", "method"].iter().find_map(|key| side[*key].as_str()).map(method_name);
         let algorithm = side["quantization"]["quant_algo"].as_str().map_or(String::new(), |name| format!(", {name}"));
         Some((format!("{}{algorithm}", named.as_deref().unwrap_or(method)), format!("{file} lies beside it")))

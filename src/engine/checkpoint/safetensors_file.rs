@@ -5,6 +5,7 @@ use super::foreign::{refuse_declared, refuse_inferred};
 use super::tensor_names::canonical_name;
 use super::{StoredTensor, fail};
 use crate::inference::InferenceError;
+use crate::json_file::parse_json;
 use crate::units::DType;
 use labpipe_kernels::weight::SharedBytes;
 use memmap2::Mmap;
@@ -76,8 +77,7 @@ impl SafetensorsFolder {
     /// # Errors
     /// `File`, naming the file and what is wrong with it; `ForeignQuantization`.
     pub fn open(dir: &Path) -> Result<SafetensorsFolder, InferenceError> {
-        let text = std::fs::read_to_string(dir.join("config.json")).unwrap_or_default();
-        let config: Value = serde_json::from_str(text.trim_start_matches('\u{feff}')).unwrap_or_default();
+        let config = parse_json(&std::fs::read(dir.join("config.json")).unwrap_or_default()).unwrap_or_default();
         refuse_declared(dir, &config)?;
         let WeightFiles { paths, index, warnings } = find_weight_files(dir)?;
         let mut folder =
