@@ -103,6 +103,46 @@ fn logits_agree_with_transformers_at_both_lengths() {
     }
 }
 
+/// What a hook on the module `lm_head` sees in transformers: its caps are applied behind the module.
+#[test]
+fn a_captured_head_is_the_module_s_output_before_the_soft_cap() {
+    struct Head(Vec<f32>);
+    impl CaptureSink for Head {
+        fn take(&mut self, site: &CaptureSite, _first: usize, _width: usize, values: &[f32]) -> Result<(), String> {
+            assert_eq!(site.module, "lm_head");
+            self.0.extend_from_slice(values);
+            Ok(())
+        }
+
+        fn alias(&mut self, _site: &CaptureSite, _source: &CaptureSite) -> Result<(), String> {
+            Ok(())
+        }
+    }
+    for (case, cap) in [("gemma2", true), ("llama", false)] {
+        let config: Value =
+            serde_json::from_str(&std::fs::read_to_string(folder(case).join("config.json")).expect("a config"))
+                .expect("JSON");
+        let tokens = ids(&expected(case)["tokens"]);
+        let mut model = model(case);
+        let mut head = Head(Vec::new());
+        let filter = CaptureFilter { modules: vec!["lm_head".to_owned()], inputs: false };
+        model.capture(&tokens, &filter, &mut head, &NullProgress).expect("a capture");
+        let mut logits = Vec::new();
+        let mut take = |chunk: &[f32]| {
+            logits.extend(chunk.iter().map(|logit| f64::from(*logit)));
+            Ok(())
+        };
+        model.logits(&tokens, 0..tokens.len(), &mut take).expect("logits");
+        let cap = cap.then(|| config["final_logit_softcapping"].as_f64().expect("a cap"));
+        let capped = |value: f64| cap.map_or(value, |cap| cap * (value / cap).tanh());
+        let by_hand: Vec<f32> = head.0.iter().map(|value| capped(f64::from(*value)) as f32).collect();
+        let difference = largest_difference(&by_hand, &logits);
+        assert!(difference < 1e-4, "{case}: {difference}");
+        let beyond = largest_difference(&head.0, &logits);
+        assert_eq!(beyond > 0.1, cap.is_some(), "{case}: {beyond}");
+    }
+}
+
 #[test]
 fn every_token_s_likelihood_and_the_perplexity_agree_with_transformers() {
     for (case, _) in CASES {

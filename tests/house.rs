@@ -345,8 +345,9 @@ fn a_plan_asks_facts_and_neither_the_disk_nor_the_environment() {
 #[test]
 fn rooms_import_downward_only() {
     // Each room, and the rooms that it may know.
-    let words = ["units", "event", "artifact", "versions", "yaml"];
-    let contracts = ["units", "event", "artifact", "versions", "yaml", "inference", "quantization", "stage"];
+    let words = ["units", "event", "json_file", "artifact", "versions", "yaml"];
+    let contracts =
+        ["units", "event", "json_file", "artifact", "versions", "yaml", "inference", "quantization", "stage"];
     let with = |more: &[&'static str]| contracts.iter().chain(more).copied().collect::<Vec<_>>();
     let everything = ["bench", "metrics", "pipeline", "plan", "store", "report"];
     let allowed: BTreeMap<&str, Vec<&str>> = BTreeMap::from([
@@ -354,6 +355,7 @@ fn rooms_import_downward_only() {
         ("event", vec![]),
         ("yaml", vec![]),
         ("versions", vec![]),
+        ("json_file", vec![]),
         ("artifact", words.to_vec()),
         ("inference", contracts.to_vec()),
         ("quantization", words.to_vec()),

@@ -62,12 +62,30 @@ fn an_int8_folder_is_computed_as_its_config_says() {
     let difference = largest_difference(&found, &expected()["int8"]);
     assert!(difference < 0.05, "{difference}");
     assert!(largest_difference(&found, &expected()["int8.weights_only"]) > 0.05);
-    let dir = tempfile::tempdir().expect("a temporary folder");
-    copy(&fixture("int8"), dir.path());
-    let config = std::fs::read_to_string(dir.path().join("config.json")).expect("the config");
-    std::fs::write(dir.path().join("config.json"), config.replace("\"llm_int8_threshold\": 6.0,", "")).expect("a file");
-    let difference = largest_difference(&logits(&recipe(dir.path(), None, None)), &expected()["int8.weights_only"]);
-    assert!(difference < 1e-4, "{difference}");
+    // 6 where the config names no threshold: transformers' default. Named as 0 no column is an outlier.
+    let with_config = |from: &str, to: &str| {
+        let dir = tempfile::tempdir().expect("a temporary folder");
+        copy(&fixture("int8"), dir.path());
+        let config = std::fs::read_to_string(dir.path().join("config.json")).expect("the config");
+        assert!(config.contains(from));
+        std::fs::write(dir.path().join("config.json"), config.replace(from, to)).expect("a file");
+        let recipe = recipe(dir.path(), None, None);
+        let scheme =
+            BurnEngine::cpu().inspect(&recipe).map(|info| info.stored_quantization.expect("it is packed").schemes);
+        scheme.map(|schemes| (schemes[0].outlier_threshold, logits(&recipe)))
+    };
+    let written = "\"llm_int8_threshold\": 6.0,";
+    for (to, threshold) in [("", 6.0), ("\"llm_int8_threshold\": null,", 6.0), ("\"llm_int8_threshold\": 6,", 6.0)] {
+        assert_eq!(with_config(written, to).expect("a model"), (Some(threshold), found.clone()), "{to}");
+    }
+    let (threshold, without_outliers) = with_config(written, "\"llm_int8_threshold\": 0.0,").expect("a model");
+    assert_eq!(threshold, Some(0.0));
+    assert_ne!(without_outliers, found);
+    for wrong in ["-1", "\"six\"", "true"] {
+        let error =
+            with_config(written, &format!("\"llm_int8_threshold\": {wrong},")).expect_err("an error").to_string();
+        assert!(error.contains("llm_int8_threshold") && error.contains(wrong), "{error}");
+    }
 }
 
 fn copy(from: &Path, to: &Path) {

@@ -3,13 +3,15 @@
 
 use labpipe::artifact::QuantizedModule;
 use labpipe::engine::{self, BurnEngine};
-use labpipe::event::NullProgress;
+use labpipe::event::{Level, NullProgress, Progress};
 use labpipe::inference::{Engine, ModelRecipe, ModelSource};
 use labpipe::quantization;
 use labpipe::units::DType;
+use safetensors::tensor::{TensorView, serialize_to_file};
+use safetensors::{Dtype, SafeTensors};
 use serde_json::{Value, json};
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 
 /// How far a device's mean squared error may be from the host's, relative. Sums of squares are good to 3e-6
 /// (`labpipe_kernels::cube::LOSS_BUDGET`); the rest is for decoded values that are an ulp apart, and, where a runtime divides less
@@ -114,5 +116,69 @@ fn random_weights_lose_the_same() {
     let source = ModelSource::Random { config, seed: 7 };
     for dtype in [None, Some(DType::F32)] {
         compare(&*device(), &recipe(source.clone(), dtype, &json!({"scheme": "nf4"})), "random weights");
+    }
+}
+
+/// Keeps what it is told.
+#[derive(Default)]
+struct Notes(Mutex<Vec<String>>);
+
+impl Progress for Notes {
+    fn begin(&self, _total: Option<u64>, _unit: &str) {}
+
+    fn advance(&self, _n: u64) {}
+
+    fn note(&self, _level: Level, text: &str) {
+        self.0.lock().expect("no panic").push(text.to_owned());
+    }
+
+    fn is_cancelled(&self) -> bool {
+        false
+    }
+}
+
+/// Magnitudes near the ends of f32: bitsandbytes 0.50 decodes 8-bit rows of 1e38 to infinities and 4-bit blocks of 1e-42 to zeros, and
+/// fp16 scales of INT4 end at 15 · 65504 and at 1e-5/15.
+#[test]
+fn weights_that_a_scheme_cannot_represent_are_named_in_a_warning() {
+    let module = "model.layers.1.mlp.up_proj";
+    let fixture = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/families/llama");
+    let bytes = std::fs::read(fixture.join("model.safetensors")).expect("weights");
+    let whole = SafeTensors::deserialize(&bytes).expect("a header");
+    let name = format!("{module}.weight");
+    let n = whole.tensor(&name).expect("the tensor").shape().iter().product::<usize>();
+    for (magnitude, refused) in
+        [(1.0f32, &[][..]), (1e38, &["int8", "int4"][..]), (1e-39, &["nf4", "fp4", "int4", "mxfp4"][..])]
+    {
+        let dir = tempfile::tempdir().expect("a temporary folder");
+        std::fs::copy(fixture.join("config.json"), dir.path().join("config.json")).expect("a copy");
+        let values: Vec<u8> =
+            (0..n).flat_map(|i| (magnitude * ((i * 37 % 101) as f32 / 50.0 - 1.0)).to_le_bytes()).collect();
+        let tensors = whole.iter().map(|(own, tensor)| match own == name {
+            true => (own, TensorView::new(Dtype::F32, tensor.shape().to_vec(), &values).expect("four bytes a value")),
+            false => (own, tensor),
+        });
+        serialize_to_file(tensors, None, &dir.path().join("model.safetensors")).expect("weights");
+        for scheme in ["nf4", "fp4", "int8", "int4", "mxfp4"] {
+            let recipe = recipe(ModelSource::Path(dir.path().to_owned()), None, &json!({"scheme": scheme}));
+            let notes = Notes::default();
+            let mut modules = Vec::new();
+            let engine = BurnEngine::cpu();
+            engine.survey(&recipe, &notes, &mut |module| modules.push(module)).expect("a survey");
+            let measured = modules.iter().find(|found| found.module == module).expect("the module");
+            let notes = notes.0.into_inner().expect("no panic");
+            let what = format!("{scheme}, {magnitude:e}: {} {:?}", measured.weight_mse, measured.weight_sqnr_db);
+            let is_number = measured.weight_mse.is_finite() && measured.weight_sqnr_db.is_some_and(f64::is_finite);
+            assert!(is_number || !notes.is_empty(), "{what}: no number, and no word of it");
+            if refused.contains(&scheme) {
+                assert_eq!(notes.len(), 1, "{what}: {notes:?}");
+                assert!(
+                    notes[0].starts_with(scheme) && notes[0].contains(&format!("the weights of {module}: decoded")),
+                    "{notes:?}"
+                );
+            } else if magnitude > 1e-30 {
+                assert_eq!(notes, Vec::<String>::new(), "{what}");
+            }
+        }
     }
 }

@@ -1,6 +1,6 @@
 //! The [`Engine`] over burn.
 
-use super::checkpoint::Checkpoint;
+use super::checkpoint::{Checkpoint, HEAD, folder_parts};
 use super::computed_with;
 use super::device::cpu_identity;
 use super::forward::Executor;
@@ -13,13 +13,15 @@ use super::survey::{on_host, survey};
 use super::weights::{WeightReader, compute_dtype};
 use crate::artifact::QuantizedModule;
 use crate::event::Progress;
-use crate::inference::{Engine, EngineInfo, InferenceError, MemoryProbe, Model, ModelInfo, ModelRecipe, SavedModel};
+use crate::inference::{
+    Engine, EngineInfo, InferenceError, MemoryProbe, Model, ModelInfo, ModelRecipe, SavedModel, SourceAccount,
+};
 use crate::units::DType;
 use burn::tensor::Device;
 use std::path::Path;
 
 /// Grows when the numbers that this engine computes change.
-const NUMERICS_VERSION: u32 = 2;
+const NUMERICS_VERSION: u32 = 3;
 
 /// burn on one device.
 pub struct BurnEngine {
@@ -61,7 +63,8 @@ fn describe(spec: &ModelSpec, checkpoint: &Checkpoint, recipe: &ModelRecipe) -> 
     checkpoint.check("model.norm.weight", &[hidden])?;
     for (module, shape) in spec.linears() {
         if module != "lm_head" || !spec.tied_embeddings {
-            checkpoint.check(&format!("{module}.weight"), &shape)?;
+            let weight = format!("{module}.weight");
+            check_asked(checkpoint, &weight, &shape, || missing_head(&weight))?;
         }
     }
     for layer_idx in 0..spec.n_layers {
@@ -69,7 +72,8 @@ fn describe(spec: &ModelSpec, checkpoint: &Checkpoint, recipe: &ModelRecipe) -> 
             checkpoint.check(&format!("model.layers.{layer_idx}.{}.weight", norm.name), &[norm.width])?;
         }
         for linear in spec.block_linears().iter().filter(|linear| linear.bias) {
-            checkpoint.check(&format!("model.layers.{layer_idx}.{}.bias", linear.name), &[linear.n_out])?;
+            let bias = format!("model.layers.{layer_idx}.{}.bias", linear.name);
+            check_asked(checkpoint, &bias, &[linear.n_out], || Some(missing_bias(spec, linear.name)))?;
         }
     }
     let stored = checkpoint.dtype_of(embedding).unwrap_or(DType::F32);
@@ -102,6 +106,43 @@ fn describe(spec: &ModelSpec, checkpoint: &Checkpoint, recipe: &ModelRecipe) -> 
         bos_token_id: spec.bos_token_id,
         stored_quantization,
     })
+}
+
+/// Checks a tensor that is there because the config asks for it; `why` says so where a folder lacks it.
+fn check_asked(
+    checkpoint: &Checkpoint,
+    tensor: &str,
+    shape: &[usize],
+    why: impl FnOnce() -> Option<String>,
+) -> Result<(), InferenceError> {
+    match (checkpoint, checkpoint.check(tensor, shape)) {
+        (Checkpoint::Folder(folder), Err(error)) if folder.raw(tensor).is_none() => Err(match why() {
+            Some(reason) => {
+                InferenceError::MissingTensor { path: folder.dir().to_owned(), tensor: tensor.to_owned(), reason }
+            }
+            None => error,
+        }),
+        (_, checked) => checked,
+    }
+}
+
+fn missing_head(weight: &str) -> Option<String> {
+    let reason = "config.json gives the model a head of its own (tie_word_embeddings: false, or left out); set \
+                  tie_word_embeddings: true if the head is the embedding, or take files that hold the head";
+    (weight == HEAD).then(|| reason.to_owned())
+}
+
+fn missing_bias(spec: &ModelSpec, linear: &str) -> String {
+    match (spec.family, linear.split('.').next()) {
+        ("qwen2", Some("self_attn")) => {
+            "models of model_type qwen2 have biases on queries, keys and values; is it the model's own config.json?"
+                .to_owned()
+        }
+        (_, Some("mlp")) => {
+            "config.json asks for it (mlp_bias: true); set it to false if the model has none".to_owned()
+        }
+        _ => "config.json asks for it (attention_bias: true); set it to false if the model has none".to_owned(),
+    }
 }
 
 /// Refuses a model whose weights can't fit into the machine's memory: those that are not mapped from a file as they are. `n_packed`
@@ -138,7 +179,15 @@ impl Engine for BurnEngine {
     }
 
     fn check_values(&self, recipe: &ModelRecipe, progress: &dyn Progress) -> Result<(), InferenceError> {
-        self.prepare(recipe)?.1.check_values(progress)
+        let (spec, checkpoint) = self.prepare(recipe)?;
+        checkpoint.check_values(&spec, recipe.dtype, progress)
+    }
+
+    fn account(&self, recipe: &ModelRecipe) -> Result<SourceAccount, InferenceError> {
+        let (spec, checkpoint) = self.prepare(recipe)?;
+        let Checkpoint::Folder(folder) = &checkpoint else { return Ok(SourceAccount::default()) };
+        let (parts, element_types) = folder_parts(folder, &spec)?;
+        Ok(SourceAccount { parts, element_types })
     }
 
     fn open(&self, recipe: &ModelRecipe, progress: &dyn Progress) -> Result<Box<dyn Model>, InferenceError> {

@@ -56,11 +56,19 @@ impl Executor {
     /// # Shapes
     /// `hidden` `[n, hidden]`, result `[n, vocab]`.
     pub fn logits(&self, hidden: Tensor<2>) -> Tensor<2> {
-        let logits = linear(hidden, &self.weights.lm_head).cast(float_dtype(DType::F32));
+        let logits = self.head(hidden);
         match self.spec.logit_softcap {
             None => logits,
             Some(cap) => softcap(logits, cap),
         }
+    }
+
+    /// Returns what the module `lm_head` puts out, in f32: logits before their soft cap, where the model has one.
+    ///
+    /// # Shapes
+    /// `hidden` `[n, hidden]`, result `[n, vocab]`.
+    pub fn head(&self, hidden: Tensor<2>) -> Tensor<2> {
+        linear(hidden, &self.weights.lm_head).cast(float_dtype(DType::F32))
     }
 
     fn check(&self, tokens: &[u32], n_past: usize) -> Result<(), InferenceError> {

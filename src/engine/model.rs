@@ -191,8 +191,7 @@ impl Model for BurnModel {
         for first in (0..n).step_by(LOGIT_ROWS) {
             let rows = hidden.clone().slice([first..(first + LOGIT_ROWS).min(n), 0..width]);
             tap.set_first_token(first);
-            let logits = self.executor.logits(rows);
-            tap.output("lm_head", None, "lm_head", &logits)?;
+            tap.output("lm_head", None, "lm_head", &self.executor.head(rows))?;
         }
         Ok(())
     }

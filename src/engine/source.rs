@@ -36,8 +36,11 @@ pub fn tokenizer_path(source: &ModelSource) -> Option<PathBuf> {
 }
 
 fn open_folder(dir: &Path) -> Result<(ModelSpec, Checkpoint), InferenceError> {
-    let config = ConfigFile::read(&dir.join("config.json"))?;
-    Ok((spec_of(&config)?, Checkpoint::open_folder(dir)?))
+    // What lies there instead of a model, and what it was quantized with, is said before a config is asked for.
+    let mut checkpoint = Checkpoint::open_folder(dir)?;
+    let mut spec = spec_of(&ConfigFile::read(&dir.join("config.json"))?)?;
+    checkpoint.settle_tied_head(&mut spec)?;
+    Ok((spec, checkpoint))
 }
 
 fn open_gguf(path: &Path) -> Result<(ModelSpec, Checkpoint), InferenceError> {

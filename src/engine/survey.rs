@@ -2,11 +2,12 @@
 
 use super::weights::{WeightReader, pack};
 use crate::artifact::QuantizedModule;
-use crate::event::Progress;
+use crate::event::{Level, Progress};
 use crate::inference::InferenceError;
 use crate::units::DType;
 use labpipe_kernels::weight::HostWeight;
 use labpipe_kernels::{SchemeSpec, reconstruction_error};
+use std::collections::BTreeMap;
 
 /// A linear that a config quantizes.
 pub struct Candidate<'a> {
@@ -33,7 +34,15 @@ pub struct Measured {
     pub sqnr_db: Option<f64>,
 }
 
-/// Tells of each linear what it is stored as; what `measure` finds of those that are quantized.
+/// Below this a quarter of a decoded weight's energy is noise. Every scheme reaches 15 dB on Gaussian weights whose magnitudes it can
+/// represent, and falls to 0 dB where it saturates or rounds all of them to 0.
+const MIN_SQNR_DB: f64 = 6.0;
+
+/// Names shown in a warning.
+const MAX_NAMED: usize = 3;
+
+/// Tells of each linear what it is stored as; what `measure` finds of those that are quantized. Linears that their scheme cannot
+/// represent are named in a warning.
 ///
 /// # Errors
 /// Whatever is wrong with a tensor or a scheme; `Cancelled`.
@@ -45,6 +54,7 @@ pub fn survey(
 ) -> Result<(), InferenceError> {
     let linears = reader.spec.linears();
     progress.begin(Some(linears.len() as u64), "modules");
+    let mut lost = Lost::default();
     for (module, [n_out, n_in]) in &linears {
         if progress.is_cancelled() {
             return Err(InferenceError::Cancelled);
@@ -54,7 +64,9 @@ pub fn survey(
         each(match scheme.filter(|_| !is_tied_head) {
             Some(scheme) => {
                 let candidate = Candidate { module, n_out: *n_out, n_in: *n_in, scheme };
-                quantized(&candidate, measure(&candidate)?)
+                let measured = measure(&candidate)?;
+                lost.note(&measured, module);
+                quantized(&candidate, measured)
             }
             None => {
                 let tensor = if is_tied_head { reader.embedding_name().to_owned() } else { format!("{module}.weight") };
@@ -63,7 +75,50 @@ pub fn survey(
         });
         progress.advance(1);
     }
+    lost.warnings().iter().for_each(|warning| progress.note(Level::Warning, warning));
     Ok(())
+}
+
+/// Linears whose packed form is not close to them, by scheme.
+#[derive(Default)]
+struct Lost {
+    /// Decoded values, or their difference, overflow.
+    infinite: BTreeMap<String, Vec<String>>,
+    /// Most of the weight is noise.
+    noisy: BTreeMap<String, Vec<String>>,
+}
+
+impl Lost {
+    fn note(&mut self, measured: &Measured, module: &str) {
+        let is_finite = measured.mse.is_finite() && measured.sqnr_db.is_none_or(f64::is_finite);
+        let kind = match measured.sqnr_db {
+            _ if !is_finite => &mut self.infinite,
+            Some(sqnr_db) if sqnr_db < MIN_SQNR_DB => &mut self.noisy,
+            _ => return,
+        };
+        kind.entry(measured.scheme.scheme.clone()).or_default().push(module.to_owned());
+    }
+
+    fn warnings(&self) -> Vec<String> {
+        let infinite = "cannot represent the weights of";
+        let infinite_why =
+            "decoded, they or their error are not finite, so that weight_mse or weight_sqnr_db is no number";
+        let noisy = "loses much of the weights of";
+        let noisy_why = format!("decoded, their signal-to-noise ratio is below {MIN_SQNR_DB} dB");
+        let kinds = [(&self.infinite, infinite, infinite_why), (&self.noisy, noisy, noisy_why.as_str())];
+        let warning = |(scheme, modules): (&String, &Vec<String>), what: &str, why: &str| {
+            let more = match modules.len().saturating_sub(MAX_NAMED) {
+                0 => String::new(),
+                n => format!(" and {n} more"),
+            };
+            let named = modules[..modules.len().min(MAX_NAMED)].join(", ");
+            format!(
+                "{scheme} {what} {named}{more}: {why}; their magnitudes are too large, too small or too far apart for it (list them in \
+                 keep, or take another scheme)"
+            )
+        };
+        kinds.iter().flat_map(|(lost, what, why)| lost.iter().map(|entry| warning(entry, what, why))).collect()
+    }
 }
 
 /// Measures a linear by packing it.

@@ -2,7 +2,7 @@
 
 #[cfg(any(feature = "cuda", feature = "wgpu"))]
 use super::checkpoint::first_beyond;
-use super::checkpoint::{Checkpoint, StoredTensor, dense_type, first_not_finite, to_dtype, to_f32};
+use super::checkpoint::{Checkpoint, EMBEDDING, HEAD, StoredTensor, dense_type, first_not_finite, to_dtype, to_f32};
 use super::spec::{LinearRole, ModelSpec, NormRole};
 use crate::event::Progress;
 use crate::inference::{InferenceError, ModelRecipe};
@@ -218,11 +218,10 @@ impl WeightReader<'_> {
 
     /// Returns the tensor that holds the embedding: with tied weights a file may keep it under either name.
     pub fn embedding_name(&self) -> &'static str {
-        let (embedding, head) = ("model.embed_tokens.weight", "lm_head.weight");
-        if self.spec.tied_embeddings && !self.checkpoint.contains(embedding) && self.checkpoint.contains(head) {
-            head
+        if self.spec.tied_embeddings && !self.checkpoint.contains(EMBEDDING) && self.checkpoint.contains(HEAD) {
+            HEAD
         } else {
-            embedding
+            EMBEDDING
         }
     }
 
@@ -271,7 +270,7 @@ impl WeightReader<'_> {
             return Ok(values);
         }
         let rounded = to_dtype(&values, dtype);
-        check_range(name, dtype, rounded.as_slice())?;
+        check_range(name, dtype, rounded.as_slice(), &values)?;
         Ok(to_f32(dtype, rounded.as_slice()))
     }
 
@@ -297,8 +296,9 @@ impl WeightReader<'_> {
         if dtype == tensor.dtype && is_aligned {
             return Ok(tensor.bytes.clone());
         }
-        let bytes = to_dtype(&to_f32(tensor.dtype, tensor.bytes.as_slice()), dtype);
-        check_range(name, dtype, bytes.as_slice())?;
+        let values = to_f32(tensor.dtype, tensor.bytes.as_slice());
+        let bytes = to_dtype(&values, dtype);
+        check_range(name, dtype, bytes.as_slice(), &values)?;
         Ok(bytes)
     }
 
@@ -318,17 +318,14 @@ impl WeightReader<'_> {
     }
 }
 
-fn check_range(name: &str, dtype: DType, bytes: &[u8]) -> Result<(), InferenceError> {
+/// Checks that `values` are finite in `dtype`, as which they are `bytes`.
+fn check_range(name: &str, dtype: DType, bytes: &[u8], values: &[f32]) -> Result<(), InferenceError> {
     match first_not_finite(dtype, bytes) {
         None => Ok(()),
-        Some((index, _)) => Err(beyond_range(name, dtype, index)),
+        Some((index, _)) => {
+            Err(InferenceError::BeyondRange { tensor: name.to_owned(), dtype, index, value: values[index] })
+        }
     }
-}
-
-fn beyond_range(name: &str, dtype: DType, index: usize) -> InferenceError {
-    InferenceError::Unsupported(format!(
-        "store {name} as {dtype}: the value at index {index} is beyond its range; use dtype: bf16 or f32"
-    ))
 }
 
 /// A matrix that a device takes from its file piece by piece.
@@ -346,13 +343,14 @@ impl UnreadWeight {
     /// Checks values from byte `at` of the tensor on.
     ///
     /// # Errors
-    /// `NotFinite`; `Unsupported` where the base type does not reach as far.
+    /// `NotFinite`; `BeyondRange` where the base type does not reach as far.
     pub fn check(&self, at: usize, bytes: &[u8]) -> Result<(), InferenceError> {
         let StoredTensor { dtype, path, .. } = &self.tensor;
         let Some((index, value)) = first_beyond(*dtype, self.base, bytes) else { return Ok(()) };
         let index = at / dtype.size_bytes() + index;
         if value.is_finite() {
-            return Err(beyond_range(&self.name, self.base, index));
+            let (tensor, dtype) = (self.name.clone(), self.base);
+            return Err(InferenceError::BeyondRange { tensor, dtype, index, value });
         }
         Err(InferenceError::NotFinite { path: path.clone(), tensor: self.name.clone(), index, value })
     }

@@ -1,6 +1,6 @@
 //! Why an engine could not do what was asked.
 
-use crate::units::format_bytes;
+use crate::units::{DType, format_bytes};
 use std::path::PathBuf;
 
 /// Why an engine could not do what was asked.
@@ -19,6 +19,16 @@ pub enum InferenceError {
         "load tensor {tensor} from {path}: value {value} at index {index}; the file is damaged or was saved from a diverged run"
     )]
     NotFinite { path: PathBuf, tensor: String, index: usize, value: f32 },
+    #[error("load tensor {tensor} from {path}: it is not there; {reason}")]
+    MissingTensor { path: PathBuf, tensor: String, reason: String },
+    #[error("store {tensor} as {dtype}: the value {value} at index {index} is beyond its range; use dtype: {}", wider(*dtype))]
+    BeyondRange { tensor: String, dtype: DType, index: usize, value: f32 },
+    /// `evidence` fits "its weights are quantized with … (…)".
+    #[error(
+        "open {path}: its weights are quantized with {method} ({evidence}); labpipe reads plain f32, f16 and bf16 weights, \
+         bitsandbytes' folders and GGUF files: name the model that this one was made from, or a GGUF file of it"
+    )]
+    ForeignQuantization { path: PathBuf, method: String, evidence: String },
     #[error("compute {what}: the result is not finite")]
     NotFiniteResult { what: String },
     #[error("trust decode: {reason}")]
@@ -50,6 +60,11 @@ pub enum InferenceError {
     Sink(String),
     #[error("cancelled")]
     Cancelled,
+}
+
+/// Returns the element types that reach further.
+fn wider(dtype: DType) -> &'static str {
+    if dtype == DType::F16 { "bf16 or f32" } else { "f32" }
 }
 
 fn free(bytes: Option<u64>) -> String {

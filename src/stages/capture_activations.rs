@@ -21,7 +21,7 @@ pub struct CaptureActivations;
 static DESCRIPTION: StageDescription = StageDescription {
     kind: "capture-activations",
     summary: "Runs a text through a model once and keeps the output of every operation as Parquet.",
-    version: 1,
+    version: 2,
     measures: false,
     computes: true,
     params: &[

@@ -75,18 +75,69 @@ pub fn first_not_finite(dtype: DType, bytes: &[u8]) -> Option<(usize, f32)> {
 /// # Errors
 /// Why the bytes before the first such value could not be read.
 pub fn read_first_not_finite(dtype: DType, bytes: &SharedBytes) -> io::Result<Option<(usize, f32)>> {
-    let chunk_bytes = CHUNK * dtype.size_bytes();
-    let chunks = (0..bytes.len().div_ceil(chunk_bytes)).into_par_iter();
-    let looked = chunks.map_init(
-        || vec![0u8; chunk_bytes],
-        |chunk, chunk_idx| {
-            let first = chunk_idx * chunk_bytes;
-            let chunk = &mut chunk[..chunk_bytes.min(bytes.len() - first)];
-            bytes.read_into(first, chunk)?;
-            Ok(found_at(chunk_idx, first_beyond(dtype, dtype, chunk)))
-        },
-    );
-    looked.find_first(|looked| !matches!(looked, Ok(None))).unwrap_or(Ok(None))
+    Ok(read_narrowed(dtype, dtype, bytes)?.beyond)
+}
+
+/// What becomes of values in a narrower type.
+#[derive(Debug, Clone, Copy, PartialEq, Default)]
+pub struct Narrowed {
+    /// The first value that is not finite in it, with its index.
+    pub beyond: Option<(usize, f32)>,
+    /// Values other than 0 that become 0; not all are counted where one is not finite.
+    pub n_zeroed: u64,
+}
+
+/// Reads values chunk by chunk, as [`read_first_not_finite`] does, and looks at what each becomes in `base`.
+///
+/// # Errors
+/// Why the bytes before the first value that is not finite could not be read.
+pub fn read_narrowed(stored: DType, base: DType, bytes: &SharedBytes) -> io::Result<Narrowed> {
+    let chunk_bytes = CHUNK * stored.size_bytes();
+    let look = |buffer: &mut Vec<u8>, chunk_idx: usize| {
+        let first = chunk_idx * chunk_bytes;
+        buffer.resize(chunk_bytes.min(bytes.len() - first), 0);
+        bytes.read_into(first, buffer)?;
+        let beyond = found_at(chunk_idx, first_beyond(stored, base, buffer));
+        Ok(Narrowed { beyond, n_zeroed: n_zeroed(stored, base, buffer) })
+    };
+    if bytes.is_empty() {
+        return Ok(Narrowed::default());
+    }
+    let n_chunks = bytes.len().div_ceil(chunk_bytes);
+    if n_chunks == 1 {
+        return look(&mut Vec::new(), 0);
+    }
+    let looked = (0..n_chunks).into_par_iter().map_init(Vec::new, look);
+    let add = |a: io::Result<Narrowed>, b: io::Result<Narrowed>| match (a, b) {
+        (Ok(a), Ok(b)) => Ok(Narrowed { beyond: a.beyond.or(b.beyond), n_zeroed: a.n_zeroed + b.n_zeroed }),
+        // What was found before the failure, or the failure.
+        (Ok(a), Err(_)) if a.beyond.is_some() => Ok(a),
+        (Ok(_), Err(error)) | (Err(error), _) => Err(error),
+    };
+    looked.reduce(|| Ok(Narrowed::default()), add)
+}
+
+/// Counts values other than 0 that become 0 in `base`. One thread reads all bytes.
+fn n_zeroed(stored: DType, base: DType, bytes: &[u8]) -> u64 {
+    // The largest magnitude, as bits, that rounds to 0: half of the smallest subnormal, a tie that goes to the even 0.
+    let limit = match (stored, base) {
+        (DType::F32, DType::F16) => 0x3300_0000,
+        (DType::Bf16, DType::F16) => 0x3300,
+        (DType::F32, DType::Bf16) => 0x8000,
+        _ => return 0,
+    };
+    let is_zeroed = |magnitude: u32| u32::from(magnitude > 0 && magnitude <= limit);
+    let n: u32 = match stored {
+        DType::F32 => {
+            let words = bytes.as_chunks::<4>().0.iter();
+            words.map(|raw| is_zeroed(u32::from_le_bytes(*raw) & 0x7fff_ffff)).sum()
+        }
+        DType::F16 | DType::Bf16 => {
+            let halves = bytes.as_chunks::<2>().0.iter();
+            halves.map(|raw| is_zeroed(u32::from(u16::from_le_bytes(*raw) & 0x7fff))).sum()
+        }
+    };
+    u64::from(n)
 }
 
 fn found_at(chunk_idx: usize, found: Option<(usize, f32)>) -> Option<(usize, f32)> {
@@ -147,6 +198,26 @@ mod tests {
                 }
             }
         }
+    }
+
+    #[test]
+    fn values_that_become_zero_are_those_whose_conversion_is_zero() {
+        for stored in DType::ALL {
+            for base in DType::ALL {
+                let exponents = [-149, -134, -133, -126, -26, -25, -24, -14, 0];
+                let near = exponents.map(|exponent| 2.0f64.powi(exponent) as f32);
+                let near = near.into_iter().flat_map(|edge| [edge.next_down(), edge, edge.next_up(), -edge]);
+                let bytes = to_dtype(&near.chain([0.0, -0.0]).collect::<Vec<f32>>(), stored);
+                let exact = to_f32(stored, bytes.as_slice());
+                let rounded = to_f32(base, to_dtype(&exact, base).as_slice());
+                let want = exact.iter().zip(&rounded).filter(|(a, b)| **a != 0.0 && **b == 0.0).count() as u64;
+                let found = read_narrowed(stored, base, &bytes).expect("bytes in memory");
+                assert_eq!(found, Narrowed { beyond: None, n_zeroed: want }, "{stored} as {base}");
+            }
+        }
+        let many = to_dtype(&vec![1e-9f32; 3 * CHUNK + 5], DType::F32);
+        let found = read_narrowed(DType::F32, DType::F16, &many).expect("bytes in memory");
+        assert_eq!(found.n_zeroed, 3 * CHUNK as u64 + 5);
     }
 
     #[test]

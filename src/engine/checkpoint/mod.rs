@@ -1,11 +1,17 @@
-//! Where tensors come from: safetensors files or a GGUF file, memory-mapped, or a seed. It knows names, shapes and element types,
-//! no model.
+//! Where tensors come from: safetensors files or a GGUF file, memory-mapped, or a seed. It knows names, shapes and element types;
+//! a model only where it accounts for what of a folder the model uses.
 
 mod bitsandbytes;
 mod convert;
+mod folder_files;
+mod foreign;
 mod gguf_file;
 mod random;
 mod safetensors_file;
+mod tensor_account;
+mod tensor_names;
+mod tied_head;
+mod value_check;
 
 #[cfg(any(feature = "cuda", feature = "wgpu"))]
 pub use convert::first_beyond;
@@ -13,13 +19,16 @@ pub use convert::{dense_type, first_not_finite, read_first_not_finite, to_dtype,
 pub use gguf_file::{GgufCheckpoint, is_gguf};
 pub use random::random_values;
 pub use safetensors_file::SafetensorsFolder;
+pub use tensor_account::{EMBEDDING, HEAD, folder_parts};
 
+use crate::engine::spec::ModelSpec;
 use crate::event::Progress;
 use crate::inference::{InferenceError, StoredQuantization};
 use crate::units::DType;
 use labpipe_kernels::Packed;
 use labpipe_kernels::weight::SharedBytes;
 use std::path::{Path, PathBuf};
+use tensor_account::used_tensors;
 
 /// A tensor as its file stores it.
 #[derive(Debug, Clone)]
@@ -89,6 +98,17 @@ impl Checkpoint {
         Ok(Checkpoint::Gguf(GgufCheckpoint::open(path)?))
     }
 
+    /// Gives the spec a head of its own where a folder holds one that differs from the embedding its config ties it to.
+    ///
+    /// # Errors
+    /// `File` where one of the two could not be read.
+    pub fn settle_tied_head(&mut self, spec: &mut ModelSpec) -> Result<(), InferenceError> {
+        match self {
+            Checkpoint::Folder(folder) => tied_head::settle_tied_head(folder, spec),
+            _ => Ok(()),
+        }
+    }
+
     /// Returns true where tensors in their stored type are read in place: no memory is taken for them.
     pub fn is_mapped(&self) -> bool {
         match self {
@@ -101,7 +121,7 @@ impl Checkpoint {
     /// Returns true if there is a tensor of that name.
     pub fn contains(&self, name: &str) -> bool {
         match self {
-            Checkpoint::Folder(folder) => folder.get(name).is_some(),
+            Checkpoint::Folder(folder) => folder.dtype_of(name).is_some(),
             Checkpoint::Gguf(file) => file.dtype_of(name).is_some(),
             Checkpoint::Random { .. } => true,
         }
@@ -110,7 +130,7 @@ impl Checkpoint {
     /// Returns the element type of that tensor as stored.
     pub fn dtype_of(&self, name: &str) -> Option<DType> {
         match self {
-            Checkpoint::Folder(folder) => folder.get(name).map(|tensor| tensor.dtype),
+            Checkpoint::Folder(folder) => folder.dtype_of(name),
             Checkpoint::Gguf(file) => file.dtype_of(name),
             Checkpoint::Random { dtype, .. } => Some(*dtype),
         }
@@ -163,13 +183,20 @@ impl Checkpoint {
         }
     }
 
-    /// Checks that all weights and biases hold finite values; random ones do.
+    /// Checks that all weights and biases that the model uses hold finite values, in `base` too where it is given; random ones do.
     ///
     /// # Errors
-    /// `NotFinite`; `Cancelled`.
-    pub fn check_values(&self, progress: &dyn Progress) -> Result<(), InferenceError> {
+    /// `NotFinite`, `BeyondRange`; `Cancelled`.
+    pub fn check_values(
+        &self,
+        spec: &ModelSpec,
+        base: Option<DType>,
+        progress: &dyn Progress,
+    ) -> Result<(), InferenceError> {
         match self {
-            Checkpoint::Folder(folder) => folder.check_values(progress),
+            Checkpoint::Folder(folder) => {
+                value_check::check_values(folder, &used_tensors(folder, spec), base, progress)
+            }
             Checkpoint::Gguf(file) => file.check_values(progress),
             Checkpoint::Random { .. } => Ok(()),
         }
@@ -191,7 +218,7 @@ impl Checkpoint {
     /// `Tensor` where it is missing or shaped otherwise.
     pub fn unread(&self, name: &str, shape: &[usize]) -> Result<StoredTensor, InferenceError> {
         match self {
-            Checkpoint::Folder(folder) => folder.checked(name, shape).cloned(),
+            Checkpoint::Folder(folder) => folder.checked(name, shape),
             Checkpoint::Gguf(file) => file.tensor(name, shape),
             Checkpoint::Random { seed, dtype, config } => {
                 let values = random_values(*seed, name, shape.iter().product());
@@ -213,4 +240,9 @@ fn finite(name: &str, tensor: StoredTensor) -> Result<StoredTensor, InferenceErr
             Err(InferenceError::NotFinite { path: tensor.path, tensor: name.to_owned(), index, value })
         }
     }
+}
+
+/// Returns an error about a file or a folder.
+fn fail(path: &Path, reason: String) -> InferenceError {
+    InferenceError::File { path: path.to_owned(), reason }
 }

@@ -1,117 +1,127 @@
 //! A folder of safetensors files: `model.safetensors`, or shards with `model.safetensors.index.json`.
 
-use super::StoredTensor;
-use super::bitsandbytes::is_packed;
-use crate::event::Progress;
+use super::folder_files::{WeightFiles, find_weight_files, named};
+use super::foreign::{refuse_declared, refuse_inferred};
+use super::tensor_names::canonical_name;
+use super::{StoredTensor, fail};
 use crate::inference::InferenceError;
+use crate::json_file::parse_json;
 use crate::units::DType;
 use labpipe_kernels::weight::SharedBytes;
 use memmap2::Mmap;
-use safetensors::tensor::TensorView;
 use safetensors::{Dtype, SafeTensors};
 use serde_json::Value;
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
+use std::collections::btree_map::Entry;
 use std::fs::File;
+use std::io::Read;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, OnceLock};
-
-const SINGLE: &str = "model.safetensors";
-const INDEX: &str = "model.safetensors.index.json";
-/// Indexes have some hundred bytes a tensor.
-const MAX_INDEX_BYTES: u64 = 64 << 20;
+use std::sync::Arc;
 
 /// The tensors of a folder, mapped into memory.
 #[derive(Debug)]
 pub struct SafetensorsFolder {
     dir: PathBuf,
-    tensors: BTreeMap<String, StoredTensor>,
-    /// Tensors of a type that no weight has here (integers, f64, f8): name, type and file, for error messages.
-    others: BTreeMap<String, String>,
-    /// Every tensor as bytes, whatever its type: what packed weights are made of.
-    raw: BTreeMap<String, RawTensor>,
-    quantization_config: OnceLock<Value>,
+    /// Every tensor by its name in the causal language model, whatever its type.
+    tensors: BTreeMap<String, FolderTensor>,
+    /// config.json; null where it cannot be read, which is another reader's error.
+    config: Value,
+    /// What a user must hear of the files, a sentence each.
+    warnings: Vec<String>,
     /// Its tensors were part of a larger model and are named as if they weren't.
     is_inner: bool,
 }
 
-/// A tensor as bytes.
+/// A tensor as its file stores it.
 #[derive(Debug)]
-pub struct RawTensor {
-    /// As the header names it: `U8`, `I8`, `F32`.
-    pub dtype: String,
+pub struct FolderTensor {
+    pub dtype: Dtype,
     pub shape: Vec<usize>,
     pub bytes: SharedBytes,
-    pub path: PathBuf,
+    pub path: Arc<Path>,
+    /// Its name in the file, where that is another one.
+    pub file_name: Option<Box<str>>,
 }
 
-impl RawTensor {
-    fn of(view: &TensorView<'_>, bytes: &SharedBytes, path: &Path) -> RawTensor {
-        let dtype = format!("{:?}", view.dtype());
-        RawTensor { dtype, shape: view.shape().to_vec(), bytes: bytes.clone(), path: path.to_owned() }
-    }
-
+impl FolderTensor {
     /// Reads the bytes as little-endian f32.
     pub fn floats(&self) -> Vec<f32> {
         self.bytes.as_slice().as_chunks::<4>().0.iter().map(|raw| f32::from_le_bytes(*raw)).collect()
     }
+
+    /// Returns its element type where weights may have it.
+    pub fn float_dtype(&self) -> Option<DType> {
+        match self.dtype {
+            Dtype::F32 => Some(DType::F32),
+            Dtype::F16 => Some(DType::F16),
+            Dtype::BF16 => Some(DType::Bf16),
+            _ => None,
+        }
+    }
+
+    fn stored(&self) -> Option<StoredTensor> {
+        let dtype = self.float_dtype()?;
+        Some(StoredTensor {
+            dtype,
+            shape: self.shape.clone(),
+            bytes: self.bytes.clone(),
+            path: self.path.to_path_buf(),
+        })
+    }
 }
 
 impl SafetensorsFolder {
-    /// Maps every file of the folder and checks its header against its length.
+    /// Maps every file of the folder and checks its header against its length. A quantization that labpipe does not read is refused
+    /// here, before anything looks at shapes.
     ///
     /// # Errors
-    /// `File`, naming the file and what is wrong with it.
+    /// `File`, naming the file and what is wrong with it; `ForeignQuantization`.
     pub fn open(dir: &Path) -> Result<SafetensorsFolder, InferenceError> {
-        let mut folder = SafetensorsFolder {
-            dir: dir.to_owned(),
-            tensors: BTreeMap::new(),
-            others: BTreeMap::new(),
-            raw: BTreeMap::new(),
-            quantization_config: OnceLock::new(),
-            is_inner: false,
-        };
-        let index = dir.join(INDEX);
-        let single = dir.join(SINGLE);
-        if single.is_file() {
-            folder.add_file(&single)?;
-        } else if index.is_file() {
-            let weight_map = read_index(&index)?;
-            for shard in weight_map.values().collect::<BTreeSet<_>>() {
-                folder.add_file(&dir.join(shard))?;
-            }
-            if let Some((name, shard)) = weight_map.iter().find(|(name, _)| !folder.names(name)) {
-                return Err(fail(&index, format!("it says that {shard} holds {name}, but that file does not")));
-            }
-        } else {
-            let expected = format!("expected {SINGLE}, or {INDEX} and its shards; neither is there");
-            return Err(fail(dir, if dir.is_dir() { expected } else { format!("no such folder; {expected}") }));
+        let config = parse_json(&std::fs::read(dir.join("config.json")).unwrap_or_default()).unwrap_or_default();
+        refuse_declared(dir, &config)?;
+        let WeightFiles { paths, index, warnings } = find_weight_files(dir)?;
+        let mut folder =
+            SafetensorsFolder { dir: dir.to_owned(), tensors: BTreeMap::new(), config, warnings, is_inner: false };
+        for path in &paths {
+            folder.add_file(path)?;
         }
-        folder.rename_inner_model();
+        if let Some((path, weight_map)) = index {
+            folder.compare_with_index(&path, &weight_map)?;
+        }
+        refuse_inferred(dir, &folder.tensors)?;
         Ok(folder)
     }
 
-    /// Gives the tensors of a text model that is part of a larger one the names that they have alone. transformers 4 writes
-    /// `language_model.model.…`, transformers 5 `model.language_model.…`.
-    fn rename_inner_model(&mut self) {
-        if self.tensors.keys().any(|name| name.starts_with("model.layers.")) {
-            return;
+    /// Fails where the index names a tensor that no shard holds, and warns of tensors that it does not name. Those are used, as in
+    /// transformers.
+    fn compare_with_index(&mut self, path: &Path, map: &BTreeMap<String, String>) -> Result<(), InferenceError> {
+        if let Some((name, shard)) = map.iter().find(|(name, _)| !self.tensors.contains_key(&canonical_name(name).0)) {
+            return Err(fail(path, format!("it says that {shard} holds {name}, but that file does not")));
         }
-        let roots = [("language_model.model.", "model."), ("model.language_model.", "model."), ("language_model.", "")];
-        let rename = |name: String| match roots.iter().find_map(|(root, own)| Some((name.strip_prefix(root)?, own))) {
-            Some((rest, own)) => format!("{own}{rest}"),
-            None => name,
-        };
-        let tensors = std::mem::take(&mut self.tensors);
-        self.tensors = tensors.into_iter().map(|(name, tensor)| (rename(name), tensor)).collect();
-        let others = std::mem::take(&mut self.others);
-        self.others = others.into_iter().map(|(name, dtype)| (rename(name), dtype)).collect();
-        let raw = std::mem::take(&mut self.raw);
-        self.raw = raw.into_iter().map(|(name, tensor)| (rename(name), tensor)).collect();
-        self.is_inner = true;
+        let unlisted: Vec<String> = self
+            .entries()
+            .map(|(name, tensor)| file_name(name, tensor).to_owned())
+            .filter(|name| !map.contains_key(name))
+            .collect();
+        if !unlisted.is_empty() {
+            let index = path.file_name().unwrap_or_default().to_string_lossy();
+            self.warnings.push(format!(
+                "{index} leaves out {} of the tensors that its shards hold ({}); they are read all the same, as in transformers",
+                unlisted.len(),
+                named(&unlisted)
+            ));
+        }
+        Ok(())
     }
 
-    pub fn get(&self, name: &str) -> Option<&StoredTensor> {
-        self.tensors.get(name)
+    /// Returns a tensor of plain floats.
+    pub fn get(&self, name: &str) -> Option<StoredTensor> {
+        self.tensors.get(name)?.stored()
+    }
+
+    /// Returns the element type of a tensor of plain floats.
+    pub fn dtype_of(&self, name: &str) -> Option<DType> {
+        self.tensors.get(name)?.float_dtype()
     }
 
     pub fn dir(&self) -> &Path {
@@ -123,74 +133,79 @@ impl SafetensorsFolder {
         self.is_inner
     }
 
-    /// Returns the tensors of plain floats, by name.
-    pub fn floats(&self) -> impl Iterator<Item = (&String, &StoredTensor)> {
+    /// Returns what a user must hear of the folder's files, a sentence each.
+    pub fn warnings(&self) -> &[String] {
+        &self.warnings
+    }
+
+    /// Adds a sentence to [`warnings`](Self::warnings).
+    pub fn warn(&mut self, text: String) {
+        self.warnings.push(text);
+    }
+
+    /// Returns every tensor by its name in the causal language model.
+    pub fn entries(&self) -> impl Iterator<Item = (&String, &FolderTensor)> {
         self.tensors.iter()
     }
 
+    /// Returns the tensors of plain floats, by name.
+    pub fn floats(&self) -> impl Iterator<Item = (&String, StoredTensor)> {
+        self.tensors.iter().filter_map(|(name, tensor)| Some((name, tensor.stored()?)))
+    }
+
     /// Returns a tensor of any type as bytes.
-    pub fn raw(&self, name: &str) -> Option<&RawTensor> {
-        self.raw.get(name)
+    pub fn raw(&self, name: &str) -> Option<&FolderTensor> {
+        self.tensors.get(name)
     }
 
     /// Returns what `config.json` says of the weights' quantization; null where it says nothing.
     pub fn quantization_config(&self) -> &Value {
-        self.quantization_config.get_or_init(|| {
-            let text = std::fs::read_to_string(self.dir.join("config.json")).unwrap_or_default();
-            let config: Value = serde_json::from_str(&text).unwrap_or_default();
-            config["quantization_config"].clone()
-        })
-    }
-
-    fn names(&self, name: &str) -> bool {
-        self.tensors.contains_key(name) || self.others.contains_key(name)
+        match &self.config["quantization_config"] {
+            Value::Null => &self.config["text_config"]["quantization_config"],
+            section => section,
+        }
     }
 
     /// Returns the tensor if it has that shape.
     ///
     /// # Errors
     /// `Tensor` otherwise.
-    pub fn checked(&self, name: &str, shape: &[usize]) -> Result<&StoredTensor, InferenceError> {
+    pub fn checked(&self, name: &str, shape: &[usize]) -> Result<StoredTensor, InferenceError> {
         let error = |path: &Path, found: String| InferenceError::Tensor {
             path: path.to_owned(),
             tensor: name.to_owned(),
             expected: format!("shape {shape:?}"),
             found,
         };
-        match self.tensors.get(name) {
-            Some(tensor) if tensor.shape == shape => Ok(tensor),
-            Some(tensor) => Err(error(&tensor.path, format!("shape {:?}", tensor.shape))),
+        let Some(tensor) = self.tensors.get(name) else {
+            return Err(error(&self.dir, format!("no such tensor{}", self.similar(name))));
+        };
+        match tensor.stored() {
+            Some(stored) if stored.shape == shape => Ok(stored),
+            Some(stored) => Err(error(&tensor.path, format!("shape {:?}", stored.shape))),
             None => {
-                let found = self.others.get(name).map_or("no such tensor".to_owned(), |dtype| {
-                    format!("element type {dtype}, which is not supported (f32, f16 and bf16 are)")
-                });
-                Err(error(&self.dir, found))
+                let found = format!("element type {:?}, which is not supported (f32, f16 and bf16 are)", tensor.dtype);
+                Err(error(&tensor.path, found))
             }
         }
     }
 
-    /// Checks that all weights and biases hold finite values. Other tensors (buffers that some exporters save) are never used.
-    ///
-    /// # Errors
-    /// `NotFinite`; `File` where one could not be read; `Cancelled`.
-    pub fn check_values(&self, progress: &dyn Progress) -> Result<(), InferenceError> {
-        progress.begin(Some(self.tensors.len() as u64), "tensors");
-        for (name, tensor) in &self.tensors {
-            if progress.is_cancelled() {
-                return Err(InferenceError::Cancelled);
+    /// Returns in brackets a name that ends as `name` does, or the first one of the files.
+    fn similar(&self, name: &str) -> String {
+        let ending = name.strip_prefix("model.").unwrap_or(name);
+        let similar = self.tensors.iter().find(|(other, _)| other.ends_with(ending));
+        match similar.or_else(|| self.tensors.iter().next()) {
+            Some((other, tensor)) => {
+                format!(" ({} tensors are there, among them {})", self.tensors.len(), file_name(other, tensor))
             }
-            // Packed codes may lie in a container of floats.
-            let is_used = name.ends_with(".bias") || name.ends_with(".weight") && !is_packed(self, name);
-            if is_used {
-                tensor.check_values(name)?;
-            }
-            progress.advance(1);
+            None => " (there are no tensors at all)".to_owned(),
         }
-        Ok(())
     }
 
     fn add_file(&mut self, path: &Path) -> Result<(), InferenceError> {
-        let file = Arc::new(File::open(path).map_err(|error| fail(path, error.to_string()))?);
+        let mut file = File::open(path).map_err(|error| fail(path, error.to_string()))?;
+        refuse_pointer(path, &mut file)?;
+        let file = Arc::new(file);
         // SAFETY: labpipe never writes model files; a file cut short by somebody else while it is mapped raises SIGBUS, as
         // with every program that maps models.
         let map = unsafe { Mmap::map(&*file) }.map_err(|error| fail(path, error.to_string()))?;
@@ -199,61 +214,66 @@ impl SafetensorsFolder {
             fail(path, format!("its header does not fit the file ({error}); was the download cut short?"))
         })?;
         let base = owner.as_ptr() as usize;
+        let shared_path: Arc<Path> = Arc::from(path);
         for (name, view) in parsed.iter() {
             if name.contains("..") || name.contains(char::is_control) {
                 return Err(fail(path, format!("no tensor is named {name:?}; the file is damaged")));
             }
             let first = view.data().as_ptr() as usize - base;
-            let bytes = SharedBytes::mapped(owner.clone(), Arc::clone(&file), first..first + view.data().len());
-            self.raw.insert(name.to_owned(), RawTensor::of(&view, &bytes, path));
-            let dtype = match view.dtype() {
-                Dtype::F32 => DType::F32,
-                Dtype::F16 => DType::F16,
-                Dtype::BF16 => DType::Bf16,
-                other => {
-                    self.others.insert(name.to_owned(), format!("{other:?}"));
-                    continue;
-                }
+            let (own, is_inner) = canonical_name(name);
+            self.is_inner |= is_inner;
+            let tensor = FolderTensor {
+                dtype: view.dtype(),
+                shape: view.shape().to_vec(),
+                bytes: SharedBytes::mapped(owner.clone(), Arc::clone(&file), first..first + view.data().len()),
+                path: Arc::clone(&shared_path),
+                file_name: (own != name).then(|| Box::from(name)),
             };
-            let tensor = StoredTensor { dtype, shape: view.shape().to_vec(), bytes, path: path.to_owned() };
-            if self.tensors.insert(name.to_owned(), tensor).is_some() {
-                return Err(fail(path, format!("tensor {name} is in more than one shard")));
+            match self.tensors.entry(own) {
+                Entry::Vacant(entry) => {
+                    entry.insert(tensor);
+                }
+                Entry::Occupied(entry) => return Err(twice(path, name, entry.key(), entry.get())),
             }
         }
         Ok(())
     }
 }
 
-fn fail(path: &Path, reason: String) -> InferenceError {
-    InferenceError::File { path: path.to_owned(), reason }
+/// Returns a tensor's name in its file.
+pub fn file_name<'a>(name: &'a str, tensor: &'a FolderTensor) -> &'a str {
+    tensor.file_name.as_deref().unwrap_or(name)
 }
 
-fn read_index(path: &Path) -> Result<BTreeMap<String, String>, InferenceError> {
-    let n_bytes = std::fs::metadata(path).map_err(|error| fail(path, error.to_string()))?.len();
-    if n_bytes > MAX_INDEX_BYTES {
-        return Err(fail(path, format!("{n_bytes} bytes are no index")));
+/// Returns the error of two tensors that are the same one of the model.
+fn twice(path: &Path, name: &str, own: &str, other: &FolderTensor) -> InferenceError {
+    let first = file_name(own, other);
+    if first == name {
+        return fail(path, format!("tensor {name} is in more than one shard"));
     }
-    let text = std::fs::read_to_string(path).map_err(|error| fail(path, error.to_string()))?;
-    let index: Value = serde_json::from_str(&text).map_err(|error| fail(path, format!("not valid JSON: {error}")))?;
-    let map = index.get("weight_map").and_then(Value::as_object);
-    let map = map.ok_or_else(|| fail(path, "weight_map is missing".to_owned()))?;
-    map.iter()
-        .map(|(name, file)| {
-            let file = file.as_str().unwrap_or_default();
-            let is_plain = !file.is_empty() && !file.contains(['/', '\\']) && file != "..";
-            if is_plain {
-                Ok((name.clone(), file.to_owned()))
-            } else {
-                Err(fail(path, format!("{name}: expected the name of a file in the same folder, found {file:?}")))
-            }
-        })
-        .collect()
+    fail(path, format!("tensors {first} and {name} are both {own} of the model; keep one of them"))
+}
+
+/// Refuses the text that stands for a file in a Git repository whose large files were not fetched.
+fn refuse_pointer(path: &Path, file: &mut File) -> Result<(), InferenceError> {
+    const POINTER: &[u8] = b"version https://git-lfs";
+    let mut start = Vec::with_capacity(POINTER.len());
+    let read = file.take(POINTER.len() as u64).read_to_end(&mut start);
+    read.map_err(|error| fail(path, error.to_string()))?;
+    if start == POINTER {
+        let reason = "it is a Git LFS pointer, not the file itself; run git lfs pull, or download the file";
+        return Err(fail(path, reason.to_owned()));
+    }
+    Ok(())
 }
 
 #[cfg(test)]
 mod tests {
+    use super::super::folder_files::{INDEX, SINGLE};
+    use super::super::value_check::check_values;
     use super::*;
-    use safetensors::tensor::serialize_to_file;
+    use crate::event::NullProgress;
+    use safetensors::tensor::{TensorView, serialize_to_file};
 
     fn write(path: &Path, names: &[&str]) {
         let data: Vec<u8> = [1.0f32, 2.0, 3.0, 4.0].iter().flat_map(|v| v.to_le_bytes()).collect();
@@ -289,14 +309,6 @@ mod tests {
     }
 
     #[test]
-    fn an_index_that_points_outside_its_folder_is_refused() {
-        let dir = tempfile::tempdir().expect("a temporary folder");
-        std::fs::write(dir.path().join(INDEX), r#"{"weight_map": {"x": "../a.safetensors"}}"#).expect("an index");
-        let error = SafetensorsFolder::open(dir.path()).expect_err("an error").to_string();
-        assert!(error.contains("same folder"), "{error}");
-    }
-
-    #[test]
     fn truncated_files_and_lying_headers_end_in_an_error_that_names_the_file() {
         let dir = tempfile::tempdir().expect("a temporary folder");
         let path = dir.path().join(SINGLE);
@@ -310,5 +322,63 @@ mod tests {
             let error = SafetensorsFolder::open(dir.path()).expect_err("an error").to_string();
             assert!(error.contains(SINGLE), "{error}");
         }
+    }
+
+    #[test]
+    fn two_names_of_one_tensor_are_both_named() {
+        let dir = tempfile::tempdir().expect("a temporary folder");
+        write(&dir.path().join(SINGLE), &["layers.0.x", "model.layers.0.x"]);
+        let error = SafetensorsFolder::open(dir.path()).expect_err("an error").to_string();
+        for part in ["model.layers.0.x of the model", "tensors ", " layers.0.x", SINGLE] {
+            assert!(error.contains(part), "{error}");
+        }
+    }
+
+    #[test]
+    fn tensors_that_the_index_leaves_out_are_read_with_a_warning() {
+        let dir = tempfile::tempdir().expect("a temporary folder");
+        write(&dir.path().join("a.safetensors"), &["x", "y", "layers.0.z"]);
+        std::fs::write(dir.path().join(INDEX), r#"{"weight_map": {"x": "a.safetensors"}}"#).expect("an index");
+        let folder = SafetensorsFolder::open(dir.path()).expect("a folder");
+        assert!(folder.get("y").is_some() && folder.get("model.layers.0.z").is_some());
+        let [warning] = folder.warnings() else { panic!("{:?}", folder.warnings()) };
+        assert!(warning.contains("leaves out 2 of the tensors") && warning.contains("(layers.0.z, y)"), "{warning}");
+    }
+
+    #[test]
+    fn a_missing_tensor_is_reported_with_a_name_that_is_there() {
+        let dir = tempfile::tempdir().expect("a temporary folder");
+        write(&dir.path().join(SINGLE), &["a", "transformer.layers.0.mlp.up_proj.weight"]);
+        let folder = SafetensorsFolder::open(dir.path()).expect("a folder");
+        let error = folder.checked("model.layers.0.mlp.up_proj.weight", &[2, 2]).expect_err("an error").to_string();
+        assert!(error.contains("no such tensor (2 tensors are there, among them transformer.layers.0"), "{error}");
+    }
+
+    #[test]
+    fn a_git_lfs_pointer_is_named_as_such() {
+        let dir = tempfile::tempdir().expect("a temporary folder");
+        std::fs::write(dir.path().join(SINGLE), "version https://git-lfs.github.com/spec/v1\n").expect("a file");
+        let error = SafetensorsFolder::open(dir.path()).expect_err("an error").to_string();
+        assert!(error.contains("git lfs pull") && error.contains(SINGLE), "{error}");
+    }
+
+    /// Every tensor is looked at a fixed number of times; with a scan per tensor these would take hours.
+    #[test]
+    fn a_folder_of_many_tensors_opens() {
+        let dir = tempfile::tempdir().expect("a temporary folder");
+        let n = 200_000;
+        let entries = (0..n).map(|i| {
+            let (first, last) = (4 * i, 4 * i + 4);
+            format!(r#""layers.{i}.mlp.up_proj.weight":{{"dtype":"F32","shape":[1],"data_offsets":[{first},{last}]}}"#)
+        });
+        let header = format!("{{{}}}", entries.collect::<Vec<_>>().join(","));
+        let mut bytes = (header.len() as u64).to_le_bytes().to_vec();
+        bytes.extend(header.into_bytes());
+        bytes.resize(bytes.len() + 4 * n, 0);
+        std::fs::write(dir.path().join(SINGLE), bytes).expect("a file");
+        let folder = SafetensorsFolder::open(dir.path()).expect("a folder");
+        assert_eq!(folder.entries().count(), n);
+        let names: Vec<String> = folder.entries().map(|(name, _)| name.clone()).collect();
+        check_values(&folder, &names, Some(DType::F16), &NullProgress).expect("finite values");
     }
 }

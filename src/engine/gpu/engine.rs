@@ -16,6 +16,7 @@ use crate::engine::weights::{WeightReader, has_compute_dtype};
 use crate::event::Progress;
 use crate::inference::{
     DeviceProbe, Engine, EngineInfo, InferenceError, MemoryProbe, Model, ModelInfo, ModelRecipe, SavedModel,
+    SourceAccount,
 };
 use crate::units::DType;
 use burn::tensor::Device;
@@ -26,7 +27,7 @@ use std::collections::BTreeMap;
 use std::path::Path;
 
 /// Grows when the numbers that this engine computes change.
-const NUMERICS_VERSION: u32 = 3;
+const NUMERICS_VERSION: u32 = 4;
 
 /// cubecl on one device.
 pub struct GpuEngine {
@@ -131,6 +132,16 @@ impl Engine for GpuEngine {
 
     fn inspect(&self, recipe: &ModelRecipe) -> Result<ModelInfo, InferenceError> {
         self.host.inspect(&self.settled(recipe)?)
+    }
+
+    fn account(&self, recipe: &ModelRecipe) -> Result<SourceAccount, InferenceError> {
+        self.host.account(recipe)
+    }
+
+    /// Values pass by on their way to the device and are checked there, unless they are to be kept in another type: how many become 0 in
+    /// it is counted before.
+    fn check_values(&self, recipe: &ModelRecipe, progress: &dyn Progress) -> Result<(), InferenceError> {
+        if recipe.dtype.is_some() { self.host.check_values(recipe, progress) } else { Ok(()) }
     }
 
     fn open(&self, recipe: &ModelRecipe, progress: &dyn Progress) -> Result<Box<dyn Model>, InferenceError> {

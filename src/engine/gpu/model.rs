@@ -90,13 +90,19 @@ impl GpuModel {
         result
     }
 
-    /// Computes logits of rows `first..first + n`, `[n, vocab]` f32, where the pass left room for them.
+    /// Computes what the module `lm_head` puts out for rows `first..first + n`, `[n, vocab]` f32, where the pass left room for it: logits
+    /// before their soft cap, where the model has one.
     fn head(&mut self, hidden: &Hidden, [first, n]: [usize; 2]) -> Result<(), InferenceError> {
-        let vocab = self.info.vocab_size;
-        let Passes { products, weights, spec, .. } = &mut self.passes;
-        products.logits(&hidden.rows, &weights.lm_head, &hidden.logits, [first, n], &hidden.panel)?;
-        if let Some(cap) = spec.logit_softcap {
-            cube::soft_cap(&products.client, &hidden.logits, n * vocab, cap as f32);
+        let Passes { products, weights, .. } = &mut self.passes;
+        products.logits(&hidden.rows, &weights.lm_head, &hidden.logits, [first, n], &hidden.panel)
+    }
+
+    /// Computes logits as [`head`](Self::head) does, soft-capped.
+    fn capped_logits(&mut self, hidden: &Hidden, [first, n]: [usize; 2]) -> Result<(), InferenceError> {
+        self.head(hidden, [first, n])?;
+        if let Some(cap) = self.passes.spec.logit_softcap {
+            let n_values = n * self.info.vocab_size;
+            cube::soft_cap(&self.passes.products.client, &hidden.logits, n_values, cap as f32);
         }
         Ok(())
     }
@@ -120,7 +126,7 @@ impl GpuModel {
         let (nll, choice) = (client.empty(4 * n), client.empty(4 * n));
         for first in (0..n).step_by(rows) {
             let chunk = rows.min(n - first);
-            self.head(hidden, [first_row + first, chunk])?;
+            self.capped_logits(hidden, [first_row + first, chunk])?;
             cube::score(&client, &hidden.logits, &targets_device, &nll, &choice, n, [first, chunk], vocab);
         }
         let bytes = client.read(vec![nll, choice]).map_err(device_error)?;
@@ -168,7 +174,7 @@ impl Model for GpuModel {
             synchronize(&client)?;
             let start = Instant::now();
             let hidden = model.pass(tokens, &mut Tap::closed(), &plan)?;
-            model.head(&hidden, [tokens.len() - 1, 1])?;
+            model.capped_logits(&hidden, [tokens.len() - 1, 1])?;
             synchronize(&client)?;
             let duration_s = start.elapsed().as_secs_f64();
             Ok((duration_s, read(&client, &hidden.logits, Element::F32, model.info.vocab_size)?))
@@ -229,7 +235,7 @@ impl Model for GpuModel {
         let plan = self.prepare(tokens.len(), true, 1)?;
         self.settled(|model| {
             let hidden = model.pass(tokens, &mut Tap::closed(), &plan)?;
-            model.head(&hidden, [tokens.len() - 1, 1])?;
+            model.capped_logits(&hidden, [tokens.len() - 1, 1])?;
             read(model.passes.client(), &hidden.logits, Element::F32, model.info.vocab_size)
         })
     }
@@ -258,7 +264,7 @@ impl Model for GpuModel {
             let hidden = model.pass(tokens, &mut Tap::closed(), &plan)?;
             for first in rows.clone().step_by(n_rows) {
                 let chunk = n_rows.min(rows.end - first);
-                model.head(&hidden, [first, chunk])?;
+                model.capped_logits(&hidden, [first, chunk])?;
                 take(&read(&client, &hidden.logits, Element::F32, chunk * model.info.vocab_size)?)?;
             }
             Ok(())

@@ -62,7 +62,7 @@ pub fn save_model(
     std::fs::create_dir_all(dir).map_err(|error| write_error(dir, &error))?;
     let bytes = write_tensors(reader, folder, &modules, &dir.join("model.safetensors"), progress)?;
     let quantization = quantization_config(first.scheme, compute_dtype(reader.recipe), &kept);
-    write_config(&source, dir, reader.recipe.dtype, quantization)?;
+    write_config(&source, dir, reader, quantization)?;
     copy_side_files(&source, dir)?;
     Ok(SavedModel { format: "bitsandbytes".to_owned(), bytes, n_quantized: modules.len() })
 }
@@ -166,12 +166,21 @@ fn file_dtype(dtype: DType) -> Dtype {
     }
 }
 
-fn write_config(source: &Path, dir: &Path, dtype: Option<DType>, quantization: Value) -> Result<(), InferenceError> {
+fn write_config(
+    source: &Path,
+    dir: &Path,
+    reader: &WeightReader<'_>,
+    quantization: Value,
+) -> Result<(), InferenceError> {
     let from = source.join("config.json");
     let fail = |reason: String| InferenceError::File { path: from.clone(), reason };
     let text = std::fs::read_to_string(&from).map_err(|error| fail(error.to_string()))?;
     let mut config: Map<String, Value> = serde_json::from_str(&text).map_err(|error| fail(error.to_string()))?;
-    if let Some(dtype) = dtype {
+    // A config that ties a head which the files hold beside another embedding would tie the packed one.
+    if !reader.spec.tied_embeddings && config.get("tie_word_embeddings") != Some(&Value::Bool(false)) {
+        config.insert("tie_word_embeddings".to_owned(), Value::Bool(false));
+    }
+    if let Some(dtype) = reader.recipe.dtype {
         // transformers 5 writes `dtype`, 4 wrote `torch_dtype`; each reads both.
         let key = if config.contains_key("dtype") { "dtype" } else { "torch_dtype" };
         config.insert(key.to_owned(), Value::from(dtype_name(dtype)));
