@@ -7,6 +7,7 @@
 // Words.
 pub mod artifact;
 pub mod event;
+pub mod json_file;
 pub mod units;
 
 // Contracts.
