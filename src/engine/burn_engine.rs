@@ -1,5 +1,6 @@
 //! The [`Engine`] over burn.
 
+use super::account::account_of;
 use super::checkpoint::Checkpoint;
 use super::device::cpu_identity;
 use super::forward::Executor;
@@ -12,13 +13,15 @@ use super::survey::{on_host, survey};
 use super::weights::{WeightReader, compute_dtype};
 use crate::artifact::QuantizedModule;
 use crate::event::Progress;
-use crate::inference::{Engine, EngineInfo, InferenceError, MemoryProbe, Model, ModelInfo, ModelRecipe, SavedModel};
+use crate::inference::{
+    Engine, EngineInfo, InferenceError, MemoryProbe, Model, ModelInfo, ModelRecipe, SavedModel, SourceAccount,
+};
 use crate::units::DType;
 use burn::tensor::Device;
 use std::path::Path;
 
 /// Grows when the numbers that this engine computes change.
-const NUMERICS_VERSION: u32 = 2;
+const NUMERICS_VERSION: u32 = 3;
 
 /// burn on one device.
 pub struct BurnEngine {
@@ -133,6 +136,10 @@ impl Engine for BurnEngine {
     fn inspect(&self, recipe: &ModelRecipe) -> Result<ModelInfo, InferenceError> {
         let (spec, checkpoint) = self.prepare(recipe)?;
         describe(&spec, &checkpoint, recipe)
+    }
+
+    fn account(&self, recipe: &ModelRecipe) -> Result<SourceAccount, InferenceError> {
+        account_of(&recipe.source)
     }
 
     fn check_values(&self, recipe: &ModelRecipe, progress: &dyn Progress) -> Result<(), InferenceError> {

@@ -4,6 +4,7 @@ use super::StoredTensor;
 use super::bitsandbytes::is_packed;
 use crate::event::Progress;
 use crate::inference::InferenceError;
+use crate::json_file::parse_json;
 use crate::units::DType;
 use labpipe_kernels::weight::SharedBytes;
 use memmap2::Mmap;
@@ -136,8 +137,8 @@ impl SafetensorsFolder {
     /// Returns what `config.json` says of the weights' quantization; null where it says nothing.
     pub fn quantization_config(&self) -> &Value {
         self.quantization_config.get_or_init(|| {
-            let text = std::fs::read_to_string(self.dir.join("config.json")).unwrap_or_default();
-            let config: Value = serde_json::from_str(&text).unwrap_or_default();
+            let bytes = std::fs::read(self.dir.join("config.json")).unwrap_or_default();
+            let config = parse_json(&bytes).unwrap_or_default();
             config["quantization_config"].clone()
         })
     }
@@ -233,8 +234,8 @@ fn read_index(path: &Path) -> Result<BTreeMap<String, String>, InferenceError> {
     if n_bytes > MAX_INDEX_BYTES {
         return Err(fail(path, format!("{n_bytes} bytes are no index")));
     }
-    let text = std::fs::read_to_string(path).map_err(|error| fail(path, error.to_string()))?;
-    let index: Value = serde_json::from_str(&text).map_err(|error| fail(path, format!("not valid JSON: {error}")))?;
+    let bytes = std::fs::read(path).map_err(|error| fail(path, error.to_string()))?;
+    let index = parse_json(&bytes).map_err(|error| fail(path, error))?;
     let map = index.get("weight_map").and_then(Value::as_object);
     let map = map.ok_or_else(|| fail(path, "weight_map is missing".to_owned()))?;
     map.iter()

@@ -9,12 +9,13 @@ use super::checkpoint::{Checkpoint, SafetensorsFolder};
 use super::weights::{WeightReader, compute_dtype, pack};
 use crate::event::Progress;
 use crate::inference::{InferenceError, SavedModel};
+use crate::json_file::parse_json;
 use crate::units::DType;
 use labpipe_kernels::SchemeSpec;
 use labpipe_kernels::weight::HostWeight;
 use packed::{dtype_name, packed_entries, packed_tensors, quantization_config};
 use safetensors::Dtype;
-use serde_json::{Map, Value};
+use serde_json::Value;
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 use tensor_file::{Entry, TensorFile};
@@ -169,8 +170,10 @@ fn file_dtype(dtype: DType) -> Dtype {
 fn write_config(source: &Path, dir: &Path, dtype: Option<DType>, quantization: Value) -> Result<(), InferenceError> {
     let from = source.join("config.json");
     let fail = |reason: String| InferenceError::File { path: from.clone(), reason };
-    let text = std::fs::read_to_string(&from).map_err(|error| fail(error.to_string()))?;
-    let mut config: Map<String, Value> = serde_json::from_str(&text).map_err(|error| fail(error.to_string()))?;
+    let bytes = std::fs::read(&from).map_err(|error| fail(error.to_string()))?;
+    let Value::Object(mut config) = parse_json(&bytes).map_err(fail)? else {
+        return Err(fail("expected a JSON object".to_owned()));
+    };
     if let Some(dtype) = dtype {
         // transformers 5 writes `dtype`, 4 wrote `torch_dtype`; each reads both.
         let key = if config.contains_key("dtype") { "dtype" } else { "torch_dtype" };
