@@ -120,7 +120,7 @@ impl ConfigFile {
         format!("{}{field}", self.prefix)
     }
 
-    fn notes(&self) -> MutexGuard<'_, Notes> {
+    pub(super) fn notes(&self) -> MutexGuard<'_, Notes> {
         self.notes.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -328,65 +328,129 @@ pub(super) fn shown(value: &Value) -> String {
 
 #[cfg(test)]
 mod tests {
-    use super::super::spec_of;
-    use super::ConfigFile;
+    use super::super::{account_of, spec_of};
+    use super::*;
     use crate::engine::rope::RopeScaling;
-    use crate::engine::spec::LinearBiases;
-    use crate::inference::InferenceError;
-    use std::path::PathBuf;
+    use crate::engine::spec::{LinearBiases, ModelSpec};
 
-    fn read_spec(path: &std::path::Path) -> Result<crate::engine::spec::ModelSpec, InferenceError> {
-        spec_of(&ConfigFile::read(path)?)
-    }
+    const TINY: &str = r#""hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 8, "vocab_size": 96,
+        "num_key_value_heads": 4, "max_position_embeddings": 64"#;
 
-    fn config(text: &str) -> (tempfile::TempDir, PathBuf) {
+    fn config(text: impl AsRef<[u8]>) -> Result<ConfigFile, InferenceError> {
         let dir = tempfile::tempdir().expect("a temporary folder");
         let path = dir.path().join("config.json");
         std::fs::write(&path, text).expect("a file in it");
-        (dir, path)
+        ConfigFile::read(&path)
+    }
+
+    fn read_spec(text: impl AsRef<[u8]>) -> Result<ModelSpec, InferenceError> {
+        spec_of(&config(text)?)
+    }
+
+    fn error_of(text: impl AsRef<[u8]>) -> String {
+        read_spec(text).expect_err("an error").to_string()
     }
 
     #[test]
     fn llama_3_2_3b_is_read_with_its_rope_scaling() {
-        let (_dir, path) = config(
+        let spec = read_spec(
             r#"{"model_type": "llama", "hidden_size": 3072, "intermediate_size": 8192, "num_hidden_layers": 28,
                 "num_attention_heads": 24, "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 128256,
                 "max_position_embeddings": 131072, "rms_norm_eps": 1e-5, "rope_theta": 500000.0, "tie_word_embeddings": true,
                 "rope_scaling": {"factor": 32.0, "high_freq_factor": 4.0, "low_freq_factor": 1.0,
                 "original_max_position_embeddings": 8192, "rope_type": "llama3"}, "bos_token_id": 128000}"#,
-        );
-        let spec = read_spec(&path).expect("a spec");
+        )
+        .expect("a spec");
         assert_eq!(spec.n_params(), 3_212_749_824);
         assert!(matches!(spec.attentions[0].rope.scaling, RopeScaling::Llama3 { factor: 32.0, .. }));
     }
 
     #[test]
     fn qwen2_has_biases_on_query_key_and_value() {
-        let (_dir, path) = config(
+        let spec = read_spec(
             r#"{"model_type": "qwen2", "hidden_size": 2048, "intermediate_size": 11008, "num_hidden_layers": 36,
                 "num_attention_heads": 16, "num_key_value_heads": 2, "vocab_size": 151936, "max_position_embeddings": 32768,
                 "rms_norm_eps": 1e-6, "rope_theta": 1000000.0, "tie_word_embeddings": true, "use_sliding_window": false}"#,
-        );
-        let spec = read_spec(&path).expect("a spec");
+        )
+        .expect("a spec");
         assert_eq!(spec.n_params(), 3_085_938_688);
         assert!(spec.block.biases == LinearBiases::qkv(true));
     }
 
     #[test]
     fn an_unknown_architecture_is_named_with_those_that_are_known() {
-        let (_dir, path) = config(r#"{"model_type": "mamba"}"#);
-        let error = read_spec(&path).expect_err("an error");
+        let error = read_spec(r#"{"model_type": "mamba"}"#).expect_err("an error");
         assert!(matches!(&error, InferenceError::UnknownArchitecture { found, .. } if found == "mamba"));
         assert!(error.to_string().contains("llama, qwen2"));
+        assert!(error_of(r#"{"model_type": 5}"#).contains("model_type: expected a text, found 5"));
     }
 
     #[test]
     fn absurd_sizes_are_refused_before_anything_is_allocated() {
-        let (_dir, path) = config(r#"{"model_type": "llama", "hidden_size": 99999999999, "num_attention_heads": 8}"#);
-        assert!(read_spec(&path).expect_err("an error").to_string().contains("hidden_size"));
-        let (_dir, path) = config(
+        let error = error_of(r#"{"model_type": "llama", "hidden_size": 99999999999, "num_attention_heads": 8}"#);
+        assert!(error.contains("hidden_size"));
+        let error = error_of(
             r#"{"model_type": "llama", "hidden_size": 64, "num_attention_heads": 8, "num_hidden_layers": 9000000}"#,
         );
-        assert!(read_spec(&path).expect_err("an error").to_string().contains("num_hidden_layers"));
+        assert!(error.contains("num_hidden_layers"));
+    }
+
+    #[test]
+    fn a_size_that_only_the_weights_could_tell_is_never_guessed() {
+        for field in ["hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size"] {
+            let text = format!(r#"{{"model_type": "llama", {}}}"#, TINY.replace(&format!("\"{field}\""), "\"other\""));
+            let error = error_of(&text);
+            assert!(error.ends_with(&format!("{field} is missing")), "{error}");
+        }
+    }
+
+    #[test]
+    fn a_byte_order_mark_is_no_part_of_a_config() {
+        let text = format!("\u{feff}{{\"model_type\": \"llama\", {TINY}}}");
+        assert_eq!(read_spec(&text).expect("a spec").hidden_size, 64);
+    }
+
+    #[test]
+    fn what_json_does_not_have_is_named() {
+        let error = error_of(format!(r#"{{"model_type": "llama", "rope_theta": Infinity, {TINY}}}"#));
+        assert!(error.contains("not valid JSON: Infinity at line 1"), "{error}");
+        let tagged = error_of(format!(r#"{{"model_type": "llama", "rope_theta": {{"__float__": "NaN"}}, {TINY}}}"#));
+        assert!(tagged.contains(r#"rope_theta: expected a number, found {"__float__":"NaN"}"#), "{tagged}");
+    }
+
+    #[test]
+    fn a_field_that_stands_twice_counts_as_it_stands_last() {
+        let file = config(format!(r#"{{"rope_theta": 5e5, "model_type": "llama", {TINY}, "rope_theta": 7e4}}"#));
+        let file = file.expect("a config");
+        assert_eq!(spec_of(&file).expect("a spec").attentions[0].rope.theta, 7e4);
+        let expected = "config.json: rope_theta stands twice: 70000.0 counts and 500000.0 does not, as in transformers";
+        assert_eq!(account_of(&file).expect("an account").warnings, [expected]);
+    }
+
+    #[test]
+    fn fields_of_a_wrong_type_are_errors_that_name_what_was_expected() {
+        for (field, expected) in [
+            (r#""tie_word_embeddings": "yes""#, r#"tie_word_embeddings: expected true or false, found "yes""#),
+            (r#""attention_bias": 1"#, "attention_bias: expected true or false, found 1"),
+            (r#""rms_norm_eps": "1e-5""#, r#"rms_norm_eps: expected a number, found "1e-5""#),
+            (r#""rms_norm_eps": -1e-5"#, "rms_norm_eps: expected a number of at least 0, found -0.00001"),
+            (r#""hidden_act": ["silu"]"#, r#"hidden_act: expected the name of an activation, found ["silu"]"#),
+            (r#""head_dim": "8""#, r#"head_dim: expected a whole number from 1 to 16777216, found "8""#),
+            (r#""bos_token_id": [1]"#, "bos_token_id: expected the id of a token, found [1]"),
+            (r#""rope_scaling": "linear""#, r#"rope_scaling: expected a mapping, found "linear""#),
+        ] {
+            let error = error_of(format!(r#"{{"model_type": "llama", {TINY}, {field}}}"#));
+            assert!(error.ends_with(expected), "{error}");
+        }
+    }
+
+    #[test]
+    fn a_first_token_beyond_the_vocabulary_is_none() {
+        for id in [-1, 96] {
+            let file = config(format!(r#"{{"model_type": "llama", {TINY}, "bos_token_id": {id}}}"#)).expect("a config");
+            assert_eq!(spec_of(&file).expect("a spec").bos_token_id, None);
+            let part = account_of(&file).expect("an account");
+            assert_eq!(part.warnings, [format!("config.json: bos_token_id {id} is no token: the vocabulary has 96")]);
+        }
     }
 }
