@@ -1,6 +1,7 @@
 //! The [`Engine`] over burn.
 
-use super::checkpoint::{Checkpoint, HEAD, folder_parts};
+use super::account::account_of;
+use super::checkpoint::{Checkpoint, HEAD};
 use super::computed_with;
 use super::device::cpu_identity;
 use super::forward::Executor;
@@ -178,16 +179,13 @@ impl Engine for BurnEngine {
         describe(&spec, &checkpoint, recipe)
     }
 
+    fn account(&self, recipe: &ModelRecipe) -> Result<SourceAccount, InferenceError> {
+        account_of(&recipe.source)
+    }
+
     fn check_values(&self, recipe: &ModelRecipe, progress: &dyn Progress) -> Result<(), InferenceError> {
         let (spec, checkpoint) = self.prepare(recipe)?;
         checkpoint.check_values(&spec, recipe.dtype, progress)
-    }
-
-    fn account(&self, recipe: &ModelRecipe) -> Result<SourceAccount, InferenceError> {
-        let (spec, checkpoint) = self.prepare(recipe)?;
-        let Checkpoint::Folder(folder) = &checkpoint else { return Ok(SourceAccount::default()) };
-        let (parts, element_types) = folder_parts(folder, &spec)?;
-        Ok(SourceAccount { parts, element_types })
     }
 
     fn open(&self, recipe: &ModelRecipe, progress: &dyn Progress) -> Result<Box<dyn Model>, InferenceError> {

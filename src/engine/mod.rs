@@ -3,6 +3,7 @@
 //! A model family is one file in `families/`; the executor in `forward` interprets what it says. Weights stay in their
 //! stored form and are multiplied by the kernels crate's backend extension.
 
+mod account;
 mod attention;
 #[cfg(any(feature = "cuda", test))]
 mod board;

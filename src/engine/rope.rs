@@ -2,7 +2,7 @@
 
 use std::f64::consts::TAU;
 
-/// How rotary frequencies are scaled. Sources: transformers 5.17, `modeling_rope_utils.py`, the function named at each.
+/// How rotary frequencies are scaled. Sources: transformers 5.24, `modeling_rope_utils.py`, the function named at each.
 #[derive(Debug, Clone, PartialEq)]
 pub enum RopeScaling {
     None,
@@ -86,10 +86,11 @@ impl RopeSpec {
                 }
                 RopeScaling::Llama3 { factor, low_freq_factor, high_freq_factor, original_max_position } => {
                     let wavelength = TAU / frequency;
-                    if wavelength < original_max_position / high_freq_factor {
-                        frequency
-                    } else if wavelength > original_max_position / low_freq_factor {
+                    // In this order, so that factors that are the wrong way round give what transformers makes of them.
+                    if wavelength > original_max_position / low_freq_factor {
                         frequency / factor
+                    } else if wavelength < original_max_position / high_freq_factor {
+                        frequency
                     } else {
                         let smooth = (original_max_position / wavelength - low_freq_factor)
                             / (high_freq_factor - low_freq_factor);

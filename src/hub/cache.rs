@@ -2,6 +2,7 @@
 
 use super::reference::{HubReference, is_path};
 use super::settings::HubSettings;
+use crate::json_file::parse_json;
 use serde_json::Value;
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
@@ -83,7 +84,7 @@ fn snapshot_dir(reference: &HubReference, settings: &HubSettings) -> Option<Path
 
 /// Returns the shards that a snapshot's index names; nothing where there is no readable index, or one that leads out of its folder.
 pub fn shards(snapshot: &Path) -> Option<BTreeSet<String>> {
-    let index: Value = serde_json::from_slice(&std::fs::read(snapshot.join(INDEX)).ok()?).ok()?;
+    let index: Value = parse_json(&std::fs::read(snapshot.join(INDEX)).ok()?).ok()?;
     let shards = index.get("weight_map")?.as_object()?.values();
     shards.map(|name| name.as_str().filter(|name| is_path(name) && !name.contains('/')).map(str::to_owned)).collect()
 }

@@ -1,22 +1,31 @@
 //! A config.json with typed, checked access: every error names the file and the field.
 
-use crate::engine::rope::RopeScaling;
-use crate::engine::spec::{Activation, AttentionSpec, BlockSpec, LinearBiases, ModelSpec};
-use crate::inference::InferenceError;
+use super::fields::{FieldRole, FieldRule, rule_of};
+use super::notes::{Mark, Notes, Rules};
+use crate::engine::spec::Activation;
+use crate::inference::{AccountPart, InferenceError};
+use crate::json_file::parse_json_with_repeats;
 use crate::units::DType;
-use serde_json::Value;
+use serde_json::{Map, Value};
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 /// Larger dimensions than this are taken for damage: they would ask for absurd allocations.
-const MAX_DIM: usize = 1 << 24;
-/// More layers than this are taken for damage.
-const MAX_LAYERS: usize = 1 << 12;
+pub(super) const MAX_DIM: usize = 1 << 24;
+/// Characters of a value that a message shows.
+const MAX_SHOWN: usize = 120;
 
-/// A parsed config.json.
+/// A parsed config.json. It notes what is read of it.
 #[derive(Debug, Clone)]
 pub struct ConfigFile {
     path: PathBuf,
-    root: Value,
+    root: Map<String, Value>,
+    /// What holds for fields that the file leaves out.
+    defaults: BTreeMap<&'static str, Value>,
+    /// The path of the section, with a dot at its end; empty for the file itself.
+    prefix: String,
+    notes: Arc<Mutex<Notes>>,
 }
 
 impl ConfigFile {
@@ -26,20 +35,36 @@ impl ConfigFile {
     /// `File` where it is missing or no JSON object.
     pub fn read(path: &Path) -> Result<ConfigFile, InferenceError> {
         let fail = |reason: String| InferenceError::File { path: path.to_owned(), reason };
-        let text = std::fs::read_to_string(path).map_err(|error| {
+        let bytes = std::fs::read(path).map_err(|error| {
             let hint = "; a model folder in Hugging Face layout has config.json, tokenizer.json and *.safetensors";
             fail(format!("{error}{}", if error.kind() == std::io::ErrorKind::NotFound { hint } else { "" }))
         })?;
-        let root: Value = serde_json::from_str(&text).map_err(|error| fail(format!("not valid JSON: {error}")))?;
-        if !root.is_object() {
+        let (root, repeated) = parse_json_with_repeats(&bytes).map_err(fail)?;
+        let Value::Object(root) = root else {
             return Err(fail("expected a JSON object".to_owned()));
+        };
+        let config = ConfigFile::with_fields(path, root);
+        for key in repeated {
+            let (first, last) = (shown(&key.first), shown(&key.last));
+            config.warn(format!("{} stands twice: {last} counts and {first} does not, as in transformers", key.path));
         }
-        Ok(ConfigFile { path: path.to_owned(), root })
+        Ok(config)
     }
 
     /// Takes the config that a file of another format stands for.
     pub fn of(path: &Path, root: Value) -> ConfigFile {
-        ConfigFile { path: path.to_owned(), root }
+        let root = if let Value::Object(root) = root { root } else { Map::new() };
+        ConfigFile::with_fields(path, root)
+    }
+
+    fn with_fields(path: &Path, root: Map<String, Value>) -> ConfigFile {
+        ConfigFile {
+            path: path.to_owned(),
+            root,
+            defaults: BTreeMap::new(),
+            prefix: String::new(),
+            notes: Arc::default(),
+        }
     }
 
     pub fn path(&self) -> &Path {
@@ -47,22 +72,38 @@ impl ConfigFile {
     }
 
     /// Returns the config with values for fields that it leaves out; a field that is null stays so.
-    pub fn with_defaults(&self, defaults: &[(&str, Value)]) -> ConfigFile {
+    pub fn with_defaults(&self, defaults: &[(&'static str, Value)]) -> ConfigFile {
         let mut config = self.clone();
-        if let Some(fields) = config.root.as_object_mut() {
-            for (field, value) in defaults {
-                fields.entry(*field).or_insert_with(|| value.clone());
-            }
-        }
+        config.defaults.extend(defaults.iter().cloned());
         config
+    }
+
+    /// Returns the config with values for fields that it leaves out, and warns of each that it does leave out: configs of
+    /// these families have them.
+    pub fn with_stated_defaults(&self, defaults: &[(&'static str, Value)]) -> ConfigFile {
+        for (field, value) in defaults.iter().filter(|(field, _)| !self.root.contains_key(*field)) {
+            let path = self.path_of(field);
+            self.warn(format!("{path} is missing: {value} is used, transformers' default for this model_type"));
+        }
+        self.with_defaults(defaults)
     }
 
     /// Returns the config that stands in a field of this one.
     pub fn section(&self, field: &str) -> Result<ConfigFile, InferenceError> {
-        match self.root.get(field) {
-            Some(section) if section.is_object() => Ok(ConfigFile { path: self.path.clone(), root: section.clone() }),
-            _ => Err(self.error(format!("{field}: expected a mapping"))),
+        match self.get(field) {
+            Some(Value::Object(section)) => Ok(ConfigFile {
+                root: section.clone(),
+                defaults: BTreeMap::new(),
+                prefix: format!("{}.", self.path_of(field)),
+                ..self.clone()
+            }),
+            other => Err(self.wrong_type(field, "a mapping", other.unwrap_or(&Value::Null))),
         }
+    }
+
+    /// Returns the same config with notes of its own, to try something out.
+    pub(super) fn apart(&self) -> ConfigFile {
+        ConfigFile { notes: Arc::default(), ..self.clone() }
     }
 
     /// Returns an error that names this file.
@@ -70,8 +111,101 @@ impl ConfigFile {
         InferenceError::File { path: self.path.clone(), reason: reason.into() }
     }
 
-    pub fn text(&self, field: &str) -> Option<String> {
-        self.root.get(field).and_then(Value::as_str).map(str::to_owned)
+    fn wrong_type(&self, field: &str, expected: &str, found: &Value) -> InferenceError {
+        self.error(format!("{}: expected {expected}, found {}", self.path_of(field), shown(found)))
+    }
+
+    /// Returns a field's path in the file.
+    pub(super) fn path_of(&self, field: &str) -> String {
+        format!("{}{field}", self.prefix)
+    }
+
+    pub(super) fn notes(&self) -> MutexGuard<'_, Notes> {
+        self.notes.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(super) fn warn(&self, sentence: String) {
+        self.notes().warn(sentence);
+    }
+
+    /// Marks an entry by its path.
+    pub(super) fn mark(&self, path: &str, mark: Mark) {
+        self.notes().mark(path, mark);
+    }
+
+    /// Notes that one entry counts and another does not, which says something else. The paths are those in the file.
+    pub fn overrule(&self, loser: &str, lost: &Value, winner: &str, won: &Value) {
+        if is_same(lost, won) {
+            self.mark(loser, Mark::Harmless);
+        } else {
+            self.mark(loser, Mark::Ignored);
+            let (lost, won) = (shown(lost), shown(won));
+            self.warn(format!("{loser} {lost} is ignored: {winner} {won} counts, as in transformers"));
+        }
+    }
+
+    /// Returns what became of the fields, by the rules of the family that read them.
+    pub fn account(&self, rules: &Rules) -> AccountPart {
+        let notes = self.notes();
+        let mut part = AccountPart { source: "config.json".to_owned(), ..AccountPart::default() };
+        notes.count(&self.root, &self.prefix, rules, &mut part);
+        part.unused.sort();
+        part.warnings = notes.warnings().iter().map(|sentence| format!("config.json: {sentence}")).collect();
+        part
+    }
+
+    /// Checks that no field asks for what transformers does and labpipe does not.
+    ///
+    /// # Errors
+    /// `File` that names the field.
+    pub fn check_supported(&self, rules: &[&[FieldRule]]) -> Result<(), InferenceError> {
+        for (name, value) in &self.root {
+            match rule_of(rules, name) {
+                Some(rule @ FieldRule { role: FieldRole::Only(known), .. }) if !rule.is_without_effect(value) => {
+                    let known = if known.is_empty() { "null" } else { known[0] };
+                    let path = self.path_of(name);
+                    return Err(self.error(format!(
+                        "{path}: {} changes what transformers computes; labpipe supports {known} only",
+                        shown(value)
+                    )));
+                }
+                _ => {}
+            }
+        }
+        Ok(())
+    }
+
+    /// Returns true if the file itself has the field.
+    pub fn has(&self, field: &str) -> bool {
+        self.root.contains_key(field)
+    }
+
+    /// Returns a field, or what holds where the file leaves it out, and notes that it was used.
+    pub(super) fn get(&self, field: &str) -> Option<&Value> {
+        match self.root.get(field) {
+            Some(value) => {
+                self.mark(&self.path_of(field), Mark::Used);
+                Some(value)
+            }
+            None => self.defaults.get(field),
+        }
+    }
+
+    /// Returns a field that is not null.
+    pub(super) fn present(&self, field: &str) -> Option<&Value> {
+        self.get(field).filter(|value| !value.is_null())
+    }
+
+    /// Returns a field without noting it.
+    pub(super) fn peek(&self, field: &str) -> Option<&Value> {
+        self.root.get(field).or_else(|| self.defaults.get(field))
+    }
+
+    /// Returns a text, or `None` if the field is missing or null.
+    pub fn text(&self, field: &str) -> Result<Option<String>, InferenceError> {
+        self.present(field)
+            .map(|value| value.as_str().map(str::to_owned).ok_or_else(|| self.wrong_type(field, "a text", value)))
+            .transpose()
     }
 
     /// Returns the first of `architectures`.
@@ -79,239 +213,244 @@ impl ConfigFile {
         self.root.get("architectures")?.get(0)?.as_str().map(str::to_owned)
     }
 
-    pub(super) fn present(&self, field: &str) -> Option<&Value> {
-        self.root.get(field).filter(|value| !value.is_null())
+    /// Returns a true/false field, or the default if it is missing. Null is an error, as in transformers.
+    pub fn flag(&self, field: &str, default: bool) -> Result<bool, InferenceError> {
+        self.get(field)
+            .map_or(Ok(default), |value| value.as_bool().ok_or_else(|| self.wrong_type(field, "true or false", value)))
     }
 
-    /// Returns a true/false field, or nothing where it is absent or null.
-    pub fn flag(&self, field: &str) -> Result<Option<bool>, InferenceError> {
-        self.present(field)
-            .map(|value| {
-                value.as_bool().ok_or_else(|| self.error(format!("{field}: expected true or false, found {value}")))
-            })
-            .transpose()
-    }
-
-    /// Returns a finite number.
+    /// Returns a finite number, or `None` if the field is missing. Null is an error, as in transformers.
     pub fn number(&self, field: &str) -> Result<Option<f64>, InferenceError> {
-        self.present(field).map(|value| self.finite(field, value)).transpose()
+        self.get(field).map(|value| self.finite(field, value)).transpose()
     }
 
     pub(super) fn finite(&self, field: &str, value: &Value) -> Result<f64, InferenceError> {
+        value.as_f64().filter(|number| number.is_finite()).ok_or_else(|| self.wrong_type(field, "a number", value))
+    }
+
+    fn whole(&self, field: &str, value: &Value, least: usize) -> Result<usize, InferenceError> {
         value
-            .as_f64()
-            .filter(|number| number.is_finite())
-            .ok_or_else(|| self.error(format!("{field}: expected a number, found {value}")))
+            .as_u64()
+            .and_then(|size| usize::try_from(size).ok())
+            .filter(|size| (least..=MAX_DIM).contains(size))
+            .ok_or_else(|| self.wrong_type(field, &format!("a whole number from {least} to {MAX_DIM}"), value))
     }
 
-    /// Returns a size of at least 1.
+    /// Returns a size of at least 1, or `None` if the field is missing or null.
     pub fn size(&self, field: &str) -> Result<Option<usize>, InferenceError> {
-        self.present(field)
-            .map(|value| {
-                value
-                    .as_u64()
-                    .and_then(|size| usize::try_from(size).ok())
-                    .filter(|size| (1..=MAX_DIM).contains(size))
-                    .ok_or_else(|| {
-                        self.error(format!("{field}: expected a whole number from 1 to {MAX_DIM}, found {value}"))
-                    })
-            })
-            .transpose()
+        self.present(field).map(|value| self.whole(field, value, 1)).transpose()
     }
 
-    fn required_size(&self, field: &str) -> Result<usize, InferenceError> {
-        self.size(field)?.ok_or_else(|| self.error(format!("{field} is missing")))
+    /// Returns a number of layers or the like, which may be 0.
+    pub fn count(&self, field: &str, default: usize) -> Result<usize, InferenceError> {
+        self.get(field).map_or(Ok(default), |value| self.whole(field, value, 0))
     }
 
-    /// Returns a soft cap: a number above 0, or nothing where it is absent or null.
+    /// Refuses a null where transformers does, for a field whose absence means something else.
+    pub fn refuse_null(&self, field: &str) -> Result<(), InferenceError> {
+        match self.root.get(field) {
+            Some(Value::Null) => Err(self.wrong_type(field, "a whole number", &Value::Null)),
+            _ => Ok(()),
+        }
+    }
+
+    /// Returns a size that the file must have.
+    pub fn required_size(&self, field: &str) -> Result<usize, InferenceError> {
+        match self.get(field) {
+            Some(value) => self.whole(field, value, 1),
+            None => Err(self.error(format!("{} is missing", self.path_of(field)))),
+        }
+    }
+
+    /// Returns a soft cap: a number above 0, or `None` if it is missing or null.
     pub fn softcap(&self, field: &str) -> Result<Option<f64>, InferenceError> {
-        match self.number(field)? {
-            Some(cap) if cap <= 0.0 => Err(self.error(format!("{field}: expected a number above 0, found {cap}"))),
+        match self.present(field).map(|value| self.finite(field, value)).transpose()? {
+            Some(cap) if cap <= 0.0 => {
+                Err(self.error(format!("{}: expected a number above 0, found {cap}", self.path_of(field))))
+            }
             cap => Ok(cap),
         }
     }
 
-    /// Returns the element type that the checkpoint was saved in, where the config says it.
+    /// Returns the element type that the checkpoint was saved in, where the config says it: `dtype`, or else `torch_dtype`.
     pub fn saved_dtype(&self) -> Option<DType> {
-        self.text("torch_dtype").or_else(|| self.text("dtype")).and_then(|name| DType::parse(&name))
+        let (new, old) = (self.peek("dtype"), self.peek("torch_dtype"));
+        if let (Some(new), Some(old)) = (new.filter(|new| !new.is_null()), old) {
+            self.overrule("torch_dtype", old, "dtype", new);
+        }
+        let named = new.filter(|new| !new.is_null()).or(old)?;
+        DType::parse(named.as_str()?.trim_start_matches("torch."))
     }
 
-    /// Returns `hidden_act` (or `hidden_activation`).
-    pub fn activation(&self) -> Result<Activation, InferenceError> {
-        let name = self.text("hidden_activation").or_else(|| self.text("hidden_act"));
-        match name.as_deref() {
-            None | Some("silu" | "swish") => Ok(Activation::Silu),
-            Some("gelu_pytorch_tanh" | "gelu_new" | "gelu_fast") => Ok(Activation::GeluTanh),
-            Some("gelu") => Ok(Activation::Gelu),
-            Some(other) => Err(self
-                .error(format!("hidden_act {other:?} is not known; labpipe knows silu, gelu and gelu_pytorch_tanh"))),
+    /// Notes whether `quantization_config` says how the weights are stored.
+    pub fn note_quantization(&self, is_used: bool) {
+        let field = "quantization_config";
+        if self.root.get(field).is_some_and(|config| !config.is_null()) {
+            self.mark(field, if is_used { Mark::Used } else { Mark::Ignored });
         }
     }
 
-    /// Builds the spec from the fields that all families share: that of a Llama without biases. Families change what is theirs.
-    pub fn base_spec(&self, family: &'static str) -> Result<ModelSpec, InferenceError> {
-        let hidden_size = self.required_size("hidden_size")?;
-        let n_heads = self.required_size("num_attention_heads")?;
-        let n_kv_heads = self.size("num_key_value_heads")?.unwrap_or(n_heads);
-        if n_heads % n_kv_heads != 0 {
-            return Err(
-                self.error(format!("num_attention_heads {n_heads} is no multiple of num_key_value_heads {n_kv_heads}"))
-            );
-        }
-        let head_dim = match self.size("head_dim")? {
-            Some(head_dim) => head_dim,
-            None if hidden_size % n_heads == 0 => hidden_size / n_heads,
-            None => {
-                return Err(
-                    self.error(format!("hidden_size {hidden_size} is no multiple of num_attention_heads {n_heads}"))
-                );
-            }
-        };
-        let n_layers = self.required_size("num_hidden_layers")?;
-        if n_layers > MAX_LAYERS {
-            return Err(self.error(format!("num_hidden_layers {n_layers} is more than {MAX_LAYERS}")));
-        }
-        if n_heads.saturating_mul(head_dim) > MAX_DIM {
-            return Err(self.error(format!("{n_heads} heads of {head_dim} are wider than {MAX_DIM}")));
-        }
-        let rope = self.rope(head_dim)?;
-        Ok(ModelSpec {
-            family,
-            n_layers,
-            hidden_size,
-            n_heads,
-            n_kv_heads,
-            head_dim,
-            ffn_size: self.required_size("intermediate_size")?,
-            vocab_size: self.required_size("vocab_size")?,
-            n_ctx_max: self.n_ctx_max(&rope.scaling)?,
-            tied_embeddings: self.flag("tie_word_embeddings")?.unwrap_or(false),
-            bos_token_id: self.bos_token_id(),
-            embedding_scale: 1.0,
-            logit_softcap: None,
-            block: BlockSpec {
-                biases: LinearBiases::default(),
-                fused_qkv: false,
-                fused_gate_up: false,
-                activation: self.activation()?,
-                norm_eps: self.number("rms_norm_eps")?.unwrap_or(1e-6),
-                norm_unit_offset: false,
-                out_norms: false,
-                qk_norm: false,
-                attn_scale: 1.0 / (head_dim as f64).sqrt(),
-                attn_softcap: None,
-            },
-            attentions: vec![AttentionSpec { window: None, rope }],
-            layer_attentions: vec![0; n_layers],
-        })
-    }
-
-    /// Returns the longest context. Llama's configs keep the original length in `max_position_embeddings` where they scale
-    /// linearly or dynamically, and Qwen's where they use YaRN: the factor stretches it.
-    fn n_ctx_max(&self, scaling: &RopeScaling) -> Result<usize, InferenceError> {
-        let stated = self.required_size("max_position_embeddings")?;
-        let stretched = match scaling {
-            RopeScaling::Linear { factor } | RopeScaling::Dynamic { factor, .. } => stated as f64 * factor,
-            RopeScaling::Yarn { factor, original_max_position, .. } => factor * original_max_position,
-            RopeScaling::None
-            | RopeScaling::Divided { .. }
-            | RopeScaling::Llama3 { .. }
-            | RopeScaling::LongRope { .. } => stated as f64,
-        };
-        Ok((stretched.min(MAX_DIM as f64) as usize).max(stated))
-    }
-
-    /// Returns for each layer whether its attention slides: `layer_types`, or what `is_sliding` says of the layer's index.
-    pub fn sliding_layers(
-        &self,
-        n_layers: usize,
-        is_sliding: impl Fn(usize) -> bool,
-    ) -> Result<Vec<bool>, InferenceError> {
-        let Some(types) = self.present("layer_types") else {
-            return Ok((0..n_layers).map(is_sliding).collect());
-        };
-        let types = types.as_array().map(Vec::as_slice).unwrap_or_default();
-        if types.len() != n_layers {
-            return Err(self.error(format!("layer_types has {} entries for {n_layers} layers", types.len())));
-        }
-        types
-            .iter()
-            .map(|kind| match kind.as_str() {
-                Some("full_attention") => Ok(false),
-                Some("sliding_attention") => Ok(true),
-                _ => {
-                    Err(self.error(format!("layer_types: expected full_attention or sliding_attention, found {kind}")))
+    /// Returns the activation that a field names: `hidden_act`, or `hidden_activation` in Gemma's configs.
+    pub fn activation(&self, field: &'static str) -> Result<Activation, InferenceError> {
+        match self.get(field).unwrap_or(&Value::from("silu")) {
+            Value::String(name) => match name.as_str() {
+                "silu" | "swish" => Ok(Activation::Silu),
+                "gelu_pytorch_tanh" | "gelu_python_tanh" | "gelu_new" | "gelu_fast" | "gelu_accurate" => {
+                    Ok(Activation::GeluTanh)
                 }
-            })
-            .collect()
+                "gelu" | "gelu_python" => Ok(Activation::Gelu),
+                other => Err(self.error(format!(
+                    "{} {other:?} is not known; labpipe knows silu, gelu and gelu_pytorch_tanh",
+                    self.path_of(field)
+                ))),
+            },
+            other => Err(self.wrong_type(field, "the name of an activation", other)),
+        }
     }
+}
 
-    fn bos_token_id(&self) -> Option<u32> {
-        self.root.get("bos_token_id").and_then(Value::as_u64).and_then(|id| u32::try_from(id).ok())
+/// Returns true for equal values, numbers compared as numbers.
+fn is_same(one: &Value, other: &Value) -> bool {
+    match (one.as_f64(), other.as_f64()) {
+        (Some(one), Some(other)) => one == other,
+        _ => one == other,
+    }
+}
+
+/// Returns a value as JSON, cut short where it is long.
+pub(super) fn shown(value: &Value) -> String {
+    let text = value.to_string();
+    match text.char_indices().nth(MAX_SHOWN) {
+        Some((end, _)) => format!("{}…", &text[..end]),
+        None => text,
     }
 }
 
 #[cfg(test)]
 mod tests {
-    use super::super::spec_of;
-    use super::ConfigFile;
+    use super::super::{account_of, spec_of};
+    use super::*;
     use crate::engine::rope::RopeScaling;
-    use crate::engine::spec::LinearBiases;
-    use crate::inference::InferenceError;
-    use std::path::PathBuf;
+    use crate::engine::spec::{LinearBiases, ModelSpec};
 
-    fn read_spec(path: &std::path::Path) -> Result<crate::engine::spec::ModelSpec, InferenceError> {
-        spec_of(&ConfigFile::read(path)?)
-    }
+    const TINY: &str = r#""hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 8, "vocab_size": 96,
+        "num_key_value_heads": 4, "max_position_embeddings": 64"#;
 
-    fn config(text: &str) -> (tempfile::TempDir, PathBuf) {
+    fn config(text: impl AsRef<[u8]>) -> Result<ConfigFile, InferenceError> {
         let dir = tempfile::tempdir().expect("a temporary folder");
         let path = dir.path().join("config.json");
         std::fs::write(&path, text).expect("a file in it");
-        (dir, path)
+        ConfigFile::read(&path)
+    }
+
+    fn read_spec(text: impl AsRef<[u8]>) -> Result<ModelSpec, InferenceError> {
+        spec_of(&config(text)?)
+    }
+
+    fn error_of(text: impl AsRef<[u8]>) -> String {
+        read_spec(text).expect_err("an error").to_string()
     }
 
     #[test]
     fn llama_3_2_3b_is_read_with_its_rope_scaling() {
-        let (_dir, path) = config(
+        let spec = read_spec(
             r#"{"model_type": "llama", "hidden_size": 3072, "intermediate_size": 8192, "num_hidden_layers": 28,
                 "num_attention_heads": 24, "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 128256,
                 "max_position_embeddings": 131072, "rms_norm_eps": 1e-5, "rope_theta": 500000.0, "tie_word_embeddings": true,
                 "rope_scaling": {"factor": 32.0, "high_freq_factor": 4.0, "low_freq_factor": 1.0,
                 "original_max_position_embeddings": 8192, "rope_type": "llama3"}, "bos_token_id": 128000}"#,
-        );
-        let spec = read_spec(&path).expect("a spec");
+        )
+        .expect("a spec");
         assert_eq!(spec.n_params(), 3_212_749_824);
         assert!(matches!(spec.attentions[0].rope.scaling, RopeScaling::Llama3 { factor: 32.0, .. }));
     }
 
     #[test]
     fn qwen2_has_biases_on_query_key_and_value() {
-        let (_dir, path) = config(
+        let spec = read_spec(
             r#"{"model_type": "qwen2", "hidden_size": 2048, "intermediate_size": 11008, "num_hidden_layers": 36,
                 "num_attention_heads": 16, "num_key_value_heads": 2, "vocab_size": 151936, "max_position_embeddings": 32768,
                 "rms_norm_eps": 1e-6, "rope_theta": 1000000.0, "tie_word_embeddings": true, "use_sliding_window": false}"#,
-        );
-        let spec = read_spec(&path).expect("a spec");
+        )
+        .expect("a spec");
         assert_eq!(spec.n_params(), 3_085_938_688);
         assert!(spec.block.biases == LinearBiases::qkv(true));
     }
 
     #[test]
     fn an_unknown_architecture_is_named_with_those_that_are_known() {
-        let (_dir, path) = config(r#"{"model_type": "mamba"}"#);
-        let error = read_spec(&path).expect_err("an error");
+        let error = read_spec(r#"{"model_type": "mamba"}"#).expect_err("an error");
         assert!(matches!(&error, InferenceError::UnknownArchitecture { found, .. } if found == "mamba"));
         assert!(error.to_string().contains("llama, qwen2"));
+        assert!(error_of(r#"{"model_type": 5}"#).contains("model_type: expected a text, found 5"));
     }
 
     #[test]
     fn absurd_sizes_are_refused_before_anything_is_allocated() {
-        let (_dir, path) = config(r#"{"model_type": "llama", "hidden_size": 99999999999, "num_attention_heads": 8}"#);
-        assert!(read_spec(&path).expect_err("an error").to_string().contains("hidden_size"));
-        let (_dir, path) = config(
+        let error = error_of(r#"{"model_type": "llama", "hidden_size": 99999999999, "num_attention_heads": 8}"#);
+        assert!(error.contains("hidden_size"));
+        let error = error_of(
             r#"{"model_type": "llama", "hidden_size": 64, "num_attention_heads": 8, "num_hidden_layers": 9000000}"#,
         );
-        assert!(read_spec(&path).expect_err("an error").to_string().contains("num_hidden_layers"));
+        assert!(error.contains("num_hidden_layers"));
+    }
+
+    #[test]
+    fn a_size_that_only_the_weights_could_tell_is_never_guessed() {
+        for field in ["hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size"] {
+            let text = format!(r#"{{"model_type": "llama", {}}}"#, TINY.replace(&format!("\"{field}\""), "\"other\""));
+            let error = error_of(&text);
+            assert!(error.ends_with(&format!("{field} is missing")), "{error}");
+        }
+    }
+
+    #[test]
+    fn a_byte_order_mark_is_no_part_of_a_config() {
+        let text = format!("\u{feff}{{\"model_type\": \"llama\", {TINY}}}");
+        assert_eq!(read_spec(&text).expect("a spec").hidden_size, 64);
+    }
+
+    #[test]
+    fn what_json_does_not_have_is_named() {
+        let error = error_of(format!(r#"{{"model_type": "llama", "rope_theta": Infinity, {TINY}}}"#));
+        assert!(error.contains("not valid JSON: Infinity at line 1"), "{error}");
+        let tagged = error_of(format!(r#"{{"model_type": "llama", "rope_theta": {{"__float__": "NaN"}}, {TINY}}}"#));
+        assert!(tagged.contains(r#"rope_theta: expected a number, found {"__float__":"NaN"}"#), "{tagged}");
+    }
+
+    #[test]
+    fn a_field_that_stands_twice_counts_as_it_stands_last() {
+        let file = config(format!(r#"{{"rope_theta": 5e5, "model_type": "llama", {TINY}, "rope_theta": 7e4}}"#));
+        let file = file.expect("a config");
+        assert_eq!(spec_of(&file).expect("a spec").attentions[0].rope.theta, 7e4);
+        let expected = "config.json: rope_theta stands twice: 70000.0 counts and 500000.0 does not, as in transformers";
+        assert_eq!(account_of(&file).expect("an account").warnings, [expected]);
+    }
+
+    #[test]
+    fn fields_of_a_wrong_type_are_errors_that_name_what_was_expected() {
+        for (field, expected) in [
+            (r#""tie_word_embeddings": "yes""#, r#"tie_word_embeddings: expected true or false, found "yes""#),
+            (r#""attention_bias": 1"#, "attention_bias: expected true or false, found 1"),
+            (r#""rms_norm_eps": "1e-5""#, r#"rms_norm_eps: expected a number, found "1e-5""#),
+            (r#""rms_norm_eps": -1e-5"#, "rms_norm_eps: expected a number of at least 0, found -0.00001"),
+            (r#""hidden_act": ["silu"]"#, r#"hidden_act: expected the name of an activation, found ["silu"]"#),
+            (r#""head_dim": "8""#, r#"head_dim: expected a whole number from 1 to 16777216, found "8""#),
+            (r#""bos_token_id": [1]"#, "bos_token_id: expected the id of a token, found [1]"),
+            (r#""rope_scaling": "linear""#, r#"rope_scaling: expected a mapping, found "linear""#),
+        ] {
+            let error = error_of(format!(r#"{{"model_type": "llama", {TINY}, {field}}}"#));
+            assert!(error.ends_with(expected), "{error}");
+        }
+    }
+
+    #[test]
+    fn a_first_token_beyond_the_vocabulary_is_none() {
+        for id in [-1, 96] {
+            let file = config(format!(r#"{{"model_type": "llama", {TINY}, "bos_token_id": {id}}}"#)).expect("a config");
+            assert_eq!(spec_of(&file).expect("a spec").bos_token_id, None);
+            let part = account_of(&file).expect("an account");
+            assert_eq!(part.warnings, [format!("config.json: bos_token_id {id} is no token: the vocabulary has 96")]);
+        }
     }
 }

@@ -1,172 +1,207 @@
-//! Rotary embeddings as configs spell them: `rope_theta` and `rope_scaling`, or `rope_parameters` (transformers 5).
+//! Rotary embeddings as configs spell them: `rope_theta` and `rope_scaling`, or `rope_parameters` (transformers 5). Which of them
+//! counts is what transformers 5.24 does (`modeling_rope_utils.py`, and Gemma 3's and Phi-3's own configuration classes).
 
-use super::ConfigFile;
+use super::config::{ConfigFile, shown};
+use super::notes::Mark;
+use super::rope_fields::RopeFields;
 use crate::engine::rope::{RopeScaling, RopeSpec};
 use crate::inference::InferenceError;
-use serde_json::Value;
+use serde_json::{Map, Value};
 
-const KNOWN: &str = "default, linear, dynamic, yarn, longrope and llama3";
+const DEFAULT_THETA: f64 = 10_000.0;
+const LAYER_KINDS: [&str; 2] = ["full_attention", "sliding_attention"];
 
 impl ConfigFile {
-    /// Returns the rotary embedding of all layers, or of those with full attention where layers differ.
+    /// Returns the rotary embedding of a family that rotates whole heads and has one embedding for all layers.
     pub fn rope(&self, head_dim: usize) -> Result<RopeSpec, InferenceError> {
-        let parameters = self.present("rope_parameters");
-        let parameters = parameters.map(|parameters| parameters.get("full_attention").unwrap_or(parameters));
-        let theta = match parameters.and_then(|parameters| parameters.get("rope_theta")) {
-            Some(value) => self.finite("rope_parameters.rope_theta", value)?,
-            None => self.number("rope_theta")?.unwrap_or(10_000.0),
-        };
-        self.rope_spec(head_dim, theta, parameters.or_else(|| self.present("rope_scaling")))
+        self.one_rope(&|config, fields| {
+            let theta = config.theta(&fields, "rope_theta", DEFAULT_THETA)?;
+            config.whole_heads(&fields)?;
+            config.rope_spec(theta, head_dim, fields)
+        })
     }
 
-    /// Returns the rotary embedding of layers whose attention slides, where those have their own.
-    pub fn sliding_rope(&self, head_dim: usize, default_theta: f64) -> Result<RopeSpec, InferenceError> {
-        let parameters = self.present("rope_parameters").and_then(|parameters| parameters.get("sliding_attention"));
-        let theta = match parameters.and_then(|parameters| parameters.get("rope_theta")) {
-            Some(value) => self.finite("rope_parameters.sliding_attention.rope_theta", value)?,
-            None => self.number("rope_local_base_freq")?.unwrap_or(default_theta),
-        };
-        self.rope_spec(head_dim, theta, parameters)
+    /// Returns the rotary embedding of Phi-3, which may rotate a part of each head, by LongRoPE or as it is.
+    pub fn phi3_rope(&self, head_dim: usize) -> Result<RopeSpec, InferenceError> {
+        self.one_rope(&|config, mut fields| {
+            // What early configs call it.
+            fields.rename_kind(&["su", "yarn"], "longrope");
+            if !matches!(fields.kind()?, "default" | "longrope") {
+                return Err(fields.error("a phi3 model has longrope or default"));
+            }
+            let theta = config.theta(&fields, "rope_theta", DEFAULT_THETA)?;
+            let part = config.rotated_part(&fields)?;
+            config.rope_spec(theta, (head_dim as f64 * part) as usize, fields)
+        })
     }
 
-    fn rope_spec(&self, head_dim: usize, theta: f64, scaling: Option<&Value>) -> Result<RopeSpec, InferenceError> {
-        if theta <= 1.0 {
-            return Err(self.error(format!("rope_theta: expected a number above 1, found {theta}")));
+    /// Returns the rotary embedding of Gemma 3's layers with full attention.
+    pub fn full_attention_rope(&self, head_dim: usize) -> Result<RopeSpec, InferenceError> {
+        let parameters = self.rope_mapping("rope_parameters")?;
+        let mut fields = RopeFields::new(self, "rope_parameters.full_attention");
+        match self.layer_rope("full_attention")? {
+            Some(own) => fields.take("rope_parameters.full_attention", own),
+            // transformers fills in the type before it adds `rope_scaling`, so that `type` does not count there.
+            None if parameters.is_none() => fields.set_kind("default"),
+            None => {}
         }
-        let nested = scaling.and_then(|scaling| scaling.get("partial_rotary_factor"));
-        let part = match nested.or_else(|| self.present("partial_rotary_factor")) {
-            Some(value) => self.finite("partial_rotary_factor", value)?,
-            None => 1.0,
+        if let Some(scaling) = self.rope_mapping("rope_scaling")? {
+            if parameters.is_some_and(|parameters| !parameters.contains_key("full_attention")) {
+                return Err(self.error("rope_scaling beside rope_parameters without full_attention: keep one of them"));
+            }
+            fields.take("rope_scaling", scaling);
+        }
+        let theta = self.theta(&fields, "rope_theta", 1_000_000.0)?;
+        self.whole_heads(&fields)?;
+        self.rope_spec(theta, head_dim, fields)
+    }
+
+    /// Returns the rotary embedding of Gemma 3's layers whose attention slides.
+    pub fn sliding_attention_rope(&self, head_dim: usize) -> Result<RopeSpec, InferenceError> {
+        let mut fields = RopeFields::new(self, "rope_parameters.sliding_attention");
+        if let Some(own) = self.layer_rope("sliding_attention")? {
+            fields.take("rope_parameters.sliding_attention", own);
+        }
+        let theta = self.theta(&fields, "rope_local_base_freq", DEFAULT_THETA)?;
+        self.whole_heads(&fields)?;
+        self.rope_spec(theta, head_dim, fields)
+    }
+
+    fn layer_rope(&self, kind: &str) -> Result<Option<&Map<String, Value>>, InferenceError> {
+        let path = format!("rope_parameters.{kind}");
+        match self.rope_mapping("rope_parameters")?.and_then(|parameters| parameters.get(kind)) {
+            None | Some(Value::Null) => Ok(None),
+            Some(Value::Object(own)) => {
+                self.mark(&self.path_of(&path), Mark::Used);
+                Ok(Some(own))
+            }
+            Some(other) => {
+                Err(self.error(format!("{}: expected a mapping, found {}", self.path_of(&path), shown(other))))
+            }
+        }
+    }
+
+    /// Returns a mapping of rotary parameters; null and an empty one count as none.
+    fn rope_mapping(&self, field: &str) -> Result<Option<&Map<String, Value>>, InferenceError> {
+        match self.get(field) {
+            None | Some(Value::Null) => Ok(None),
+            Some(Value::Object(entries)) => Ok(Some(entries).filter(|entries| !entries.is_empty())),
+            Some(other) => {
+                Err(self.error(format!("{}: expected a mapping, found {}", self.path_of(field), shown(other))))
+            }
+        }
+    }
+
+    /// Reads the one embedding of all layers: `rope_scaling`, where there is one, replaces `rope_parameters`.
+    fn one_rope(
+        &self,
+        read: &dyn Fn(&ConfigFile, RopeFields<'_>) -> Result<RopeSpec, InferenceError>,
+    ) -> Result<RopeSpec, InferenceError> {
+        let scaling = self.rope_mapping("rope_scaling")?;
+        // What is replaced is not read.
+        let parameters = if scaling.is_some() { self.apart().rope_mapping("rope_parameters")?.cloned() } else { None };
+        let fields = match (scaling, &parameters) {
+            (Some(scaling), _) => self.flat_fields(self, "rope_scaling", scaling)?,
+            (None, _) => match self.rope_mapping("rope_parameters")? {
+                Some(own) => self.flat_fields(self, "rope_parameters", own)?,
+                None => RopeFields::new(self, "rope_parameters"),
+            },
+        };
+        let rope = read(self, fields)?;
+        if let (Some(scaling), Some(parameters)) = (scaling, parameters) {
+            let apart = self.apart();
+            let other =
+                self.flat_fields(&apart, "rope_parameters", &parameters).and_then(|fields| read(&apart, fields));
+            let path = self.path_of("rope_parameters");
+            if other.is_ok_and(|other| other == rope) {
+                self.mark(&path, Mark::Harmless);
+            } else {
+                let (lost, won) = (Value::Object(parameters), Value::Object(scaling.clone()));
+                self.overrule(&path, &lost, &self.path_of("rope_scaling"), &won);
+            }
+        }
+        Ok(rope)
+    }
+
+    fn flat_fields<'a>(
+        &self,
+        notes: &'a ConfigFile,
+        name: &str,
+        entries: &'a Map<String, Value>,
+    ) -> Result<RopeFields<'a>, InferenceError> {
+        if let Some(kind) = LAYER_KINDS.iter().find(|kind| entries.contains_key(**kind)) {
+            let path = self.path_of(name);
+            return Err(
+                self.error(format!("{path}.{kind}: models of this family have one rotary embedding for all layers"))
+            );
+        }
+        let mut fields = RopeFields::new(notes, name);
+        fields.take(name, entries);
+        Ok(fields)
+    }
+
+    /// Returns theta: the one among the rotary parameters, or else the field beside them, or else the default.
+    fn theta(&self, fields: &RopeFields<'_>, beside: &str, default: f64) -> Result<f64, InferenceError> {
+        let theta = match (fields.get("rope_theta"), self.peek(beside)) {
+            (Some((path, inner)), outer) => {
+                if let Some(outer) = outer {
+                    self.overrule(&self.path_of(beside), outer, &path, inner);
+                }
+                inner
+                    .as_f64()
+                    .ok_or_else(|| self.error(format!("{path}: expected a number, found {}", shown(inner))))?
+            }
+            (None, _) => self.number(beside)?.unwrap_or(default),
+        };
+        if theta <= 1.0 {
+            return Err(self.error(format!("{}: expected a number above 1, found {theta}", self.path_of(beside))));
+        }
+        Ok(theta)
+    }
+
+    /// Returns the rotated part of each head: the number among the rotary parameters, or else the field beside them, or 1.
+    fn rotated_part(&self, fields: &RopeFields<'_>) -> Result<f64, InferenceError> {
+        let field = "partial_rotary_factor";
+        let part = match (fields.get(field), self.peek(field)) {
+            (Some((path, inner)), outer) => {
+                if let Some(outer) = outer {
+                    self.overrule(&self.path_of(field), outer, &path, inner);
+                }
+                self.finite(field, inner)?
+            }
+            (None, _) => self.number(field)?.unwrap_or(1.0),
         };
         if !(0.0..=1.0).contains(&part) {
-            return Err(self.error(format!("partial_rotary_factor: expected a number from 0 to 1, found {part}")));
+            return Err(self.error(format!("{field}: expected a number from 0 to 1, found {part}")));
         }
-        let rotary_dim = (head_dim as f64 * part) as usize;
+        Ok(part)
+    }
+
+    /// Checks that no part of a head is left out. Without scaling, transformers ignores `partial_rotary_factor` in these
+    /// families; with scaling it computes too few frequencies and fails.
+    fn whole_heads(&self, fields: &RopeFields<'_>) -> Result<(), InferenceError> {
+        let field = "partial_rotary_factor";
+        let found = fields.peek(field).or_else(|| self.peek(field));
+        let is_whole = found.is_none_or(|value| value.is_null() || value.as_f64() == Some(1.0));
+        if is_whole {
+            fields.mark_harmless(field);
+        } else if fields.kind()? != "default" {
+            let found = found.map(shown).unwrap_or_default();
+            return Err(fields.error(&format!("{field} is {found}, and models of this family rotate whole heads")));
+        }
+        Ok(())
+    }
+
+    fn rope_spec(&self, theta: f64, rotary_dim: usize, fields: RopeFields<'_>) -> Result<RopeSpec, InferenceError> {
         if rotary_dim == 0 || !rotary_dim.is_multiple_of(2) {
             return Err(self.error(format!(
-                "{rotary_dim} of head_dim {head_dim} are rotated; rotary embeddings need an even number above 0"
+                "{rotary_dim} values of each head are rotated; rotary embeddings need an even number above 0"
             )));
         }
-        let scaling = match scaling {
-            None => RopeScaling::None,
-            Some(scaling) => RopeFields { config: self, fields: scaling }.scaling(rotary_dim)?,
-        };
+        let scaling = fields.scaling(rotary_dim)?;
+        if rotary_dim == 2 && matches!(scaling, RopeScaling::Dynamic { .. }) {
+            return Err(fields.error("it needs heads of more than 2 rotated values"));
+        }
         Ok(RopeSpec { theta, rotary_dim, scaling })
-    }
-}
-
-/// The mapping that describes the scaling.
-struct RopeFields<'a> {
-    config: &'a ConfigFile,
-    fields: &'a Value,
-}
-
-impl RopeFields<'_> {
-    fn kind(&self) -> &str {
-        let kind = self.fields.get("rope_type").or_else(|| self.fields.get("type"));
-        kind.and_then(Value::as_str).unwrap_or("default")
-    }
-
-    fn scaling(&self, rotary_dim: usize) -> Result<RopeScaling, InferenceError> {
-        match self.kind() {
-            "default" => Ok(RopeScaling::None),
-            "linear" => Ok(RopeScaling::Linear { factor: self.required("factor")? }),
-            "dynamic" => Ok(RopeScaling::Dynamic {
-                factor: self.required("factor")?,
-                original_max_position: self.stated_context()?,
-            }),
-            "yarn" => self.yarn(),
-            // `su` is what the first Phi-3 configs call it.
-            "longrope" | "su" => self.long_rope(rotary_dim),
-            "llama3" => Ok(RopeScaling::Llama3 {
-                factor: self.required("factor")?,
-                low_freq_factor: self.required("low_freq_factor")?,
-                high_freq_factor: self.required("high_freq_factor")?,
-                original_max_position: self.original_context()?,
-            }),
-            other => Err(self.config.error(format!("rope scaling {other:?} is not supported; labpipe knows {KNOWN}"))),
-        }
-    }
-
-    fn yarn(&self) -> Result<RopeScaling, InferenceError> {
-        let original_max_position = self.original_context()?;
-        let factor = match self.number("factor")? {
-            Some(factor) => factor,
-            None => self.stated_context()? / original_max_position,
-        };
-        let mscale = |weight: f64| if factor <= 1.0 { 1.0 } else { 0.1 * weight * factor.ln() + 1.0 };
-        let attention_factor =
-            match (self.number("attention_factor")?, self.number("mscale")?, self.number("mscale_all_dim")?) {
-                (Some(attention_factor), ..) => attention_factor,
-                (None, Some(all), Some(all_dim)) if all != 0.0 && all_dim != 0.0 => mscale(all) / mscale(all_dim),
-                _ => mscale(1.0),
-            };
-        Ok(RopeScaling::Yarn {
-            factor,
-            original_max_position,
-            beta_fast: self.number("beta_fast")?.unwrap_or(32.0),
-            beta_slow: self.number("beta_slow")?.unwrap_or(1.0),
-            attention_factor,
-            truncate: self.fields.get("truncate").and_then(Value::as_bool).unwrap_or(true),
-        })
-    }
-
-    fn long_rope(&self, rotary_dim: usize) -> Result<RopeScaling, InferenceError> {
-        let original_max_position = self.original_context()?;
-        let factor = match self.number("factor")? {
-            Some(factor) => factor,
-            None => self.stated_context()? / original_max_position,
-        };
-        let attention_factor = match self.number("attention_factor")? {
-            Some(attention_factor) => attention_factor,
-            None if factor <= 1.0 => 1.0,
-            None => (1.0 + factor.ln() / original_max_position.ln()).sqrt(),
-        };
-        Ok(RopeScaling::LongRope {
-            short_factor: self.divisors("short_factor", rotary_dim / 2)?,
-            long_factor: self.divisors("long_factor", rotary_dim / 2)?,
-            original_max_position,
-            attention_factor,
-        })
-    }
-
-    fn divisors(&self, name: &str, n: usize) -> Result<Vec<f64>, InferenceError> {
-        let list = self.fields.get(name).and_then(Value::as_array).map(Vec::as_slice).unwrap_or_default();
-        if list.len() != n {
-            return Err(self.error(&format!("{name}: expected {n} numbers, found {}", list.len())));
-        }
-        list.iter().map(|value| self.positive(name, value)).collect()
-    }
-
-    /// Returns the context before scaling: beside the scaling (Phi-3), in it, or else `max_position_embeddings`.
-    fn original_context(&self) -> Result<f64, InferenceError> {
-        let name = "original_max_position_embeddings";
-        match self.config.present(name) {
-            Some(value) => self.positive(name, value),
-            None => self.number(name)?.map_or_else(|| self.stated_context(), Ok),
-        }
-    }
-
-    fn stated_context(&self) -> Result<f64, InferenceError> {
-        let name = "max_position_embeddings";
-        let size = self.config.size(name)?.ok_or_else(|| self.error(&format!("{name} is missing")))?;
-        Ok(size as f64)
-    }
-
-    fn required(&self, name: &str) -> Result<f64, InferenceError> {
-        self.number(name)?.ok_or_else(|| self.error(&format!("{name} is missing")))
-    }
-
-    fn number(&self, name: &str) -> Result<Option<f64>, InferenceError> {
-        self.fields.get(name).filter(|value| !value.is_null()).map(|value| self.positive(name, value)).transpose()
-    }
-
-    fn positive(&self, name: &str, value: &Value) -> Result<f64, InferenceError> {
-        let number = value.as_f64().filter(|number| number.is_finite() && *number > 0.0);
-        number.ok_or_else(|| self.error(&format!("{name}: expected a number above 0, found {value}")))
-    }
-
-    fn error(&self, reason: &str) -> InferenceError {
-        self.config.error(format!("rope scaling {}: {reason}", self.kind()))
     }
 }

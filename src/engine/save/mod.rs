@@ -9,12 +9,13 @@ use super::checkpoint::{Checkpoint, SafetensorsFolder};
 use super::weights::{WeightReader, compute_dtype, pack};
 use crate::event::Progress;
 use crate::inference::{InferenceError, SavedModel};
+use crate::json_file::parse_json;
 use crate::units::DType;
 use labpipe_kernels::SchemeSpec;
 use labpipe_kernels::weight::HostWeight;
 use packed::{dtype_name, packed_entries, packed_tensors, quantization_config};
 use safetensors::Dtype;
-use serde_json::{Map, Value};
+use serde_json::Value;
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 use tensor_file::{Entry, TensorFile};
@@ -174,8 +175,10 @@ fn write_config(
 ) -> Result<(), InferenceError> {
     let from = source.join("config.json");
     let fail = |reason: String| InferenceError::File { path: from.clone(), reason };
-    let text = std::fs::read_to_string(&from).map_err(|error| fail(error.to_string()))?;
-    let mut config: Map<String, Value> = serde_json::from_str(&text).map_err(|error| fail(error.to_string()))?;
+    let bytes = std::fs::read(&from).map_err(|error| fail(error.to_string()))?;
+    let Value::Object(mut config) = parse_json(&bytes).map_err(fail)? else {
+        return Err(fail("expected a JSON object".to_owned()));
+    };
     // A config that ties a head which the files hold beside another embedding would tie the packed one.
     if !reader.spec.tied_embeddings && config.get("tie_word_embeddings") != Some(&Value::Bool(false)) {
         config.insert("tie_word_embeddings".to_owned(), Value::Bool(false));

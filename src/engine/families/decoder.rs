@@ -1,0 +1,168 @@
+//! The spec of a decoder from the fields that all families share.
+
+use super::config::{ConfigFile, MAX_DIM, shown};
+use super::notes::Mark;
+use crate::engine::rope::{RopeScaling, RopeSpec};
+use crate::engine::spec::{AttentionSpec, BlockSpec, LinearBiases, ModelSpec};
+use crate::inference::InferenceError;
+use serde_json::Value;
+
+/// More layers than this are taken for damage.
+const MAX_LAYERS: usize = 1 << 12;
+
+/// What families call the same thing.
+pub struct BaseNames {
+    pub family: &'static str,
+    /// The field that names the activation.
+    pub activation: &'static str,
+    /// Reads the rotary embedding of heads of that size.
+    pub rope: fn(&ConfigFile, usize) -> Result<RopeSpec, InferenceError>,
+}
+
+struct HeadSizes {
+    n_heads: usize,
+    n_kv_heads: usize,
+    head_dim: usize,
+}
+
+impl ConfigFile {
+    /// Builds the spec from the fields that all families share: that of a Llama without biases. Families change what is theirs.
+    pub fn base_spec(&self, names: &BaseNames) -> Result<ModelSpec, InferenceError> {
+        let hidden_size = self.required_size("hidden_size")?;
+        let HeadSizes { n_heads, n_kv_heads, head_dim } = self.head_sizes(hidden_size)?;
+        let n_layers = self.required_size("num_hidden_layers")?;
+        if n_layers > MAX_LAYERS {
+            return Err(self.error(format!("num_hidden_layers {n_layers} is more than {MAX_LAYERS}")));
+        }
+        let rope = (names.rope)(self, head_dim)?;
+        let norm_eps = self.number("rms_norm_eps")?.unwrap_or(1e-6);
+        if norm_eps < 0.0 {
+            return Err(self.error(format!("rms_norm_eps: expected a number of at least 0, found {norm_eps}")));
+        }
+        let vocab_size = self.required_size("vocab_size")?;
+        Ok(ModelSpec {
+            family: names.family,
+            n_layers,
+            hidden_size,
+            n_heads,
+            n_kv_heads,
+            head_dim,
+            ffn_size: self.required_size("intermediate_size")?,
+            vocab_size,
+            n_ctx_max: self.n_ctx_max(&rope.scaling)?,
+            tied_embeddings: self.flag("tie_word_embeddings", false)?,
+            bos_token_id: self.bos_token_id(vocab_size)?,
+            embedding_scale: 1.0,
+            logit_softcap: None,
+            block: BlockSpec {
+                biases: LinearBiases::default(),
+                fused_qkv: false,
+                fused_gate_up: false,
+                activation: self.activation(names.activation)?,
+                norm_eps,
+                norm_unit_offset: false,
+                out_norms: false,
+                qk_norm: false,
+                attn_scale: 1.0 / (head_dim as f64).sqrt(),
+                attn_softcap: None,
+            },
+            attentions: vec![AttentionSpec { window: None, rope }],
+            layer_attentions: vec![0; n_layers],
+        })
+    }
+
+    fn head_sizes(&self, hidden_size: usize) -> Result<HeadSizes, InferenceError> {
+        let n_heads = self.required_size("num_attention_heads")?;
+        let n_kv_heads = self.size("num_key_value_heads")?.unwrap_or(n_heads);
+        if n_heads % n_kv_heads != 0 {
+            let source =
+                if self.has("num_key_value_heads") { "" } else { ", transformers' default for this model_type" };
+            return Err(self.error(format!(
+                "num_attention_heads {n_heads} is no multiple of num_key_value_heads {n_kv_heads}{source}"
+            )));
+        }
+        let head_dim = match self.size("head_dim")? {
+            Some(head_dim) => head_dim,
+            None if hidden_size % n_heads == 0 => hidden_size / n_heads,
+            None => {
+                return Err(
+                    self.error(format!("hidden_size {hidden_size} is no multiple of num_attention_heads {n_heads}"))
+                );
+            }
+        };
+        if n_heads.saturating_mul(head_dim) > MAX_DIM {
+            return Err(self.error(format!("{n_heads} heads of {head_dim} are wider than {MAX_DIM}")));
+        }
+        Ok(HeadSizes { n_heads, n_kv_heads, head_dim })
+    }
+
+    /// Returns the longest context. Llama's configs keep the original length in `max_position_embeddings` where they scale
+    /// linearly or dynamically, and Qwen's where they use YaRN: the factor stretches it.
+    fn n_ctx_max(&self, scaling: &RopeScaling) -> Result<usize, InferenceError> {
+        let stated = self.required_size("max_position_embeddings")?;
+        let stretched = match scaling {
+            RopeScaling::Linear { factor } | RopeScaling::Dynamic { factor, .. } => stated as f64 * factor,
+            RopeScaling::Yarn { factor, original_max_position, .. } => factor * original_max_position,
+            RopeScaling::None
+            | RopeScaling::Divided { .. }
+            | RopeScaling::Llama3 { .. }
+            | RopeScaling::LongRope { .. } => stated as f64,
+        };
+        Ok((stretched.min(MAX_DIM as f64) as usize).max(stated))
+    }
+
+    /// Returns for each layer whether its attention slides: `layer_types`, or what `is_sliding` says of the layer's index.
+    pub fn sliding_layers(
+        &self,
+        n_layers: usize,
+        is_sliding: impl Fn(usize) -> bool,
+    ) -> Result<Vec<bool>, InferenceError> {
+        let Some(types) = self.present("layer_types") else {
+            return Ok((0..n_layers).map(is_sliding).collect());
+        };
+        let path = self.path_of("layer_types");
+        let types =
+            types.as_array().ok_or_else(|| self.error(format!("{path}: expected a list, found {}", shown(types))))?;
+        if types.len() != n_layers {
+            return Err(self.error(format!("{path} has {} entries for {n_layers} layers", types.len())));
+        }
+        let is_sliding = |kind: &Value| match kind.as_str() {
+            // transformers renames the short form.
+            Some("full_attention" | "attention") => Ok(false),
+            Some("sliding_attention") => Ok(true),
+            _ => {
+                let expected = "expected full_attention or sliding_attention";
+                Err(self.error(format!("{path}: {expected}, found {}", shown(kind))))
+            }
+        };
+        types.iter().map(is_sliding).collect()
+    }
+
+    /// Returns the window of the layers that slide.
+    ///
+    /// # Errors
+    /// `File` where layers slide and there is no window: transformers can't run such a model either.
+    pub fn window(&self, sliding: &[bool]) -> Result<Option<usize>, InferenceError> {
+        let window = self.size("sliding_window")?;
+        if window.is_none() && sliding.contains(&true) {
+            let path = self.path_of("sliding_window");
+            return Err(self.error(format!("{path} is null, and some layers are of the type sliding_attention")));
+        }
+        Ok(window)
+    }
+
+    /// Returns the id of the token that begins a text. One beyond the vocabulary is none, with a warning, as in transformers.
+    fn bos_token_id(&self, vocab_size: usize) -> Result<Option<u32>, InferenceError> {
+        let Some(value) = self.present("bos_token_id") else { return Ok(None) };
+        let path = self.path_of("bos_token_id");
+        let id = value
+            .as_i64()
+            .ok_or_else(|| self.error(format!("{path}: expected the id of a token, found {}", shown(value))))?;
+        let known = u32::try_from(id).ok().filter(|id| (*id as usize) < vocab_size);
+        if known.is_none() {
+            self.mark(&path, Mark::Ignored);
+            self.warn(format!("{path} {id} is no token: the vocabulary has {vocab_size}"));
+        }
+        Ok(known)
+    }
+}
