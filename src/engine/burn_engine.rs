@@ -12,7 +12,9 @@ use super::survey::{on_host, survey};
 use super::weights::{WeightReader, compute_dtype};
 use crate::artifact::QuantizedModule;
 use crate::event::Progress;
-use crate::inference::{Engine, EngineInfo, InferenceError, MemoryProbe, Model, ModelInfo, ModelRecipe, SavedModel};
+use crate::inference::{
+    Engine, EngineInfo, InferenceError, MemoryProbe, Model, ModelInfo, ModelRecipe, SavedModel, SourceAccount,
+};
 use crate::units::DType;
 use burn::tensor::Device;
 use std::path::Path;
@@ -133,6 +135,17 @@ impl Engine for BurnEngine {
     fn inspect(&self, recipe: &ModelRecipe) -> Result<ModelInfo, InferenceError> {
         let (spec, checkpoint) = self.prepare(recipe)?;
         describe(&spec, &checkpoint, recipe)
+    }
+
+    fn account(&self, recipe: &ModelRecipe) -> Result<SourceAccount, InferenceError> {
+        let (spec, checkpoint) = self.prepare(recipe)?;
+        match &checkpoint {
+            Checkpoint::Gguf(file) => {
+                let (parts, element_types) = file.account(&spec)?;
+                Ok(SourceAccount { parts, element_types })
+            }
+            _ => Ok(SourceAccount::default()),
+        }
     }
 
     fn check_values(&self, recipe: &ModelRecipe, progress: &dyn Progress) -> Result<(), InferenceError> {

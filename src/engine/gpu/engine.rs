@@ -15,6 +15,7 @@ use crate::engine::weights::{WeightReader, has_compute_dtype};
 use crate::event::Progress;
 use crate::inference::{
     DeviceProbe, Engine, EngineInfo, InferenceError, MemoryProbe, Model, ModelInfo, ModelRecipe, SavedModel,
+    SourceAccount,
 };
 use crate::units::DType;
 use burn::tensor::Device;
@@ -118,6 +119,10 @@ impl Engine for GpuEngine {
 
     fn inspect(&self, recipe: &ModelRecipe) -> Result<ModelInfo, InferenceError> {
         self.host.inspect(&self.settled(recipe)?)
+    }
+
+    fn account(&self, recipe: &ModelRecipe) -> Result<SourceAccount, InferenceError> {
+        self.host.account(recipe)
     }
 
     fn open(&self, recipe: &ModelRecipe, progress: &dyn Progress) -> Result<Box<dyn Model>, InferenceError> {
