@@ -9,7 +9,7 @@ mod device_probe;
 mod error;
 mod log_probs;
 
-pub use account::{AccountPart, SourceAccount, StoredType};
+pub use account::{AccountPart, SourceAccount, StoredType, stored_words};
 pub use decode_check::{CHECKED_POSITIONS, DecodeCheck, check_decode, decode_budget};
 pub use device_probe::{DeviceFigures, DeviceProbe, GpuIdentity, OtherProcesses};
 pub use error::InferenceError;

@@ -86,6 +86,15 @@ fn logits(gguf: &Gguf, case: &str) -> Vec<f32> {
     open(gguf).last_logits(&ids(&expected(case)["tokens"])).expect("logits")
 }
 
+/// Returns tokens that a model generates one by one after a fixture's prompt.
+fn generated(gguf: &Gguf, case: &str) -> Vec<u32> {
+    let tokens = ids(&expected(case)["tokens"]);
+    let mut model = open(gguf);
+    model.reserve(60).expect("room");
+    model.prefill(&tokens[..40]).expect("a prefill");
+    model.decode(20).expect("tokens").iter().map(|decoded| decoded.token).collect()
+}
+
 fn as_f64(values: &[f32]) -> Vec<f64> {
     values.iter().map(|value| f64::from(*value)).collect()
 }
@@ -164,6 +173,7 @@ fn each_projection_has_its_own_bias_in_each_layer() {
         let (zeroed, without) = with_and_without("llama", drop);
         let found = logits(&without, "llama");
         assert_eq!(found, logits(&zeroed, "llama"), "{what}");
+        assert_eq!(generated(&without, "llama"), generated(&zeroed, "llama"), "{what}");
         assert!(largest_difference(&found, &as_f64(&all)) > 1e-2, "{what}: the biases that are gone counted");
         assert!(account(&without).warnings().is_empty());
     }

@@ -14,7 +14,7 @@ pub struct Report;
 static DESCRIPTION: StageDescription = StageDescription {
     kind: "report",
     summary: "Writes a comparison of models and a layer-by-layer analysis: Markdown, CSV, JSON and plots.",
-    version: 4,
+    version: 5,
     measures: false,
     computes: false,
     params: &[
