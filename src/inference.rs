@@ -10,7 +10,7 @@ mod error;
 mod log_probs;
 mod records;
 
-pub use account::{AccountPart, SourceAccount, StoredType};
+pub use account::{AccountPart, SourceAccount, StoredType, stored_words};
 pub use decode_check::{CHECKED_POSITIONS, DecodeCheck, check_decode, decode_budget};
 pub use device_probe::{DeviceFigures, DeviceProbe, GpuIdentity, OtherProcesses};
 pub use error::InferenceError;

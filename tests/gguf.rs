@@ -201,6 +201,49 @@ fn a_file_names_bos_eos_and_a_chat_template_where_it_has_them() {
     }
 }
 
+/// A SentencePiece file of six tokens.
+fn tiny_sentence_piece(name: &str, prefixes: bool) -> Tokenizer {
+    const TEXT: u32 = 8;
+    const ARRAY: u32 = 9;
+    let tokens = ["<unk>", "<s>", "<|user|>", "\u{2581}", "a", "\u{2581}a", "\n"];
+    // 3: control; 1: normal.
+    let types = [2i32, 3, 3, 1, 1, 1, 1];
+    let scores = [0.0f32, 0.0, 0.0, -3.0, -2.0, -1.0, -4.0];
+    let array = |item_type: u32, items: Vec<u8>| {
+        [item_type.to_le_bytes().as_slice(), &(tokens.len() as u64).to_le_bytes(), &items].concat()
+    };
+    let bytes = Forged::default()
+        .pair("general.name", TEXT, &Forged::text(name))
+        .pair("tokenizer.ggml.model", TEXT, &Forged::text("llama"))
+        .pair("tokenizer.ggml.tokens", ARRAY, &array(TEXT, tokens.map(Forged::text).concat()))
+        .pair("tokenizer.ggml.token_type", ARRAY, &array(5, types.iter().flat_map(|n| n.to_le_bytes()).collect()))
+        .pair("tokenizer.ggml.scores", ARRAY, &array(6, scores.iter().flat_map(|n| n.to_le_bytes()).collect()))
+        .pair("tokenizer.ggml.add_space_prefix", 7, &[u8::from(prefixes)])
+        .tensor("a", &[32, 2], 0, 0)
+        .bytes(256);
+    let dir = tempfile::tempdir().expect("a temporary folder");
+    let path = dir.path().join("a.gguf");
+    std::fs::write(&path, bytes).expect("a file");
+    tokenizer(&GgufFile::open(&path).expect("a GGUF file"))
+}
+
+#[test]
+fn special_tokens_of_phi_3_take_the_white_space_behind_them() {
+    let ids = |tokenizer: &Tokenizer, text: &str| tokenizer.encode(text, false).expect("tokens").get_ids().to_vec();
+    let (phi, other) = (tiny_sentence_piece("Phi-3 mini", true), tiny_sentence_piece("another", true));
+    assert_eq!(ids(&phi, "<|user|>\na"), [2, 5]);
+    assert_eq!(ids(&other, "<|user|>\na"), [2, 3, 6, 4]);
+    assert_eq!(ids(&phi, "<s>\na"), [1, 3, 6, 4], "<s> takes none");
+}
+
+#[test]
+fn a_space_is_put_before_a_text_unless_the_file_says_no() {
+    for (prefixes, expected) in [(true, vec!["\u{2581}a"]), (false, vec!["a"])] {
+        let encoding = tiny_sentence_piece("gemma", prefixes).encode("a", false).expect("tokens");
+        assert_eq!(encoding.get_tokens(), expected);
+    }
+}
+
 #[track_caller]
 fn refused(bytes: &[u8], expected: &str) {
     let dir = tempfile::tempdir().expect("a temporary folder");

@@ -120,6 +120,34 @@ fn a_pipeline_runs_on_a_gguf_file_with_its_own_tokenizer() {
 }
 
 #[test]
+fn a_quantized_file_is_never_called_an_f32_baseline() {
+    let lab = Lab::new();
+    std::fs::copy(fixture("llama-mixed.gguf"), lab.path("tiny.gguf")).expect("a copy");
+    lab.write("text.txt", &"Once upon a time there was a little girl. ".repeat(40));
+    let stages = "  base: { kind: load, model: tiny.gguf }\n  nf4: { kind: quantize, model: base, config: {scheme: nf4} }\n  \
+                  p: { kind: ppl, model: base, text: text.txt, max_length: 64, stride: 64 }\n  \
+                  q: { kind: ppl, model: nf4, text: text.txt, max_length: 64, stride: 64 }\n  \
+                  report: { kind: report, inputs: [p, q], formats: [md, csv] }\n";
+    lab.write("gguf.yaml", &format!("version: 1\nname: gguf\nstages:\n{stages}"));
+    let (out, err) = lab.expect(0, &["run", "gguf.yaml"]);
+    let types = lab.record("base")["account"]["element_types"].clone();
+    let total =
+        |field: &str| types.as_array().expect("types").iter().filter_map(|one| one[field].as_u64()).sum::<u64>();
+    let file = GgufFile::open(&fixture("llama-mixed.gguf")).expect("the fixture");
+    let n_bytes: usize = file.tensors().map(|(_, tensor)| file.bytes(tensor).as_slice().len()).sum();
+    assert_eq!((total("bytes"), total("n_tensors")), (n_bytes as u64, file.tensors().count() as u64));
+    assert_eq!(total("n_params"), lab.record("base")["model"]["n_params"].as_u64().expect("a count"));
+    assert!(types.as_array().expect("types").iter().any(|one| one["name"] == "Q4_1"), "{types}");
+    let summary = format!("{out}{err}");
+    assert!(summary.contains("as f32 (stored as f16 41 %, Q8_0 18 %, "), "{summary}");
+    let report = std::fs::read_to_string(lab.path("results/latest/report/report.md")).expect("the report");
+    assert!(report.contains("is no unquantized baseline"), "{report}");
+    assert!(report.contains("| `base` | f32 from ") && report.contains("| `nf4` | nf4, block 64, from "), "{report}");
+    let csv = std::fs::read_to_string(lab.path("results/latest/report/report.csv")).expect("the table");
+    assert!(csv.contains("base,source_bytes,Q4_1,"), "{csv}");
+}
+
+#[test]
 fn a_scale_that_is_infinite_is_found_by_load() {
     let lab = Lab::new();
     let path = fixture("llama-mixed.gguf");

@@ -52,8 +52,10 @@ pub fn compare(global: &Global, args: &CompareArgs) -> Result<u8, CliError> {
     let store = Store::open(&global.cache)?;
     let in_both: Vec<&str> = a.stages().into_iter().filter(|stage| b.stages().contains(stage)).collect();
     let mut rows = Vec::new();
+    let mut circumstances = circumstances(&a, &b);
     for address in &in_both {
         let (one, other) = (a.stage(address, store.dir())?, b.stage(address, store.dir())?);
+        circumstances.extend(source_types(&one, &other)?);
         if one.kind == other.kind && one.kind != "report" {
             rows.extend(rows_of((&a, &one), (&b, &other), &store)?);
         }
@@ -61,7 +63,7 @@ pub fn compare(global: &Global, args: &CompareArgs) -> Result<u8, CliError> {
     let only = |run: &Run, other: &Run| -> Vec<String> {
         run.stages().into_iter().filter(|stage| !other.stages().contains(stage)).map(str::to_owned).collect()
     };
-    let found = Found { only_in_a: only(&a, &b), only_in_b: only(&b, &a), circumstances: circumstances(&a, &b), rows };
+    let found = Found { only_in_a: only(&a, &b), only_in_b: only(&b, &a), circumstances, rows };
     print(&if args.json { found.json(&a, &b) } else { found.text(&a, &b, args.all) })?;
     let differs = |row: &Compared| matches!(row.verdict, Verdict::OutsideNoise | Verdict::NotComparable);
     let is_different = found.rows.iter().any(differs) || !found.only_in_a.is_empty() || !found.only_in_b.is_empty();
@@ -304,6 +306,19 @@ fn circumstances(a: &Run, b: &Run) -> Vec<(String, Value, Value)> {
         }
     }
     found
+}
+
+/// Returns what the files of a loaded model store their weights as, where the two runs' files differ in it.
+fn source_types(a: &StageInput, b: &StageInput) -> Result<Option<(String, Value, Value)>, CliError> {
+    let words = |stage: &StageInput| {
+        report::source_words(stage)
+            .map_err(|error| CliError::Usage { message: format!("failed to {error}"), hint: None })
+    };
+    if a.kind != "load" || b.kind != "load" {
+        return Ok(None);
+    }
+    let (one, other) = (words(a)?, words(b)?);
+    Ok((one != other).then(|| (format!("{}: files store", a.address), json!(one), json!(other))))
 }
 
 fn short(value: &Value) -> String {

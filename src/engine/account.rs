@@ -34,8 +34,9 @@ fn of_folder(spec: &ModelSpec, folder: &SafetensorsFolder) -> Result<SourceAccou
     Ok(SourceAccount { parts, element_types })
 }
 
-fn of_gguf(_spec: &ModelSpec, _file: &GgufCheckpoint) -> Result<SourceAccount, InferenceError> {
-    Ok(SourceAccount::default())
+fn of_gguf(spec: &ModelSpec, file: &GgufCheckpoint) -> Result<SourceAccount, InferenceError> {
+    let (parts, element_types) = file.account(spec)?;
+    Ok(SourceAccount { parts, element_types })
 }
 
 #[cfg(test)]

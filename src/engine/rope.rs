@@ -9,6 +9,8 @@ pub enum RopeScaling {
     /// Each frequency divided by a number of its own: how GGUF files hold Llama 3.1's scaling.
     Divided {
         by: Vec<f64>, // [rotary_dim / 2]
+        /// Multiplies cosines and sines.
+        attention_factor: f64,
     },
     /// Positions divided by `factor` (`_compute_linear_scaling_rope_parameters`).
     Linear {
@@ -68,7 +70,7 @@ impl RopeSpec {
             let frequency = plain(self.theta, i);
             match &self.scaling {
                 RopeScaling::None => frequency,
-                RopeScaling::Divided { by } => frequency / by[i],
+                RopeScaling::Divided { by, .. } => frequency / by[i],
                 RopeScaling::Linear { factor } => frequency / factor,
                 RopeScaling::Dynamic { factor, original_max_position } => {
                     let stretch = (n_seq as f64 / original_max_position).max(1.0);
@@ -102,12 +104,12 @@ impl RopeSpec {
         (0..self.rotary_dim / 2).map(scale).collect()
     }
 
-    /// Returns the factor on cosines and sines: 1 but for YaRN and LongRoPE.
+    /// Returns the factor on cosines and sines: 1 unless the scaling has one.
     pub fn attention_factor(&self) -> f64 {
         match self.scaling {
-            RopeScaling::Yarn { attention_factor, .. } | RopeScaling::LongRope { attention_factor, .. } => {
-                attention_factor
-            }
+            RopeScaling::Yarn { attention_factor, .. }
+            | RopeScaling::LongRope { attention_factor, .. }
+            | RopeScaling::Divided { attention_factor, .. } => attention_factor,
             _ => 1.0,
         }
     }
@@ -147,7 +149,8 @@ mod tests {
         };
         let (plain, scaled) = (frequencies(RopeScaling::None, 1), frequencies(scaling, 1));
         let by = plain.iter().zip(&scaled).map(|(plain, scaled)| plain / scaled).collect();
-        for (found, expected) in frequencies(RopeScaling::Divided { by }, 1).iter().zip(&scaled) {
+        for (found, expected) in frequencies(RopeScaling::Divided { by, attention_factor: 1.0 }, 1).iter().zip(&scaled)
+        {
             assert!((found / expected - 1.0).abs() < 1e-12);
         }
     }

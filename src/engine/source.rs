@@ -2,7 +2,6 @@
 
 use super::checkpoint::{Checkpoint, is_gguf};
 use super::families::{ConfigFile, spec_of};
-use super::rope::RopeScaling;
 use super::spec::ModelSpec;
 use crate::hub::{HubReference, HubSettings, locate};
 use crate::inference::{InferenceError, ModelSource};
@@ -47,11 +46,7 @@ fn open_gguf(path: &Path) -> Result<(ModelSpec, Checkpoint), InferenceError> {
     let checkpoint = Checkpoint::open_gguf(path)?;
     let Checkpoint::Gguf(file) = &checkpoint else { unreachable!("open_gguf opens a GGUF file") };
     let mut spec = spec_of(&ConfigFile::of(path, file.config()?))?;
-    for attention in &mut spec.attentions {
-        if let Some(by) = file.rope_divisors(attention.rope.rotary_dim)? {
-            attention.rope.scaling = RopeScaling::Divided { by };
-        }
-    }
+    file.complete(&mut spec)?;
     Ok((spec, checkpoint))
 }
 

@@ -36,6 +36,18 @@ pub struct GgufTensor {
     range: Range<usize>,
 }
 
+impl GgufTensor {
+    /// Returns how many values it holds.
+    pub fn n_values(&self) -> usize {
+        self.shape.iter().product()
+    }
+
+    /// Returns the bytes that it takes in the file, padding not counted.
+    pub fn n_bytes(&self) -> usize {
+        self.range.len()
+    }
+}
+
 /// A file's metadata and tensors; their bytes stay in the memory map.
 #[derive(Debug)]
 pub struct GgufFile {
@@ -208,6 +220,11 @@ impl GgufFile {
     /// Returns every tensor by name.
     pub fn tensors(&self) -> impl Iterator<Item = (&str, &GgufTensor)> {
         self.tensors.iter().map(|(name, tensor)| (name.as_str(), tensor))
+    }
+
+    /// Returns every metadata key, sorted.
+    pub fn keys(&self) -> impl Iterator<Item = &str> {
+        self.metadata.keys().map(String::as_str)
     }
 
     pub fn get(&self, key: &str) -> Option<&MetaValue> {

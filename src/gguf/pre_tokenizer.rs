@@ -25,6 +25,11 @@ const LLAMA3: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{
 const QWEN2: &str =
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
 
+/// GPT-4o's (o200k) and Phi-4-mini's: capitals begin a word, and contractions belong to the word before.
+const GPT4O: &str = r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+";
+/// Mistral NeMo's: the same with every digit alone and without contractions.
+const TEKKEN: &str = r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+";
+
 const GPT2: Rule = Rule {
     names: &["gpt-2", "mpt", "olmo", "phi-2", "roberta-bpe"],
     pattern: None,
@@ -48,6 +53,10 @@ static RULES: &[Rule] = &[
         adds_bos: true,
         ..GPT2
     },
+    // Phi-4's files name dbrx: Llama 3's words, merged as GPT-2's are.
+    Rule { names: &["dbrx", "smaug-bpe"], pattern: Some(LLAMA3), ..GPT2 },
+    Rule { names: &["gpt-4o"], pattern: Some(GPT4O), ..GPT2 },
+    Rule { names: &["tekken"], pattern: Some(TEKKEN), ignores_merges: true, adds_bos: true, ..GPT2 },
     Rule { names: &["qwen2", "deepseek-r1-qwen"], pattern: Some(QWEN2), composes: true, ..GPT2 },
 ];
 
@@ -78,5 +87,59 @@ impl Rule {
         }
         steps.push(bytes);
         json!({ "type": "Sequence", "pretokenizers": steps })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use tokenizers::{OffsetReferential, OffsetType, PreTokenizedString, PreTokenizer, PreTokenizerWrapper};
+
+    /// Python's tokenizers 0.22 cuts this text with the same patterns (`pre_tokenizers.Split(Regex(…), "isolated")`) into these words.
+    #[test]
+    fn words_are_those_of_the_models_own_rules() {
+        let text = "HelloWorld it's 12345 IT'S naïve/CAFÉ\n\n  x=3.14//\nÉcole 你好 don'tGo";
+        let gpt_4o = [
+            "Hello", "World", " it's", " ", "123", "45", " IT'S", " naïve", "/CAFÉ", "\n\n", " ", " x", "=", "3", ".",
+            "14", "//\n", "École", " 你好", " don't", "Go",
+        ];
+        let tekken = [
+            "Hello", "World", " it", "'s", " ", "1", "2", "3", "4", "5", " IT", "'S", " naïve", "/CAFÉ", "\n\n", " ",
+            " x", "=", "3", ".", "1", "4", "//\n", "École", " 你好", " don", "'t", "Go",
+        ];
+        let dbrx = [
+            "HelloWorld",
+            " it",
+            "'s",
+            " ",
+            "123",
+            "45",
+            " IT",
+            "'S",
+            " naïve",
+            "/CAFÉ",
+            "\n\n",
+            " ",
+            " x",
+            "=",
+            "3",
+            ".",
+            "14",
+            "//\n",
+            "École",
+            " 你好",
+            " don",
+            "'t",
+            "Go",
+        ];
+        for (name, expected) in [("gpt-4o", &gpt_4o[..]), ("tekken", &tekken[..]), ("dbrx", &dbrx[..])] {
+            let rule = Rule::named(name).expect("a known rule").to_json();
+            let rule: PreTokenizerWrapper = serde_json::from_value(rule).expect("a pre-tokenizer");
+            let mut pieces = PreTokenizedString::from(text);
+            rule.pre_tokenize(&mut pieces).expect("words");
+            let words = pieces.get_splits(OffsetReferential::Original, OffsetType::Byte);
+            let words: Vec<&str> = words.iter().map(|(_, (start, end), _)| &text[*start..*end]).collect();
+            assert_eq!(words, expected, "{name}");
+        }
     }
 }

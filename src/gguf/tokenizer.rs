@@ -128,13 +128,24 @@ impl<'a> Vocabulary<'a> {
             .iter()
             .enumerate()
             .filter(|(id, token)| is_added(*id) && !token.is_empty() && self.ids.get(*token) == Some(id));
+        let is_phi3 = self.is_phi3();
         let token = |(id, content): (usize, &&str)| {
+            let rstrip = is_phi3 && !["<unk>", "<s>", "<|endoftext|>"].contains(content);
             json!({
-                "id": id, "content": content, "single_word": false, "lstrip": false, "rstrip": false, "normalized": false,
+                "id": id, "content": content, "single_word": false, "lstrip": false, "rstrip": rstrip, "normalized": false,
                 "special": self.types[id] != USER_DEFINED,
             })
         };
         Value::Array(added.map(token).collect())
+    }
+
+    /// Returns true for Phi-3's SentencePiece vocabulary: its special tokens take the white space behind them. No key says so; llama.cpp
+    /// too goes by the model's name.
+    fn is_phi3(&self) -> bool {
+        let name = self.file.text("general.name").unwrap_or_default().to_lowercase();
+        let is_named = self.file.text("general.architecture") == Some("phi3")
+            || ["phi-3", "phi3", "phi 3"].iter().any(|part| name.contains(part));
+        is_named && self.file.text("tokenizer.ggml.model") == Some("llama")
     }
 
     /// Returns what puts BOS before and EOS after a text; null where neither is added.

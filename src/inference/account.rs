@@ -40,6 +40,39 @@ pub struct StoredType {
     pub bytes: u64,
 }
 
+impl StoredType {
+    /// Returns true for plain floats; other types hold blocks of codes, and their values were rounded when the file was made.
+    pub fn is_plain(&self) -> bool {
+        ["F64", "F32", "F16", "BF16"].contains(&self.name.as_str())
+    }
+}
+
+/// Returns element types in words, with their shares of the bytes where there are several: `Q4_1 89 %, F32 11 %`. Plain floats are
+/// called as a `dtype` is: `bf16`. Of many types the largest are named. `None` where nothing is known.
+pub fn stored_words(types: &[StoredType]) -> Option<String> {
+    let total: u64 = types.iter().map(|one| one.bytes).sum();
+    let share = |one: &StoredType| match 100.0 * one.bytes as f64 / total.max(1) as f64 {
+        percent if percent < 1.0 => "<1 %".to_owned(),
+        percent if percent > 99.0 && percent < 100.0 => ">99 %".to_owned(),
+        percent => format!("{percent:.0} %"),
+    };
+    let name = |one: &StoredType| if one.is_plain() { one.name.to_lowercase() } else { one.name.clone() };
+    match types {
+        [] => None,
+        [only] => Some(name(only)),
+        several => {
+            let named = several.iter().take(MAX_TYPES).map(|one| format!("{} {}", name(one), share(one)));
+            let words = named.collect::<Vec<_>>().join(", ");
+            Some(match several.len().saturating_sub(MAX_TYPES) {
+                0 => words,
+                n => format!("{words}, {n} more"),
+            })
+        }
+    }
+}
+
+/// Element types named in words; the record holds all of them.
+const MAX_TYPES: usize = 3;
 /// Names shown in a warning; the record holds all of them.
 const MAX_NAMED: usize = 6;
 
@@ -77,5 +110,19 @@ mod tests {
         let expected = "tensors: 8 not used: extra.0, extra.1, extra.2, extra.3, extra.4, extra.5 and 2 more";
         assert_eq!(part.all_warnings(), [expected]);
         assert!(AccountPart::default().all_warnings().is_empty());
+    }
+
+    #[test]
+    fn element_types_are_told_with_their_shares_of_the_bytes() {
+        let stored = |name: &str, bytes| StoredType { name: name.to_owned(), n_tensors: 1, n_params: 1, bytes };
+        assert_eq!(stored_words(&[]), None);
+        assert_eq!(stored_words(&[stored("BF16", 7)]).as_deref(), Some("bf16"));
+        let mixed = [stored("Q4_1", 890), stored("Q8_0", 105), stored("F32", 5)];
+        assert_eq!(stored_words(&mixed).as_deref(), Some("Q4_1 89 %, Q8_0 10 %, f32 <1 %"));
+        let many = [stored("Q4_K", 60), stored("Q6_K", 30), stored("Q5_K", 6), stored("Q8_0", 3), stored("F32", 1)];
+        assert_eq!(stored_words(&many).as_deref(), Some("Q4_K 60 %, Q6_K 30 %, Q5_K 6 %, 2 more"));
+        let norms = [stored("F16", 9_999), stored("F32", 1)];
+        assert_eq!(stored_words(&norms).as_deref(), Some("f16 >99 %, f32 <1 %"));
+        assert!(norms.iter().all(StoredType::is_plain) && !mixed[0].is_plain());
     }
 }

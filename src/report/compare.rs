@@ -118,7 +118,7 @@ pub fn compare(a: &[Measure], b: &[Measure], same_subject: bool, paired: &Paired
 
 /// Quantities that are counted and not measured.
 fn is_exact(metric: &str) -> bool {
-    ["weights_bytes", "kv_cache_bytes", "bits_per_weight"].contains(&metric)
+    ["weights_bytes", "kv_cache_bytes", "bits_per_weight", "source_bytes"].contains(&metric)
 }
 
 fn estimate(measure: &Measure) -> Estimate {

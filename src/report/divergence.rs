@@ -43,7 +43,7 @@ pub fn units(evidence: &Evidence<'_>) -> Option<String> {
 pub fn divergence(evidence: &Evidence<'_>) -> Option<Section> {
     let names = |one: &super::evidence::Diverged| {
         let row = &one.row.result;
-        [code(&one.row.model), code(&one.base), window_label(&row.convention, row.max_length, row.stride)]
+        [code(&one.row.model), evidence.named(&one.base), window_label(&row.convention, row.max_length, row.stride)]
     };
     let mut kl = Table::new([
         "model",

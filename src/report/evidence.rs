@@ -1,5 +1,6 @@
 //! Everything the inputs' records say, put side by side.
 
+use super::markdown::code;
 use super::measure::{Measure, Source};
 use super::model::{Model, compared_models, measured_model};
 use super::request::{ReportError, ReportRequest};
@@ -88,6 +89,7 @@ impl<'a> Evidence<'a> {
         }
         evidence.measure();
         evidence.drop_unmeasured();
+        evidence.measure_sources();
         Ok(evidence)
     }
 
@@ -170,6 +172,16 @@ impl<'a> Evidence<'a> {
         self.measures = measures;
     }
 
+    /// Adds what the models' files hold; after unmeasured models are gone, for it is known of every model.
+    fn measure_sources(&mut self) {
+        let mut measures = Vec::new();
+        for model in &self.models {
+            let source = Source { model: &model.address, stage: &model.loaded_by };
+            measures.extend(model.source_types.iter().map(|stored| source.source_bytes(stored)));
+        }
+        self.measures.extend(measures);
+    }
+
     /// Returns what names a perplexity: convention and window, and the text where there are several.
     pub fn ppl_label(&self, row: &PplResult) -> String {
         let several_texts = self.ppls.iter().any(|other| other.result.text_hash != row.text_hash);
@@ -203,6 +215,17 @@ impl<'a> Evidence<'a> {
             }
         }
         labels
+    }
+
+    /// Returns a model's name as Markdown, and how its files store it where that is quantized already: wherever a baseline is named,
+    /// a reader sees that it is no unquantized one.
+    pub fn named(&self, address: &str) -> String {
+        let model = self.models.iter().find(|model| model.address == address);
+        let source = model.filter(|model| !model.is_quantized).and_then(Model::lossy_source);
+        match source {
+            Some(source) => format!("{} (from {source})", code(address)),
+            None => code(address),
+        }
     }
 
     /// Returns what a quantized model is held against: an unquantized one from the same `load` stage that something
@@ -248,22 +271,18 @@ pub fn short_hash(hash: &str) -> &str {
 
 fn models_of(inputs: &[&Arc<StageInput>]) -> Result<Vec<Model>, ReportError> {
     let mut models: Vec<Model> = Vec::new();
-    let mut add = |stage: Option<&StageInput>| -> Result<(), ReportError> {
-        if let Some(stage) = stage
-            && models.iter().all(|model| model.address != stage.address)
-        {
-            models.push(Model::read(stage)?);
-        }
-        Ok(())
-    };
     for input in inputs {
-        match input.kind.as_str() {
+        let named = match input.kind.as_str() {
             "diff" => {
                 let (reference, candidate) = compared_models(input);
-                add(reference)?;
-                add(candidate)?;
+                vec![reference, candidate]
             }
-            _ => add(measured_model(input))?,
+            _ => vec![measured_model(input)],
+        };
+        for stage in named.into_iter().flatten() {
+            if models.iter().all(|model| model.address != stage.address) {
+                models.push(Model::read(stage)?);
+            }
         }
     }
     // Stable: models keep their order of appearance otherwise.

@@ -15,6 +15,7 @@ const N_TOLD: usize = 3;
 /// Returns the summary of a report: one paragraph of Markdown.
 pub fn paragraph(evidence: &Evidence<'_>) -> String {
     let mut sentences = vec![opening(evidence)];
+    sentences.extend(lossy_sources(evidence));
     let pairs: Vec<(&Model, &Model)> =
         evidence.models.iter().filter_map(|model| Some((model, evidence.baseline_of(model)?))).collect();
     let told: Vec<String> = pairs.iter().filter_map(|(model, baseline)| against(evidence, model, baseline)).collect();
@@ -50,6 +51,19 @@ fn opening(evidence: &Evidence<'_>) -> String {
     }
 }
 
+/// Returns a sentence on models that were quantized before labpipe loaded them: what that lost is in every number and in no comparison.
+fn lossy_sources(evidence: &Evidence<'_>) -> Option<String> {
+    let loaded = evidence.models.iter().filter(|model| !model.is_quantized && model.lossy_source().is_some());
+    let names: Vec<String> = loaded.map(|model| code(&model.address)).collect();
+    let are = if names.len() == 1 {
+        "is no unquantized baseline: its file holds"
+    } else {
+        "are no unquantized baselines: their files hold"
+    };
+    (!names.is_empty())
+        .then(|| format!("{} {are} quantized weights, and what that lost shows in no comparison here.", listed(&names)))
+}
+
 /// Returns how a model differs from its baseline; None where nothing was measured of both.
 fn against(evidence: &Evidence<'_>, model: &Model, baseline: &Model) -> Option<String> {
     let mut clauses = Vec::new();
@@ -73,8 +87,9 @@ fn against(evidence: &Evidence<'_>, model: &Model, baseline: &Model) -> Option<S
         clauses.push(perplexity_clause(before, now));
     }
     clauses.extend(divergence_clause(evidence, model, baseline));
-    (!clauses.is_empty())
-        .then(|| format!("Against {}, {} {}.", code(&baseline.address), code(&model.address), listed(&clauses)))
+    (!clauses.is_empty()).then(|| {
+        format!("Against {}, {} {}.", evidence.named(&baseline.address), code(&model.address), listed(&clauses))
+    })
 }
 
 fn perplexity_clause(before: &Measure, now: &Measure) -> String {
@@ -117,14 +132,15 @@ fn extremes(evidence: &Evidence<'_>, pairs: &[(&Model, &Model)]) -> Vec<String> 
     let mut sentences = Vec::new();
     let smallest = pairs
         .iter()
-        .filter_map(|(model, baseline)| Some((model, weights(evidence, model, baseline)?)))
-        .min_by_key(|(_, (_, now))| *now);
-    if let Some((model, (before, now))) = smallest {
+        .filter_map(|(model, baseline)| Some((model, baseline, weights(evidence, model, baseline)?)))
+        .min_by_key(|(_, _, (_, now))| *now);
+    if let Some((model, baseline, (before, now))) = smallest {
         sentences.push(format!(
-            "The smallest is {} with {}, {} the unquantized weights.",
+            "The smallest is {} with {}, {} the weights of {}.",
             code(&model.address),
             mib(now),
-            times(now as f64 / before as f64)
+            times(now as f64 / before as f64),
+            evidence.named(&baseline.address)
         ));
     }
     let pair_of = |metric: &'static str| {

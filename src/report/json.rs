@@ -5,6 +5,7 @@ use super::measure::Measure;
 use super::request::{ReportError, ReportFile};
 use super::{Evidence, Exporter};
 use crate::artifact::FORMAT_VERSION;
+use crate::inference::StoredType;
 use serde::Serialize;
 use serde_json::Value;
 use std::path::PathBuf;
@@ -38,6 +39,8 @@ struct ModelEntry<'a> {
     baseline: Option<&'a str>,
     n_params: Option<u64>,
     weights_bytes: Option<u64>,
+    /// Element types of the files that the model was made from.
+    source_types: &'a [StoredType],
 }
 
 fn export(evidence: &Evidence<'_>) -> Result<Vec<ReportFile>, ReportError> {
@@ -52,6 +55,7 @@ fn export(evidence: &Evidence<'_>) -> Result<Vec<ReportFile>, ReportError> {
             baseline: evidence.baseline_of(model).map(|baseline| baseline.address.as_str()),
             n_params: model.n_params,
             weights_bytes: evidence.weights_bytes(&model.address),
+            source_types: &model.source_types,
         }
     };
     let document = Document {

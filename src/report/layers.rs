@@ -53,7 +53,7 @@ fn layer_analysis(evidence: &Evidence<'_>, diff: &Diff<'_>, folder: &str) -> Res
     let links: BTreeMap<&str, String> =
         scatters.iter().map(|(module, file)| (module.as_str(), relative(&file.path, folder))).collect();
     let document = format!("{folder}lbl_analysis.md");
-    files.push(ReportFile::text(&document, document_text(diff, &links)));
+    files.push(ReportFile::text(&document, document_text(evidence, diff, &links)));
     files.extend(scatters.into_iter().map(|(_, file)| file));
     Ok(LayerFiles { document, summary_image: format!("{folder}images/summary.png"), files })
 }
@@ -104,8 +104,9 @@ fn relative(path: &Path, folder: &str) -> String {
     text.strip_prefix(folder).unwrap_or(&text).to_owned()
 }
 
-fn document_text(diff: &Diff<'_>, links: &BTreeMap<&str, String>) -> String {
-    let mut text = format!("# Layer analysis: {} against {}\n\n", code(&diff.candidate), code(&diff.reference));
+fn document_text(evidence: &Evidence<'_>, diff: &Diff<'_>, links: &BTreeMap<&str, String>) -> String {
+    let (candidate, reference) = (code(&diff.candidate), evidence.named(&diff.reference));
+    let mut text = format!("# Layer analysis: {candidate} against {reference}\n\n");
     text.push_str(&introduction(diff));
     text.push_str(
         "\n[Summary](#summary) · [Most damaged modules](#most-damaged-modules) · [By operation](#by-operation) · \

@@ -191,7 +191,7 @@ fn layer_section(evidence: &Evidence<'_>, layers: &[LayerFiles]) -> String {
         table.row([
             code(&diff.stage.address),
             code(&diff.candidate),
-            code(&diff.reference),
+            evidence.named(&diff.reference),
             thousands(diff.rows.len()),
             worst.map_or_else(|| "n/a".to_owned(), |row| code(&row.module)),
             worst.map_or_else(|| "n/a".to_owned(), |row| sqnr(row.sqnr_db, row.mse)),

@@ -4,6 +4,7 @@ use super::numbers::thousands;
 use crate::artifact::{
     DecodeResult, DivergenceResult, MemoryFigures, ModuleDiff, PowerResult, PplResult, PrefillResult, number,
 };
+use crate::inference::StoredType;
 use serde::Serialize;
 
 /// What a measure's `spread` is.
@@ -175,6 +176,12 @@ impl Source<'_> {
             bytes.map(|bytes| self.measure(metric, self.stage, bytes as f64, "bytes", 1).method(method))
         });
         measures.collect()
+    }
+
+    /// Returns the bytes that a model's files take for weights of one element type.
+    pub fn source_bytes(&self, stored: &StoredType) -> Measure {
+        self.measure("source_bytes", &stored.name, stored.bytes as f64, "bytes", stored.n_tensors)
+            .method("bytes of the tensors of that element type in the model's files; n tensors")
     }
 
     /// Returns the bits a weight takes.

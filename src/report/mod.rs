@@ -28,6 +28,7 @@ mod testing;
 pub use compare::{Compared, Paired, Verdict, compare, measures};
 pub use evidence::{Evidence, window_label};
 pub use measure::Measure;
+pub use model::source_words;
 pub use request::{
     NoScatter, ReportError, ReportFile, ReportRequest, ScatterFailure, ScatterPoints, ScatterSource, formats, render,
 };

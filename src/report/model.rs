@@ -2,7 +2,9 @@
 
 use super::request::ReportError;
 use crate::artifact::{QuantizedModule, RecordError};
-use crate::inference::{LoadRecord, ModelInfo, ModelRecipe, QuantizeRecord, StoredQuantization};
+use crate::inference::{
+    LoadRecord, ModelInfo, ModelRecipe, QuantizeRecord, StoredQuantization, StoredType, stored_words,
+};
 use crate::quantization::ALWAYS_KEPT;
 use crate::stage::StageInput;
 use labpipe_kernels::SchemeSpec;
@@ -22,6 +24,8 @@ pub struct Model {
     pub loaded_by: String,
     /// Number of all parameters, where the `load` stage recorded it.
     pub n_params: Option<u64>,
+    /// Element types that the files store the weights in, largest share of bytes first; empty where the `load` record does not say.
+    pub source_types: Vec<StoredType>,
     /// A `quantize` record's rows; empty for a `load` stage.
     pub modules: Vec<QuantizedModule>,
 }
@@ -47,8 +51,9 @@ impl Model {
                 (record.recipe, record.model, Vec::new())
             }
         };
+        let source_types = source_types(load)?;
         let (scheme, is_quantized) =
-            info.stored_quantization.as_ref().map_or_else(|| describe(&recipe), describe_stored);
+            info.stored_quantization.as_ref().map_or_else(|| describe(&recipe, &source_types), describe_stored);
         Ok(Model {
             address: stage.address.clone(),
             cell: cell_of(&stage.address).map(str::to_owned),
@@ -56,8 +61,15 @@ impl Model {
             is_quantized,
             loaded_by: load.address.clone(),
             n_params: n_params.or(Some(info.n_params)),
+            source_types,
             modules,
         })
+    }
+
+    /// Returns how the files store the weights, where that is not as plain floats: then the model that was loaded is no unquantized one.
+    pub fn lossy_source(&self) -> Option<String> {
+        let is_lossy = self.source_types.iter().any(|one| !one.is_plain());
+        stored_words(&self.source_types).filter(|_| is_lossy)
     }
 
     /// Returns how plots call the model: its cell (without the variable's name where there is only one), or its
@@ -116,16 +128,30 @@ fn load_stage(stage: &StageInput) -> &StageInput {
     current
 }
 
+/// Returns how the files of a `load` stage's model store its weights, in words; `None` where its record does not say.
+///
+/// # Errors
+/// As [`Model::read`].
+pub fn source_words(load: &StageInput) -> Result<Option<String>, ReportError> {
+    source_types(load).map(|types| stored_words(&types))
+}
+
+/// Returns the element types of a model's files; none in records that were made without an account.
+fn source_types(load: &StageInput) -> Result<Vec<StoredType>, ReportError> {
+    let record: LoadRecord = load.record.read()?;
+    Ok(record.account.map_or_else(Vec::new, |account| account.element_types))
+}
+
 /// Returns how weights are stored, in words, and whether any are quantized.
-fn describe(recipe: &ModelRecipe) -> (String, bool) {
-    let dtype = recipe.dtype.map_or("the file's own dtype", |dtype| dtype.name());
+fn describe(recipe: &ModelRecipe, source_types: &[StoredType]) -> (String, bool) {
+    let dtype = describe_dtype(recipe, source_types);
     let Some(config) = &recipe.quantization else {
-        return (dtype.to_owned(), false);
+        return (dtype, false);
     };
     let n_quantizing = config.overrides.iter().filter(|one| one.scheme.is_some()).count();
     let Some(spec) = &config.scheme else {
         return match n_quantizing {
-            0 => (dtype.to_owned(), false),
+            0 => (dtype, false),
             n => (format!("{dtype}, {n} override(s) quantized"), true),
         };
     };
@@ -134,7 +160,21 @@ fn describe(recipe: &ModelRecipe) -> (String, bool) {
     if !config.overrides.is_empty() || keeps_more {
         words.push("mixed".to_owned());
     }
+    let source = stored_words(source_types).filter(|_| source_types.iter().any(|one| !one.is_plain()));
+    words.extend(source.map(|source| format!("from {source}")));
     (words.join(", "), true)
+}
+
+/// Returns the type that unquantized weights are kept in, and what they were made from where the files have another.
+fn describe_dtype(recipe: &ModelRecipe, source_types: &[StoredType]) -> String {
+    let has_blocks = source_types.iter().any(|one| !one.is_plain());
+    let kept = recipe.dtype.map(|dtype| dtype.name()).or(has_blocks.then_some("f32"));
+    match (kept, stored_words(source_types)) {
+        (None, None) => "the file's own dtype".to_owned(),
+        (None, Some(source)) => source,
+        (Some(kept), Some(source)) if kept != source => format!("{kept} from {source}"),
+        (Some(kept), _) => kept.to_owned(),
+    }
 }
 
 /// Returns how a model's files store its linears, in words.

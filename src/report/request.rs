@@ -107,7 +107,7 @@ pub fn render(request: &ReportRequest<'_>) -> Result<Vec<ReportFile>, ReportErro
 mod tests {
     use crate::artifact::{PplResult, RecordBody};
     use crate::report::testing::{
-        decode, diff, input, load, ppl, ppl_record, ppl_row, quantize, rendered, text_of, two_models,
+        decode, diff, input, load, load_of_blocks, ppl, ppl_record, ppl_row, quantize, rendered, text_of, two_models,
     };
     use serde_json::json;
 
@@ -203,6 +203,37 @@ mod tests {
             "{report}"
         );
         assert!(!files.iter().any(|file| file.path.starts_with("images")));
+    }
+
+    #[test]
+    fn a_baseline_that_its_file_holds_quantized_is_never_called_by_its_dtype_alone() {
+        let base = load_of_blocks("base");
+        let nf4 = quantize("nf4", &base, Some(("nf4", Some(64))), 6_200);
+        let inputs = [ppl("ppl-base", &base, 9.0), ppl("ppl-nf4", &nf4, 11.4), diff("diff", &base, &nf4, 1)];
+        let files = rendered(&inputs, &[], &["md", "csv", "json"]).unwrap();
+        let report = text_of(&files, "report.md");
+        for part in [
+            "`base` (f32 from Q4_1 89 %, f32 11 %)",
+            "`base` is no unquantized baseline: its file holds quantized weights",
+            "Against `base` (from Q4_1 89 %, f32 11 %), `nf4` has",
+            "| `diff` | `nf4` | `base` (from Q4_1 89 %, f32 11 %) |",
+            "| `base` | f32 from Q4_1 89 %, f32 11 % |",
+            "| `nf4` | nf4, block 64, from Q4_1 89 %, f32 11 % |",
+        ] {
+            assert!(report.contains(part), "{part} in\n{report}");
+        }
+        let layers = text_of(&files, "lbl_analysis.md");
+        assert!(layers.starts_with("# Layer analysis: `nf4` against `base` (from Q4_1 89 %, f32 11 %)\n"), "{layers}");
+        let csv = text_of(&files, "report.csv");
+        assert!(csv.contains("base,source_bytes,Q4_1,162080,bytes,36,"), "{csv}");
+        assert!(csv.contains("nf4,source_bytes,F32,20032,bytes,11,"), "{csv}");
+        let document: serde_json::Value = serde_json::from_str(text_of(&files, "report.json")).unwrap();
+        assert_eq!(document["models"][0]["source_types"][0]["name"], "Q4_1");
+        assert_eq!(document["models"][0]["scheme"], "f32 from Q4_1 89 %, f32 11 %");
+        let mut damaged = base;
+        std::sync::Arc::make_mut(&mut damaged).record.body["account"] = json!({"element_types": "Q4_1"});
+        let error = rendered(&[ppl("ppl", &damaged, 9.0)], &[], &["md"]).unwrap_err().to_string();
+        assert!(error.starts_with("read the record of base: field account.element_types"), "{error}");
     }
 
     #[test]

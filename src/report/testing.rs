@@ -87,6 +87,16 @@ pub fn load(address: &str) -> Arc<StageInput> {
     input(address, "load", body(&record), &[])
 }
 
+/// Returns a model of a file that holds it quantized already, as `load` keeps it: Q4_1 and some F32.
+pub fn load_of_blocks(address: &str) -> Arc<StageInput> {
+    let recipe = json!({"source": {"path": "x.gguf"}, "dtype": null, "compute_dtype": null, "quantization": null});
+    let stored = |name: &str, n_tensors: usize, n_params: u64, bytes: u64| json!({"name": name, "n_tensors": n_tensors, "n_params": n_params, "bytes": bytes});
+    let types = [stored("Q4_1", 36, 259_328, 162_080), stored("F32", 11, 704, 20_032)];
+    let account = json!({"parts": [], "element_types": types});
+    let model = json!({"family": "llama", "n_params": 260_032, "dtype": "f32"});
+    input(address, "load", json!({"recipe": recipe, "model": model, "account": account}), &[])
+}
+
 /// Returns a model quantized with a scheme; `scheme` null keeps all.
 pub fn quantize(
     address: &str,

@@ -3,7 +3,7 @@
 use crate::artifact::RecordBody;
 use crate::event::Level;
 use crate::hub::{HubReference, HubSettings, ModelLocation};
-use crate::inference::{HubRevision, LoadRecord, ModelRecipe, ModelSource};
+use crate::inference::{HubRevision, LoadRecord, ModelRecipe, ModelSource, stored_words};
 use crate::stage::{
     ParamDefault, ParamDesc, ParamType, Params, Stage, StageContext, StageDescription, StageError, StageOutput,
 };
@@ -91,12 +91,16 @@ impl Stage for Load {
                 stored.format
             )
         });
+        // What is kept in another form than the files have it in is not what the model was trained in.
+        let in_files =
+            stored_words(&account.element_types).filter(|words| stored.is_none() && *words != info.dtype.name());
         let summary = format!(
-            "{}, {} parameters, {} as {}{}",
+            "{}, {} parameters, {} as {}{}{}",
             info.family,
             count(info.n_params),
             format_bytes(weights_bytes),
             info.dtype,
+            in_files.map(|words| format!(" (stored as {words})")).unwrap_or_default(),
             stored.unwrap_or_default()
         );
         let hub = match &recipe.source {

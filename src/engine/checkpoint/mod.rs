@@ -146,7 +146,7 @@ impl Checkpoint {
                 bitsandbytes::check(folder, name, shape)
             }
             Checkpoint::Folder(folder) => folder.checked(name, shape).map(|_| ()),
-            Checkpoint::Gguf(file) => file.checked(name, shape).map(|_| ()),
+            Checkpoint::Gguf(file) => file.check(name, shape),
             Checkpoint::Random { .. } => Ok(()),
         }
     }
