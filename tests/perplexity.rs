@@ -364,7 +364,7 @@ fn run_json_holds_what_repeating_the_run_takes() {
     let ppl = plan.iter().find(|stage| stage["stage"] == "ppl").expect("the stage");
     assert_eq!(ppl["params"]["text"]["n_chars"], 5000);
     assert_eq!(ppl["inputs"]["model"][0], "small");
-    assert_eq!(ppl["stage_version"], 3);
+    assert_eq!(ppl["stage_version"], 4);
     let environment = &run["environment"];
     for field in ["labpipe_version", "engine", "cpu", "n_threads", "memory_bytes", "kernel", "os_name", "variables"] {
         assert!(!environment[field].is_null(), "{field} in {environment}");

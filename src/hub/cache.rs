@@ -15,7 +15,8 @@ const TOKENIZER: &str = "tokenizer.json";
 pub fn is_model_file(name: &str) -> bool {
     name.ends_with(".safetensors")
         || name.ends_with(".safetensors.index.json")
-        || [CONFIG, "generation_config.json", "special_tokens_map.json", "chat_template.jinja"].contains(&name)
+        || [CONFIG, "generation_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja"]
+            .contains(&name)
         || (name.starts_with("tokenizer") && (name.ends_with(".json") || name.ends_with(".model")))
 }
 

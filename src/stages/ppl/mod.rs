@@ -31,7 +31,7 @@ const KEEP: &[&str] = &["none", "f16", "f32", "top-k"];
 static DESCRIPTION: StageDescription = StageDescription {
     kind: "ppl",
     summary: "Measures perplexity of a text, each convention stamped into its row, and divergence from a base model.",
-    version: 3,
+    version: 4,
     measures: false,
     computes: true,
     params: &[
@@ -133,7 +133,7 @@ impl Stage for Ppl {
         let info = context.engine.inspect(&recipe)?;
         let settings = Settings::of(context)?;
         settings.fits(&info)?;
-        let text = TextForModel::read(context.root, &settings.text, &info)?;
+        let text = TextForModel::open(context, &settings.text, &info)?;
         let passes = passes(&settings, &text)?;
         let base = settings.base.map(|input| Base::open(input, &info, &passes[0].tokenizer_hash)).transpose()?;
         let keep = settings.keep;
