@@ -5,7 +5,7 @@ use crate::artifact::{
     DecodeRecord, DecodeResult, DiffRecord, ModuleDiff, PplRecord, PplResult, PrefillRecord, PrefillResult,
     QuantizeTotals, QuantizedModule, Record, RecordBody, RecordHead,
 };
-use crate::inference::{LoadRecord, ModelInfo, ModelRecipe, ModelSource, QuantizeRecord};
+use crate::inference::{LoadRecord, ModelInfo, ModelRecipe, ModelSource, QuantizeRecord, SourceAccount, StoredType};
 use crate::metrics::statistics;
 use crate::quantization::QuantizationConfig;
 use crate::stage::StageInput;
@@ -89,12 +89,24 @@ pub fn load(address: &str) -> Arc<StageInput> {
 
 /// Returns a model of a file that holds it quantized already, as `load` keeps it: Q4_1 and some F32.
 pub fn load_of_blocks(address: &str) -> Arc<StageInput> {
-    let recipe = json!({"source": {"path": "x.gguf"}, "dtype": null, "compute_dtype": null, "quantization": null});
-    let stored = |name: &str, n_tensors: usize, n_params: u64, bytes: u64| json!({"name": name, "n_tensors": n_tensors, "n_params": n_params, "bytes": bytes});
-    let types = [stored("Q4_1", 36, 259_328, 162_080), stored("F32", 11, 704, 20_032)];
-    let account = json!({"parts": [], "element_types": types});
-    let model = json!({"family": "llama", "n_params": 260_032, "dtype": "f32"});
-    input(address, "load", json!({"recipe": recipe, "model": model, "account": account}), &[])
+    let stored = |name: &str, n_tensors: usize, n_params: u64, bytes: u64| StoredType {
+        name: name.to_owned(),
+        n_tensors,
+        n_params,
+        bytes,
+    };
+    let element_types = vec![stored("Q4_1", 36, 259_328, 162_080), stored("F32", 11, 704, 20_032)];
+    let mut recipe = recipe(None);
+    recipe.source = ModelSource::Path("x.gguf".into());
+    recipe.dtype = None;
+    let record = LoadRecord {
+        recipe,
+        model: ModelInfo { dtype: DType::F32, ..model_info() },
+        account: Some(SourceAccount { parts: Vec::new(), element_types }),
+        weights_bytes: None,
+        hub: None,
+    };
+    input(address, "load", body(&record), &[])
 }
 
 /// Returns a model quantized with a scheme; `scheme` null keeps all.

@@ -1,6 +1,6 @@
 //! What both benchmarks share: the tokens that are fed.
 
-use super::text::tokenize;
+use super::text::first_tokens;
 use crate::inference::ModelInfo;
 use crate::stage::{Params, StageContext, StageError};
 use serde_json::Value;
@@ -13,12 +13,12 @@ pub fn tokens(context: &StageContext<'_>, model: &ModelInfo, n: usize) -> Result
     match context.params.get("text").filter(|text| !text.is_null()) {
         None => Ok(random_tokens(seed(context.params), n, model.vocab_size)),
         Some(source) => {
-            let text = tokenize(context, source, model)?;
-            if text.tokens.len() < n {
-                let reason = format!("the text has {} tokens, {n} are asked for", text.tokens.len());
+            let tokens = first_tokens(context, source, model, n)?;
+            if tokens.len() < n {
+                let reason = format!("the text has {} tokens, {n} are asked for", tokens.len());
                 return Err(StageError::Param { param: "text".to_owned(), reason });
             }
-            Ok(text.tokens[..n].to_vec())
+            Ok(tokens)
         }
     }
 }

@@ -135,7 +135,7 @@ fn tokens(context: &StageContext<'_>, info: &ModelInfo) -> Result<(Vec<u32>, Opt
     let Some(source) = context.params.get("text").filter(|text| !text.is_null()) else {
         return Ok((random_tokens(seed(context.params), asked.unwrap_or(RANDOM_TOKENS), info.vocab_size), None));
     };
-    let mut text = tokenize(context, source, info)?;
+    let mut text = tokenize(context, source, info, asked)?;
     if let Some(n) = asked {
         if n > text.tokens.len() {
             let reason = format!("the text has {} tokens, {n} are asked for", text.tokens.len());

@@ -3,13 +3,15 @@
 
 use minijinja::syntax::SyntaxConfig;
 use minijinja::value::Value as Item;
-use minijinja::{Environment, ErrorKind, context};
+use minijinja::{Environment, ErrorKind, State, context};
 use serde::Serialize;
 use std::borrow::Cow;
 use std::collections::BTreeMap;
 
 /// Instructions and data that a template may use whatever the text: about 64 MB.
 const FUEL: u64 = 1_000_000;
+/// Bytes that one unit of fuel pays for.
+const FUEL_BYTES: usize = 64;
 
 /// One turn of a conversation.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -46,9 +48,9 @@ impl ChatTemplate<'_> {
     pub fn render(&self, messages: &[Message]) -> Result<String, ChatError> {
         let source = without_generation_tags(self.source);
         let mut environment = environment().map_err(|error| ChatError::Template(error.to_string()))?;
-        // Templates copy the messages a few times; one that never ends stops when the fuel is spent.
+        // Fuel pays for steps and for every byte that is made, 64 bytes each: a template may copy the messages some 30 times.
         let n_bytes: usize = messages.iter().map(|message| message.content.len()).sum();
-        environment.set_fuel(Some(FUEL + n_bytes as u64));
+        environment.set_fuel(Some(FUEL + n_bytes as u64 / 2));
         let turn =
             |message: &Message| Item::from_pairs([("role", message.role), ("content", message.content.as_str())]);
         let context = context! {
@@ -112,12 +114,31 @@ fn without_generation_tags(source: &str) -> Cow<'_, str> {
 }
 
 /// Writes JSON as Python's `json.dumps` does, without escaping for HTML.
-fn to_json(value: &Item) -> Result<String, minijinja::Error> {
-    let mut bytes = Vec::new();
+fn to_json(state: &State<'_, '_>, value: &Item) -> Result<String, minijinja::Error> {
+    let mut bytes = Paid { state, bytes: Vec::new() };
     let mut serializer = serde_json::Serializer::with_formatter(&mut bytes, Spaced);
     let fail = |reason: String| minijinja::Error::new(ErrorKind::BadSerialization, reason);
     value.serialize(&mut serializer).map_err(|error| fail(error.to_string()))?;
-    String::from_utf8(bytes).map_err(|error| fail(error.to_string()))
+    String::from_utf8(bytes.bytes).map_err(|error| fail(error.to_string()))
+}
+
+/// Bytes that are paid for with fuel before they are kept: a list of lists may be far longer when it is written than in memory.
+struct Paid<'a, 'b, 'c> {
+    state: &'a State<'b, 'c>,
+    bytes: Vec<u8>,
+}
+
+impl std::io::Write for Paid<'_, '_, '_> {
+    fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+        let fuel = (self.bytes.len() + bytes.len()) / FUEL_BYTES - self.bytes.len() / FUEL_BYTES;
+        self.state.consume_fuel(fuel as u64).map_err(|error| std::io::Error::other(error.to_string()))?;
+        self.bytes.extend_from_slice(bytes);
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> std::io::Result<()> {
+        Ok(())
+    }
 }
 
 /// `{"a": 1, "b": [2, 3]}`.
@@ -187,10 +208,56 @@ mod tests {
 
     #[test]
     fn templates_that_never_end_or_grow_without_bound_are_stopped() {
-        let endless = "{% for a in range(100000) %}{% for b in range(100000) %}{% endfor %}{% endfor %}";
-        let growing = "{% set ns = namespace(x='ab') %}{% for a in range(64) %}{% set ns.x = ns.x ~ ns.x %}{% endfor %}{{ ns.x }}";
-        for source in [endless, growing, "{% if %}", "{{ 'x' * 99999999999 }}"] {
-            assert!(matches!(render(source, "x"), Err(ChatError::Template(_))), "{source}");
+        let mut failed = Vec::new();
+        for source in [
+            "{% for a in range(100000) %}{% for b in range(100000) %}{% endfor %}{% endfor %}",
+            "{% set ns = namespace(x='ab') %}{% for a in range(64) %}{% set ns.x = ns.x ~ ns.x %}{% endfor %}{{ ns.x }}",
+            "{% set ns = namespace(x='ab') %}{% for a in range(64) %}{% set ns.x = ns.x + ns.x %}{% endfor %}{{ ns.x }}",
+            "{% set ns = namespace(x='ab') %}{% for a in range(64) %}{% set ns.x = ns.x * 9 %}{% endfor %}{{ ns.x }}",
+            "{% set ns = namespace(x='ab') %}{% for a in range(64) %}{% set ns.x = ns.x.replace('a', 'aab') %}{% endfor %}{{ ns.x }}",
+            "{% set ns = namespace(x='ab') %}{% for a in range(64) %}{% set ns.x = ns.x | replace('a', 'aab') %}{% endfor %}{{ ns.x }}",
+            "{% set ns = namespace(x='ab') %}{% for a in range(64) %}{% set ns.x = [ns.x, ns.x] | join(ns.x) %}{% endfor %}{{ ns.x }}",
+            "{% set ns = namespace(x='ab') %}{% for a in range(64) %}{% set ns.x = ns.x.join([ns.x, ns.x]) %}{% endfor %}{{ ns.x }}",
+            "{% set ns = namespace(x='ab') %}{% for a in range(64) %}{% set ns.x = '%s%s' | format(ns.x, ns.x) %}{% endfor %}{{ ns.x }}",
+            "{% set ns = namespace(x='ab') %}{% for a in range(64) %}{% set ns.x = '{}{}'.format(ns.x, ns.x) %}{% endfor %}{{ ns.x }}",
+            "{% set ns = namespace(x='ab') %}{% for a in range(64) %}{% set y %}{{ ns.x }}{{ ns.x }}{% endset %}{% set ns.x = y %}{% endfor %}{{ ns.x }}",
+            "{% set ns = namespace(x=['ab']) %}{% for a in range(64) %}{% set ns.x = ns.x + ns.x %}{% endfor %}{{ ns.x | length }}",
+            "{% set ns = namespace(x=['ab']) %}{% for a in range(64) %}{% set ns.x = [ns.x, ns.x] %}{% endfor %}{{ ns.x }}",
+            "{% set ns = namespace(x=['ab']) %}{% for a in range(64) %}{% set ns.x = [ns.x, ns.x] %}{% endfor %}{{ ns.x | tojson }}",
+            "{% set ns = namespace(x='ab\n') %}{% for a in range(64) %}{% set ns.x = ns.x | indent(99999999, true) %}{% endfor %}{{ ns.x }}",
+            "{% macro m(n) %}{{ m(n + 1) }}{{ m(n + 1) }}{% endmacro %}{{ m(0) }}",
+            "{% macro m(n) %}{% if n < 60 %}{{ m(n + 1) }}{{ m(n + 1) }}{% endif %}{% endmacro %}{{ m(0) }}",
+            "{% for a in range(100000) %}{{ '%0999999d' | format(1) }}{% endfor %}",
+            "{{ '%0999999999d' | format(1) }}",
+            "{{ '{:>999999999}'.format('x') }}",
+            "{{ ('a' * 1000000).replace('a', 'b' * 1000000) }}",
+            "{{ ('a' * 1000000) | replace('', 'b' * 1000000) }}",
+            "{% for a in range(100000) %}{{ messages | tojson }}{% for b in range(100) %}xxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxx{% endfor %}{% endfor %}",
+            "{% if %}",
+            "{{ 'x' * 99999999999 }}",
+            "{{ range(99999999999) | list | length }}",
+        ] {
+            eprintln!("TRY {source}");
+            if !matches!(render(source, "x"), Err(ChatError::Template(_))) {
+                failed.push(source);
+            }
         }
+        assert!(failed.is_empty(), "{failed:#?}");
+        // A nest too deep for the parser.
+        let deep = format!("{{{{ {}1{} }}}}", "(".repeat(100_000), ")".repeat(100_000));
+        assert!(matches!(render(&deep, "x"), Err(ChatError::Template(_))));
+        let deep = "{% if true %}".repeat(100_000) + &"{% endif %}".repeat(100_000);
+        assert!(matches!(render(&deep, "x"), Err(ChatError::Template(_))));
+    }
+
+    #[test]
+    fn a_template_may_copy_long_messages_as_usual_ones_do() {
+        let source = "{% for m in messages %}{% set content = m.content | trim %}{% if '</think>' in content %}{% set content = content.split('</think>')[-1] %}{% endif %}\
+                      {{ '<|' ~ m.role ~ '|>' + content.strip() + '<|end|>' }}{% endfor %}";
+        let content = "x ".repeat(4 << 20);
+        assert_eq!(
+            render(source, &content).expect("a text").len(),
+            content.len() - 1 + "<|system|>Be brief.<|end|><|user|><|end|>".len()
+        );
     }
 }

@@ -1,5 +1,6 @@
 //! `load`: names a model and checks that its files are whole. Weights are read when a consumer first needs them.
 
+use super::tokenizer;
 use crate::artifact::RecordBody;
 use crate::event::Level;
 use crate::hub::{HubReference, HubSettings, ModelLocation};
@@ -76,7 +77,8 @@ impl Stage for Load {
         let rooted = recipe.rooted(context.root);
         let info = context.engine.inspect(&rooted)?;
         context.engine.check_values(&rooted, context.progress)?;
-        let account = context.engine.account(&rooted)?;
+        let mut account = context.engine.account(&rooted)?;
+        account.parts.extend(info.tokenizer_dir.as_deref().map(tokenizer::account).unwrap_or_default());
         for warning in account.warnings() {
             context.progress.note(Level::Warning, &warning);
         }

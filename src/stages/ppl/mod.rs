@@ -132,7 +132,7 @@ impl Stage for Ppl {
         let info = context.engine.inspect(&recipe)?;
         let settings = Settings::of(context)?;
         settings.fits(&info)?;
-        let text = TextForModel::read(context.root, &settings.text, &info)?;
+        let text = TextForModel::open(context, &settings.text, &info)?;
         let passes = passes(&settings, &text)?;
         let base = settings.base.map(|input| Base::open(input, &info, &passes[0].tokenizer_hash)).transpose()?;
         let keep = settings.keep;
