@@ -3,7 +3,7 @@
 use super::args::{Global, GraphArgs, GraphFormat, MatrixArgs, MatrixFormat, PipelineArgs, PlanArgs};
 use super::error::CliError;
 use super::print;
-use super::workspace::{Read, planned, read};
+use super::workspace::{Read, planned, read, read_text};
 use crate::pipeline::github_matrix;
 use crate::plan::Selection;
 use crate::quantization;
@@ -65,7 +65,7 @@ fn check_configs(global: &Global, read: &Read) -> Result<(), CliError> {
     let mut problems = Vec::new();
     for file in files {
         let path = global.root.join(file);
-        let text = std::fs::read_to_string(&path).map_err(|source| CliError::Read { path, source })?;
+        let text = read_text(&path)?;
         problems.extend(quantization::parse(&text, file, file).err().map(|error| error.to_string()));
     }
     if problems.is_empty() {

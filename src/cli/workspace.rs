@@ -14,7 +14,7 @@ use crate::stages::catalogue;
 use crate::store::{FileHashes, Store, UseGuard};
 use crate::ui;
 use crate::units::{format_bytes, format_seconds};
-use crate::yaml::MAX_TEXT_BYTES;
+use crate::yaml::{MAX_TEXT_BYTES, decode};
 use std::io::Read as _;
 use std::path::Path;
 use std::sync::Arc;
@@ -107,30 +107,19 @@ pub fn read(file: &Path, options: ParseOptions) -> Result<Read, CliError> {
 }
 
 /// Reads a file of a bounded length, which must be UTF-8.
-fn read_text(file: &Path) -> Result<String, CliError> {
+///
+/// # Errors
+/// `Read`; `Usage` where it is something else than text.
+pub fn read_text(file: &Path) -> Result<String, CliError> {
     let failed = |source| CliError::Read { path: file.to_owned(), source };
     let mut bytes = Vec::new();
     let opened = std::fs::File::open(file).map_err(failed)?;
+    // A device or a pipe may have no end.
     opened.take(MAX_TEXT_BYTES as u64 + 1).read_to_end(&mut bytes).map_err(failed)?;
-    let refused = |message: String, hint: &str| {
-        Err(CliError::Usage {
-            message: format!("failed to read {}: {message}", file.display()),
-            hint: Some(hint.to_owned()),
-        })
-    };
-    if bytes.len() > MAX_TEXT_BYTES {
-        return refused(format!("it is longer than {} MiB", MAX_TEXT_BYTES >> 20), "a pipeline file is YAML text");
-    }
-    let is_utf_16 = bytes.starts_with(&[0xff, 0xfe]) || bytes.starts_with(&[0xfe, 0xff]);
-    match String::from_utf8(bytes) {
-        Ok(text) => Ok(text),
-        Err(_) if is_utf_16 => refused("it is UTF-16".to_owned(), "save it as UTF-8"),
-        Err(error) => {
-            let before = &error.as_bytes()[..error.utf8_error().valid_up_to()];
-            let line = before.iter().filter(|byte| **byte == b'\n').count() + 1;
-            refused(format!("line {line} is not UTF-8"), "save it as UTF-8")
-        }
-    }
+    decode(bytes).map_err(|error| CliError::Usage {
+        message: format!("failed to read {}: {error}", file.display()),
+        hint: error.hint,
+    })
 }
 
 /// Shows missing files as what they are: mistakes in the pipeline file, each with its place.

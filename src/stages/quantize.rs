@@ -9,6 +9,7 @@ use crate::stage::{
     ParamDefault, ParamDesc, ParamType, Stage, StageContext, StageDescription, StageError, StageOutput,
 };
 use crate::units::format_bytes;
+use crate::yaml;
 use serde_json::Value;
 
 /// Folder of a saved model in the stage's artifact.
@@ -99,8 +100,9 @@ fn config(context: &StageContext<'_>) -> Result<QuantizationConfig, StageError> 
         return quantization::from_value(value, "inline").map_err(wrap);
     };
     let path = context.root.join(written);
-    let text = std::fs::read_to_string(&path)
-        .map_err(|error| StageError::Read { path: path.clone(), reason: error.to_string() })?;
+    let failed = |reason: String| StageError::Read { path: path.clone(), reason };
+    let bytes = std::fs::read(&path).map_err(|error| failed(error.to_string()))?;
+    let text = yaml::decode(bytes).map_err(|error| failed(error.message))?;
     let name = path.file_stem().map(|stem| stem.to_string_lossy().into_owned()).unwrap_or_default();
     quantization::parse(&text, written, &name).map_err(wrap)
 }

@@ -88,4 +88,15 @@ mod tests {
         assert_eq!(text.lines().count(), 101);
         assert_eq!(text.lines().filter(|line| line.starts_with("ts,model,quant_method")).count(), 1);
     }
+
+    #[test]
+    fn numbers_that_are_not_finite_have_their_words() {
+        let dir = tempfile::tempdir().expect("a temporary folder");
+        let path = dir.path().join("metrics.csv");
+        let (avg_decode_tps, perplexity) = (Some(f64::NAN), Some(f64::INFINITY));
+        append_metrics_csv(&path, &[MetricsRow { avg_decode_tps, perplexity, ..MetricsRow::default() }])
+            .expect("a row");
+        let text = std::fs::read_to_string(&path).expect("the file");
+        assert!(text.trim_end().ends_with(",,nan,,inf,"), "{text}");
+    }
 }

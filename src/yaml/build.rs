@@ -3,11 +3,10 @@
 use super::error::YamlError;
 use super::node::{Key, Node, NodeValue, Place};
 use super::scalar::resolve_plain;
+use super::text::{MAX_TEXT_BYTES, check_characters};
 use granit_parser::{Event, Parser, ScalarStyle, Span, Tag};
 use std::collections::{HashMap, HashSet};
 
-/// Longest text that is read, in bytes: room for 100,000 stages.
-pub const MAX_TEXT_BYTES: usize = 32 << 20;
 /// Most values, keys and ends of lists and mappings: bounds the memory that a short text can ask for.
 const MAX_EVENTS: usize = 1 << 22;
 /// Most levels of lists and mappings, those that aliases bring included.
@@ -62,18 +61,6 @@ pub fn parse(text: &str) -> Result<Node, YamlError> {
         Some(error) => Err(YamlError::syntax(&error, text)),
         None => Builder::new(&events).build(&events),
     }
-}
-
-/// Refuses what YAML allows in no text: control characters.
-fn check_characters(text: &str) -> Result<(), YamlError> {
-    let is_allowed = |c: char| !c.is_control() || ['\t', '\n', '\r', '\u{85}'].contains(&c);
-    let Some(at) = text.find(|c: char| !is_allowed(c)) else { return Ok(()) };
-    let (before, rest) = text.split_at(at);
-    let line = before.matches('\n').count() + 1;
-    let column = before.rsplit('\n').next().unwrap_or_default().chars().count() + 1;
-    let code = rest.chars().next().map_or(0, u32::from);
-    let message = format!("the control character U+{code:04X}");
-    Err(YamlError::new(Place { line, column }, message, Some("is it a text file, saved as UTF-8?")))
 }
 
 fn place(span: &Span) -> Place {

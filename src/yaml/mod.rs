@@ -7,8 +7,10 @@ mod build;
 mod error;
 mod node;
 mod scalar;
+mod text;
 
-pub use build::{MAX_DEPTH, MAX_TEXT_BYTES, parse};
+pub use build::{MAX_DEPTH, parse};
 pub use error::YamlError;
 pub use node::{Key, Node, NodeValue, Place, TreeSize, Untyped};
 pub use scalar::{is_yaml_1_1_bool, resolve_plain};
+pub use text::{MAX_TEXT_BYTES, decode};
