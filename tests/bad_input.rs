@@ -248,7 +248,7 @@ fn texts_and_tokenizers_that_do_not_fit_are_named() {
     lab.write("broken/tokenizer.json", &damaged);
     fails(&lab, &["ppl failed to tokenize", "not valid JSON"]);
     std::fs::remove_file(lab.path("broken/tokenizer.json")).expect("the tokenizer");
-    fails(&lab, &["ppl failed to tokenize", "tokenizer.json", "No such file"]);
+    fails(&lab, &["ppl failed to tokenize", "tokenizer.json", "no such file"]);
 }
 
 #[test]

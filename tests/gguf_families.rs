@@ -146,8 +146,11 @@ fn a_file_says_of_a_model_what_its_folder_says() {
     }
 }
 
+/// Says of a tensor's name whether it is left out.
+type Drop<'a> = &'a dyn Fn(&str) -> bool;
+
 /// Fills the biases of a file's projections that `drop` names with what changes nothing, and returns the file without them.
-fn with_and_without(case: &str, drop: &dyn Fn(&str) -> bool) -> (Gguf, Gguf) {
+fn with_and_without(case: &str, drop: Drop<'_>) -> (Gguf, Gguf) {
     let mut zeroed = of_family(case);
     let mut without = zeroed.clone();
     for (name, tensor) in &mut zeroed.tensors {
@@ -161,7 +164,7 @@ fn with_and_without(case: &str, drop: &dyn Fn(&str) -> bool) -> (Gguf, Gguf) {
 
 #[test]
 fn each_projection_has_its_own_bias_in_each_layer() {
-    let cases: [(&str, &dyn Fn(&str) -> bool); 5] = [
+    let cases: [(&str, Drop<'_>); 5] = [
         ("no bias on the output projection", &|name| name.contains("attn_output")),
         ("a bias on the query alone", &|name| !name.contains("attn_q")),
         ("no bias on query and key", &|name| name.contains("attn_q.") || name.contains("attn_k.")),
@@ -249,6 +252,31 @@ fn an_attention_factor_multiplies_cosines_and_sines_of_every_scaling() {
     let difference = largest_difference(&found, &as_f64(&logits(&longer, "llama-linear")));
     assert!(difference < 1e-4, "{difference}");
     assert!(largest_difference(&found, &as_f64(&logits(&plain, "llama-linear"))) > 1e-2);
+}
+
+#[test]
+fn yarn_takes_the_file_s_attention_factor_times_that_of_every_scaling() {
+    // The factor that YaRN implies at 4 is 0.1 ln 4 + 1; here it is given in two ways.
+    let implied = (0.1 * 4.0f64.ln() + 1.0) as f32;
+    let of_transformers = numbers(&expected("llama-yarn")["last_logits"]);
+    for (yarn, every) in [(implied, 1.0), (1.0, implied), (2.0 * implied, 0.5)] {
+        let mut gguf = of_family("llama-yarn");
+        gguf.set("llama.rope.scaling.yarn_attn_factor", Value::F32(yarn));
+        gguf.set("llama.rope.scaling.attn_factor", Value::F32(every));
+        let difference = largest_difference(&logits(&gguf, "llama-yarn"), &of_transformers);
+        assert!(difference < 1e-4, "{yarn} and {every}: {difference}");
+    }
+}
+
+#[test]
+fn sliding_layers_of_gemma_have_the_base_that_the_file_gives_them() {
+    let stated = logits(&of_family("gemma3"), "gemma3");
+    let mut gguf = of_family("gemma3");
+    gguf.set("gemma3.rope.freq_base_swa", Value::F32(10_000.0));
+    assert_eq!(logits(&gguf, "gemma3"), stated, "10,000 is the default");
+    gguf.set("gemma3.rope.freq_base_swa", Value::F32(1_000_000.0));
+    assert!(largest_difference(&logits(&gguf, "gemma3"), &as_f64(&stated)) > 1e-2);
+    assert!(account(&gguf).warnings().is_empty());
 }
 
 #[test]

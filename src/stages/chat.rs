@@ -221,7 +221,6 @@ mod tests {
             "{% set ns = namespace(x='ab') %}{% for a in range(64) %}{% set ns.x = '%s%s' | format(ns.x, ns.x) %}{% endfor %}{{ ns.x }}",
             "{% set ns = namespace(x='ab') %}{% for a in range(64) %}{% set ns.x = '{}{}'.format(ns.x, ns.x) %}{% endfor %}{{ ns.x }}",
             "{% set ns = namespace(x='ab') %}{% for a in range(64) %}{% set y %}{{ ns.x }}{{ ns.x }}{% endset %}{% set ns.x = y %}{% endfor %}{{ ns.x }}",
-            "{% set ns = namespace(x=['ab']) %}{% for a in range(64) %}{% set ns.x = ns.x + ns.x %}{% endfor %}{{ ns.x | length }}",
             "{% set ns = namespace(x=['ab']) %}{% for a in range(64) %}{% set ns.x = [ns.x, ns.x] %}{% endfor %}{{ ns.x }}",
             "{% set ns = namespace(x=['ab']) %}{% for a in range(64) %}{% set ns.x = [ns.x, ns.x] %}{% endfor %}{{ ns.x | tojson }}",
             "{% set ns = namespace(x='ab\n') %}{% for a in range(64) %}{% set ns.x = ns.x | indent(99999999, true) %}{% endfor %}{{ ns.x }}",

@@ -31,6 +31,11 @@ pub struct Reading {
 /// # Errors
 /// `Io`; `Unsteady` where it changed each time; `Format` for what is no regular file.
 pub fn read_steadily(path: &Path) -> Result<Reading, StoreError> {
+    read_watched(path, &mut || {})
+}
+
+/// Reads as [`read_steadily`] does, and calls `hashed` after each reading, before it is looked whether the file changed.
+fn read_watched(path: &Path, hashed: &mut dyn FnMut()) -> Result<Reading, StoreError> {
     for _ in 0..TRIES {
         let read_from_ns = now_ns();
         let real = fs::canonicalize(path).map_err(StoreError::io("read", path))?;
@@ -46,6 +51,7 @@ pub fn read_steadily(path: &Path) -> Result<Reading, StoreError> {
             Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => continue,
             Err(error) => return Err(StoreError::io("read", path)(error)),
         };
+        hashed();
         let after = fs::metadata(path).map_err(StoreError::io("read", path))?;
         if Stamp::of(&after) == stamp {
             return Ok(Reading { real, stamp, hash: hash.to_hex().to_string(), read_from_ns });
@@ -97,32 +103,37 @@ mod tests {
         }
     }
 
+    /// Reads a file that grows by a byte after each reading, until it has so many.
+    fn read_growing(path: &Path, most: usize) -> Result<Reading, StoreError> {
+        let mut n_bytes = 1;
+        fs::write(path, "a").expect("a file");
+        read_watched(path, &mut || {
+            if n_bytes < most {
+                n_bytes += 1;
+                fs::write(path, "a".repeat(n_bytes)).expect("a file");
+            }
+        })
+    }
+
     #[test]
-    fn a_file_that_never_rests_while_it_is_read_is_an_error_that_names_it() {
+    fn a_file_that_changes_while_it_is_read_is_read_again_and_one_that_never_rests_is_an_error() {
         let dir = tempfile::tempdir().expect("a temporary folder");
         let path = dir.path().join("growing.txt");
-        // Large enough that a write falls into every reading.
-        fs::write(&path, vec![7; 64 << 20]).expect("a file");
-        let stop = std::sync::atomic::AtomicBool::new(false);
-        std::thread::scope(|scope| {
-            scope.spawn(|| {
-                use std::io::Write;
-                let mut file = File::options().append(true).open(&path).expect("the file");
-                while !stop.load(std::sync::atomic::Ordering::Relaxed) {
-                    file.write_all(b"x").expect("a write");
-                }
-            });
-            let error = read_steadily(&path).expect_err("it changes all the time").to_string();
-            stop.store(true, std::sync::atomic::Ordering::Relaxed);
-            assert!(error.contains("growing.txt") && error.contains("changed while"), "{error}");
-        });
-        assert!(read_steadily(&path).is_ok());
+        let reading = read_growing(&path, TRIES).expect("it rests in the end");
+        assert_eq!(reading.hash, blake3::hash("a".repeat(TRIES).as_bytes()).to_hex().to_string());
+        let error = read_growing(&path, 100).expect_err("it changes all the time").to_string();
+        assert!(error.contains("growing.txt: it changed while it was read"), "{error}");
     }
 
     #[test]
     fn a_folder_and_a_pipe_are_no_files_to_read() {
         let dir = tempfile::tempdir().expect("a temporary folder");
-        let error = read_steadily(dir.path()).expect_err("a folder").to_string();
-        assert!(error.contains("no regular file"), "{error}");
+        let pipe = dir.path().join("pipe");
+        let made = std::process::Command::new("mkfifo").arg(&pipe).status().expect("mkfifo");
+        assert!(made.success());
+        for path in [dir.path(), &pipe] {
+            let error = read_steadily(path).expect_err("no file").to_string();
+            assert!(error.contains("no regular file"), "{error}");
+        }
     }
 }

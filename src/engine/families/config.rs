@@ -2,10 +2,8 @@
 
 use super::fields::{FieldRole, FieldRule, rule_of};
 use super::notes::{Mark, Notes, Rules};
-use crate::engine::spec::Activation;
 use crate::inference::{AccountPart, InferenceError};
 use crate::json_file::parse_json_with_repeats;
-use crate::units::DType;
 use serde_json::{Map, Value};
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -111,7 +109,7 @@ impl ConfigFile {
         InferenceError::File { path: self.path.clone(), reason: reason.into() }
     }
 
-    fn wrong_type(&self, field: &str, expected: &str, found: &Value) -> InferenceError {
+    pub(super) fn wrong_type(&self, field: &str, expected: &str, found: &Value) -> InferenceError {
         self.error(format!("{}: expected {expected}, found {}", self.path_of(field), shown(found)))
     }
 
@@ -259,52 +257,6 @@ impl ConfigFile {
         match self.get(field) {
             Some(value) => self.whole(field, value, 1),
             None => Err(self.error(format!("{} is missing", self.path_of(field)))),
-        }
-    }
-
-    /// Returns a soft cap: a number above 0, or `None` if it is missing or null.
-    pub fn softcap(&self, field: &str) -> Result<Option<f64>, InferenceError> {
-        match self.present(field).map(|value| self.finite(field, value)).transpose()? {
-            Some(cap) if cap <= 0.0 => {
-                Err(self.error(format!("{}: expected a number above 0, found {cap}", self.path_of(field))))
-            }
-            cap => Ok(cap),
-        }
-    }
-
-    /// Returns the element type that the checkpoint was saved in, where the config says it: `dtype`, or else `torch_dtype`.
-    pub fn saved_dtype(&self) -> Option<DType> {
-        let (new, old) = (self.peek("dtype"), self.peek("torch_dtype"));
-        if let (Some(new), Some(old)) = (new.filter(|new| !new.is_null()), old) {
-            self.overrule("torch_dtype", old, "dtype", new);
-        }
-        let named = new.filter(|new| !new.is_null()).or(old)?;
-        DType::parse(named.as_str()?.trim_start_matches("torch."))
-    }
-
-    /// Notes whether `quantization_config` says how the weights are stored.
-    pub fn note_quantization(&self, is_used: bool) {
-        let field = "quantization_config";
-        if self.root.get(field).is_some_and(|config| !config.is_null()) {
-            self.mark(field, if is_used { Mark::Used } else { Mark::Ignored });
-        }
-    }
-
-    /// Returns the activation that a field names: `hidden_act`, or `hidden_activation` in Gemma's configs.
-    pub fn activation(&self, field: &'static str) -> Result<Activation, InferenceError> {
-        match self.get(field).unwrap_or(&Value::from("silu")) {
-            Value::String(name) => match name.as_str() {
-                "silu" | "swish" => Ok(Activation::Silu),
-                "gelu_pytorch_tanh" | "gelu_python_tanh" | "gelu_new" | "gelu_fast" | "gelu_accurate" => {
-                    Ok(Activation::GeluTanh)
-                }
-                "gelu" | "gelu_python" => Ok(Activation::Gelu),
-                other => Err(self.error(format!(
-                    "{} {other:?} is not known; labpipe knows silu, gelu and gelu_pytorch_tanh",
-                    self.path_of(field)
-                ))),
-            },
-            other => Err(self.wrong_type(field, "the name of an activation", other)),
         }
     }
 }

@@ -3,8 +3,9 @@
 use super::config::{ConfigFile, MAX_DIM, shown};
 use super::notes::Mark;
 use crate::engine::rope::{RopeScaling, RopeSpec};
-use crate::engine::spec::{AttentionSpec, BlockSpec, LinearBiases, ModelSpec};
+use crate::engine::spec::{Activation, AttentionSpec, BlockSpec, LinearBiases, ModelSpec};
 use crate::inference::InferenceError;
+use crate::units::DType;
 use serde_json::Value;
 
 /// More layers than this are taken for damage.
@@ -111,6 +112,52 @@ impl ConfigFile {
         Ok((stretched.min(MAX_DIM as f64) as usize).max(stated))
     }
 
+    /// Returns a soft cap: a number above 0, or `None` if it is missing or null.
+    pub fn softcap(&self, field: &str) -> Result<Option<f64>, InferenceError> {
+        match self.present(field).map(|value| self.finite(field, value)).transpose()? {
+            Some(cap) if cap <= 0.0 => {
+                Err(self.error(format!("{}: expected a number above 0, found {cap}", self.path_of(field))))
+            }
+            cap => Ok(cap),
+        }
+    }
+
+    /// Returns the element type that the checkpoint was saved in, where the config says it: `dtype`, or else `torch_dtype`.
+    pub fn saved_dtype(&self) -> Option<DType> {
+        let (new, old) = (self.peek("dtype"), self.peek("torch_dtype"));
+        if let (Some(new), Some(old)) = (new.filter(|new| !new.is_null()), old) {
+            self.overrule("torch_dtype", old, "dtype", new);
+        }
+        let named = new.filter(|new| !new.is_null()).or(old)?;
+        DType::parse(named.as_str()?.trim_start_matches("torch."))
+    }
+
+    /// Notes whether `quantization_config` says how the weights are stored.
+    pub fn note_quantization(&self, is_used: bool) {
+        let field = "quantization_config";
+        if self.peek(field).is_some_and(|config| !config.is_null()) {
+            self.mark(field, if is_used { Mark::Used } else { Mark::Ignored });
+        }
+    }
+
+    /// Returns the activation that a field names: `hidden_act`, or `hidden_activation` in Gemma's configs.
+    pub fn activation(&self, field: &'static str) -> Result<Activation, InferenceError> {
+        match self.get(field).unwrap_or(&Value::from("silu")) {
+            Value::String(name) => match name.as_str() {
+                "silu" | "swish" => Ok(Activation::Silu),
+                "gelu_pytorch_tanh" | "gelu_python_tanh" | "gelu_new" | "gelu_fast" | "gelu_accurate" => {
+                    Ok(Activation::GeluTanh)
+                }
+                "gelu" | "gelu_python" => Ok(Activation::Gelu),
+                other => Err(self.error(format!(
+                    "{} {other:?} is not known; labpipe knows silu, gelu and gelu_pytorch_tanh",
+                    self.path_of(field)
+                ))),
+            },
+            other => Err(self.wrong_type(field, "the name of an activation", other)),
+        }
+    }
+
     /// Returns for each layer whether its attention slides: `layer_types`, or what `is_sliding` says of the layer's index.
     pub fn sliding_layers(
         &self,
@@ -136,6 +183,14 @@ impl ConfigFile {
             }
         };
         types.iter().map(is_sliding).collect()
+    }
+
+    /// Notes that `layer_types` changes nothing in a family whose layers all see everything, where it says just that.
+    pub fn note_full_layers(&self) {
+        let is_full = |kind: &Value| matches!(kind.as_str(), Some("full_attention" | "attention"));
+        if self.peek("layer_types").and_then(Value::as_array).is_some_and(|types| types.iter().all(is_full)) {
+            self.mark(&self.path_of("layer_types"), Mark::Harmless);
+        }
     }
 
     /// Returns the window of the layers that slide.

@@ -187,7 +187,12 @@ pub const COMMON: &[FieldRule] = &[
 pub const WHOLE_HEADS: FieldRule = harmless_as("partial_rotary_factor", ONE);
 
 /// Which layers slide, for families none of whose layers do while whole sequences are computed.
-pub const NO_WINDOWS: &[FieldRule] = &[harmless_as("sliding_window", &[]), harmless_as("use_sliding_window", FALSE)];
+pub const NO_WINDOWS: &[FieldRule] = &[
+    // A list of full attention alone is marked as harmless when it is read.
+    harmless_as("layer_types", &[]),
+    harmless_as("sliding_window", &[]),
+    harmless_as("use_sliding_window", FALSE),
+];
 
 /// Biases that a family's projections never have.
 pub const NO_ATTENTION_BIAS: FieldRule = harmless_as("attention_bias", FALSE);

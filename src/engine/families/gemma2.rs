@@ -74,7 +74,8 @@ pub fn gemma_spec(config: &ConfigFile, names: &BaseNames) -> Result<ModelSpec, I
         config.refuse_null(field)?;
     }
     let mut spec = config.base_spec(names)?;
-    if let (Some(other), Some(own)) = (config.peek("hidden_act"), config.peek("hidden_activation")) {
+    let other = config.peek("hidden_act").filter(|other| !other.is_null());
+    if let (Some(other), Some(own)) = (other, config.peek("hidden_activation")) {
         config.overrule(&config.path_of("hidden_act"), other, &config.path_of("hidden_activation"), own);
     }
     spec.embedding_scale = (spec.hidden_size as f64).sqrt();

@@ -18,6 +18,7 @@ const NAMES: BaseNames = BaseNames { family: "llama", activation: "hidden_act", 
 fn spec(config: &ConfigFile) -> Result<ModelSpec, InferenceError> {
     let config = config.with_stated_defaults(&[("max_position_embeddings", json!(2048))]);
     let mut spec = config.base_spec(&NAMES)?;
+    config.note_full_layers();
     let attention_bias = config.flag("attention_bias", false)?;
     let mlp = config.flag("mlp_bias", false)?;
     spec.block.biases =

@@ -25,6 +25,7 @@ const FIELDS: &[FieldRule] = &[
 const NAMES: BaseNames = BaseNames { family: "mistral", activation: "hidden_act", rope: ConfigFile::rope };
 
 fn spec(config: &ConfigFile) -> Result<ModelSpec, InferenceError> {
+    config.refuse_null("num_key_value_heads")?;
     let config = config.with_stated_defaults(&[
         ("max_position_embeddings", json!(131_072)),
         ("num_key_value_heads", json!(8)),

@@ -6,11 +6,11 @@ use serde_json::{Map, Value};
 use std::collections::BTreeMap;
 
 /// What was done with an entry that a file has.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Mark {
-    Used,
     /// It says what another entry says, or what holds anyway.
     Harmless,
+    Used,
     /// It would have changed something, and something else counts.
     Ignored,
 }
@@ -31,12 +31,10 @@ pub struct Notes {
 }
 
 impl Notes {
-    /// Marks an entry. Something that was used stays so.
+    /// Marks an entry. A mark gives way to those that come later in the order of [`Mark`].
     pub fn mark(&mut self, path: &str, mark: Mark) {
         let known = self.marks.entry(path.to_owned()).or_insert(mark);
-        if *known != Mark::Used {
-            *known = mark;
-        }
+        *known = mark.max(*known);
     }
 
     /// Adds a sentence, once.

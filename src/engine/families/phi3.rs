@@ -16,6 +16,7 @@ const FIELDS: &[FieldRule] = &[
     NO_MLP_BIAS,
     harmless_as("full_attn_mod", &["1"]),
     harmless_as("interpolate_factor", &["1"]),
+    harmless_as("layer_types", &[]),
     read("hidden_act"),
     read("partial_rotary_factor"),
     read("sliding_window"),
@@ -28,6 +29,7 @@ fn spec(config: &ConfigFile) -> Result<ModelSpec, InferenceError> {
         .with_stated_defaults(&[("max_position_embeddings", json!(4096))])
         .with_defaults(&[("original_max_position_embeddings", json!(4096)), ("rms_norm_eps", json!(1e-5))]);
     let mut spec = config.base_spec(&NAMES)?;
+    config.note_full_layers();
     spec.attentions[0].window = config.size("sliding_window")?;
     spec.block.fused_qkv = true;
     spec.block.fused_gate_up = true;

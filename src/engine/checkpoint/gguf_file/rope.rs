@@ -31,6 +31,12 @@ enum Kind {
     LongRope,
 }
 
+/// What LongRoPE divides frequencies by, up to the original context and beyond it, `[rotary_dim / 2]` each.
+struct LongRopeDivisors {
+    short: Vec<f64>,
+    long: Vec<f64>,
+}
+
 impl GgufCheckpoint {
     /// Returns the rotary embedding of layers that see the whole context, and of all where layers are alike.
     ///
@@ -43,7 +49,7 @@ impl GgufCheckpoint {
         let factor = self.factor(kind)?;
         let attn_factor = self.positive(ATTN_FACTOR)?.unwrap_or(1.0);
         let plain = |scaling| RopeSpec { theta, rotary_dim, scaling };
-        if let Some((short, long)) = self.long_rope_divisors(kind, rotary_dim)? {
+        if let Some(LongRopeDivisors { short, long }) = self.long_rope_divisors(kind, rotary_dim)? {
             if kind == Kind::Yarn {
                 return Err(self.wrong(TYPE, format!("yarn beside {LONG_DIVISORS} is not supported")));
             }
@@ -191,15 +197,13 @@ impl GgufCheckpoint {
         })
     }
 
-    fn long_rope_divisors(
-        &self,
-        kind: Kind,
-        rotary_dim: usize,
-    ) -> Result<Option<(Vec<f64>, Vec<f64>)>, InferenceError> {
+    fn long_rope_divisors(&self, kind: Kind, rotary_dim: usize) -> Result<Option<LongRopeDivisors>, InferenceError> {
         let short = self.divisors(SHORT_DIVISORS, rotary_dim / 2)?;
         let long = self.divisors(LONG_DIVISORS, rotary_dim / 2)?;
         match (short, long) {
-            (Some(short), Some(long)) if self.file.tensor(DIVISORS).is_none() => Ok(Some((short, long))),
+            (Some(short), Some(long)) if self.file.tensor(DIVISORS).is_none() => {
+                Ok(Some(LongRopeDivisors { short, long }))
+            }
             (Some(_), Some(_)) => Err(self.wrong(TYPE, format!("{DIVISORS} beside {LONG_DIVISORS} is not supported"))),
             (None, None) if kind != Kind::LongRope => Ok(None),
             _ => Err(self.wrong(TYPE, format!("longrope needs the tensors {SHORT_DIVISORS} and {LONG_DIVISORS}"))),
