@@ -119,10 +119,10 @@ lab gc
 run || exit 1
 for ((i = 0; i < 8; i++)); do
   # Nothing refers to the artifacts but the run that goes on.
-  rm -rf results/faults
+  rm -rf results/faults err.txt
   "$LP" run p.yaml --remeasure >out.txt 2>err.txt & pid=$!
   # From the moment on which it has planned; before that nothing would be in use.
-  while kill -0 $pid 2>/dev/null && ! grep -q '^run ' err.txt; do sleep 0.01; done
+  while kill -0 $pid 2>/dev/null && ! grep -qs '^run ' err.txt; do sleep 0.01; done
   while kill -0 $pid 2>/dev/null; do
     "$LP" cache gc >gc.txt 2>&1 || fail "gc beside a run: $(tail -n 1 gc.txt)"
   done

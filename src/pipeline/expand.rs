@@ -15,8 +15,6 @@ use std::collections::{BTreeMap, BTreeSet, HashMap};
 
 /// More copies of stages than this are taken for a mistake.
 const MAX_COPIES: usize = 1 << 18;
-/// Longest address, in bytes: cell and stage become names of folders, which file systems bound at 255.
-const MAX_ADDRESS: usize = 200;
 /// Most stages of a cycle that are named.
 const N_NAMED: usize = 20;
 
@@ -242,17 +240,7 @@ impl Expansion<'_> {
         for (i, drafts) in self.drafts.iter().enumerate() {
             for cell_idx in &cells_of[&self.depends[i]] {
                 let Some(draft) = drafts.of_cell(*cell_idx) else { continue };
-                let copy = self.copy(i, draft, *cell_idx, &cells_of);
-                if copy.address.len() > MAX_ADDRESS {
-                    let message = format!(
-                        "stage {:?}: in one cell its address has {} bytes; at most {MAX_ADDRESS} are allowed, as folders are named by it",
-                        copy.name,
-                        copy.address.len()
-                    );
-                    let hint = "shorten the values of the matrix; a path is named by its file's stem".to_owned();
-                    problems.add(self.stages[i].name.at, message, Some(hint));
-                }
-                copies.push(copy);
+                copies.push(self.copy(i, draft, *cell_idx, &cells_of));
             }
         }
         copies

@@ -1,18 +1,15 @@
 //! The cache: `cache/<key>/{manifest.json, record.json, …}`.
 
 use super::error::StoreError;
-use super::exchange::{clear_leftovers, recover, replace, set_aside_in};
-use super::folders::folder_name;
-use super::fs::{create_dirs, sync, sync_dir, walk, write_atomically};
-use super::lock::{FileLock, try_lock};
-use super::manifest::{
-    Damage, FileEntry, Inspected, MANIFEST, Manifest, RECORD, check_contents, digest, inspect, parse_record,
-};
-use super::quirks::{is_read_only, note_once};
-use crate::artifact::{FORMAT_VERSION, Key, KeyFields, Record};
-use serde::{Deserialize, Serialize};
+use super::exchange::{clear_leftovers, recover, set_aside_in};
+use super::fs::create_dirs;
+use super::lock::try_lock;
+use super::manifest::{Damage, FileEntry, Inspected, MANIFEST, Manifest, RECORD, check_contents, inspect};
+use super::quirks::is_read_only;
+use super::staging::Staging;
+use crate::artifact::{Key, Record};
 use std::collections::BTreeMap;
-use std::fs::{self, File};
+use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -61,23 +58,6 @@ pub struct Artifact {
     pub dir: PathBuf,
     pub manifest: Manifest,
     pub record: Record,
-}
-
-/// What a stage hands over when it commits.
-#[derive(Debug, Clone)]
-pub struct ManifestDraft {
-    pub record: Record,
-    pub fields: KeyFields,
-}
-
-/// A folder that becomes an artifact when committed and vanishes when dropped. Holds the key's lock.
-#[derive(Debug)]
-pub struct Staging {
-    store: Store,
-    key: Key,
-    dir: PathBuf,
-    /// Released when closed, also by the death of the process.
-    _lock: FileLock,
 }
 
 impl Store {
@@ -170,7 +150,7 @@ impl Store {
         Some(check)
     }
 
-    fn note_checked(&self, key: &Key, manifest_blake3: String, part: Part, damage: Option<Damage>) {
+    pub(super) fn note_checked(&self, key: &Key, manifest_blake3: String, part: Part, damage: Option<Damage>) {
         let mut checked = self.checked.lock().unwrap_or_else(PoisonError::into_inner);
         checked.insert(key.clone(), Checked { manifest_blake3, part, damage });
     }
@@ -197,143 +177,13 @@ impl Store {
         create_dirs(&dir)?;
         Ok(Staging { store: self.clone(), key: key.clone(), dir, _lock: lock })
     }
-
-    /// Returns the artifact that a stage of a pipeline last had: what a miss is explained against.
-    pub fn last(&self, pipeline: &str, stage: &str) -> Option<(Key, KeyFields)> {
-        let entry: IndexEntry = serde_json::from_slice(&fs::read(self.index_path(pipeline, stage)).ok()?).ok()?;
-        Some((Key(entry.key), entry.fields))
-    }
-
-    /// Notes that a run uses an artifact now, and that a stage of a pipeline has it: `cache gc --max-size` and the reasons in a
-    /// plan go by that. No number depends on it, so a failure is a warning.
-    pub fn note_use(&self, pipeline: &str, stage: &str, key: &Key, fields: &KeyFields) {
-        let index = || -> Result<(), StoreError> {
-            let path = self.index_path(pipeline, stage);
-            if self.last(pipeline, stage).is_some_and(|(last, _)| last == *key) {
-                return Ok(());
-            }
-            if let Some(parent) = path.parent() {
-                create_dirs(parent)?;
-            }
-            let entry = IndexEntry { key: key.0.clone(), stage: stage.to_owned(), fields: fields.clone() };
-            write_atomically(&path, &to_json(&entry, &path)?)
-        };
-        let used = self.used_path(key);
-        let touch = || fs::write(&used, b"\n").map_err(StoreError::io("write", &used));
-        if let Err(error) = index().and_then(|()| touch()) {
-            note_once(
-                "use",
-                format!(
-                    "failed to note in the cache what is in use ({error}): plans explain a miss less well, and cache gc --max-size goes by \
-                     when artifacts were made"
-                ),
-            );
-        }
-    }
-
-    /// The modification time of this file is when the artifact was last used.
-    pub(super) fn used_path(&self, key: &Key) -> PathBuf {
-        self.dir.join("used").join(&key.0)
-    }
-
-    fn index_path(&self, pipeline: &str, stage: &str) -> PathBuf {
-        let name = format!("{}.json", &blake3::hash(stage.as_bytes()).to_hex()[..16]);
-        self.dir.join("index").join(folder_name(pipeline)).join(name)
-    }
-}
-
-#[derive(Serialize, Deserialize)]
-pub(super) struct IndexEntry {
-    pub key: String,
-    stage: String,
-    fields: KeyFields,
-}
-
-/// Serializes for a file.
-pub fn to_json<T: Serialize>(value: &T, path: &Path) -> Result<Vec<u8>, StoreError> {
-    let mut bytes = serde_json::to_vec_pretty(value)
-        .map_err(|error| StoreError::Format { path: path.to_owned(), reason: error.to_string() })?;
-    bytes.push(b'\n');
-    Ok(bytes)
-}
-
-impl Staging {
-    /// Folder to write into.
-    pub fn dir(&self) -> &Path {
-        &self.dir
-    }
-
-    /// Syncs and hashes the files, writes record and manifest, and moves the folder in, in one step where another artifact is there.
-    ///
-    /// # Errors
-    /// `Io`, and `Write` where the stage left a link or a special file; nothing is committed then and what was there before stays.
-    pub fn commit(self, draft: ManifestDraft) -> Result<Artifact, StoreError> {
-        let head = &draft.record.head;
-        let record_path = self.dir.join(RECORD);
-        let record_bytes = to_json(&draft.record.to_json(), &record_path)?;
-        write_atomically(&record_path, &record_bytes)?;
-        // What readers will find: a number may differ in its last digit from what is in memory.
-        let record = parse_record(&record_bytes)
-            .map_err(|damage| StoreError::Write { path: record_path, reason: damage.to_string() })?;
-        let (names, dirs) = walk(&self.dir)?;
-        let files = names.iter().map(|name| self.entry(name)).collect::<Result<Vec<FileEntry>, StoreError>>()?;
-        let manifest = Manifest {
-            format_version: FORMAT_VERSION,
-            key: self.key.0.clone(),
-            pipeline: head.pipeline.clone(),
-            stage: head.stage.clone(),
-            kind: head.kind.clone(),
-            created_at: head.started_at.clone(),
-            digest: digest(&files, &record),
-            files,
-            fields: draft.fields,
-        };
-        let manifest_path = self.dir.join(MANIFEST);
-        let manifest_bytes = to_json(&manifest, &manifest_path)?;
-        // The same rules as for whoever reads it.
-        Manifest::parse(&manifest_bytes)
-            .map_err(|damage| StoreError::Write { path: manifest_path.clone(), reason: damage.to_string() })?;
-        write_atomically(&manifest_path, &manifest_bytes)?;
-        for dir in dirs {
-            sync_dir(&self.dir.join(dir))?;
-        }
-        let target = self.store.artifact_dir(&self.key);
-        replace(&self.dir, &target)?;
-        sync_dir(&self.store.dir)?;
-        // Written and hashed by this process: there is nothing to verify.
-        let manifest_blake3 = blake3::hash(&manifest_bytes).to_hex().to_string();
-        self.store.note_checked(&self.key, manifest_blake3, Part::All, None);
-        self.store.note_use(&manifest.pipeline, &manifest.stage, &self.key, &manifest.fields);
-        Ok(Artifact { key: self.key.clone(), dir: target, manifest, record })
-    }
-
-    /// Syncs and hashes one file.
-    fn entry(&self, relative: &Path) -> Result<FileEntry, StoreError> {
-        let path = self.dir.join(relative);
-        let is_regular = fs::symlink_metadata(&path).map_err(StoreError::io("read", &path))?.is_file();
-        let Some(name) = relative.to_str().filter(|_| is_regular) else {
-            let reason = "an artifact holds regular files with names in UTF-8 only".to_owned();
-            return Err(StoreError::Write { path, reason });
-        };
-        let file = File::open(&path).map_err(StoreError::io("open", &path))?;
-        sync(&file, &path).map_err(StoreError::io("sync", &path))?;
-        let bytes = file.metadata().map_err(StoreError::io("read", &path))?.len();
-        let hash = super::fs::hash_pieces(&path, |_| Ok(true)).map_err(StoreError::io("read", &path))?;
-        Ok(FileEntry { name: name.to_owned(), bytes, blake3: hash.unwrap_or_default() })
-    }
-}
-
-impl Drop for Staging {
-    fn drop(&mut self) {
-        // After a commit it is gone already; after a failure gc would find it.
-        let _ = fs::remove_dir_all(&self.dir);
-    }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::artifact::{RecordHead, key_of};
+    use crate::artifact::{FORMAT_VERSION, KeyFields, RecordHead, key_of};
+    use crate::store::ManifestDraft;
     use serde_json::Map;
 
     fn fields() -> KeyFields {

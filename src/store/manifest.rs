@@ -91,7 +91,7 @@ impl Manifest {
                 return Err(Damage::new(MANIFEST, format!("the file name {:?} {fault}", file.name)));
             }
         }
-        if !seen.contains(&RECORD.to_owned()) {
+        if !manifest.files.iter().any(|file| file.name == RECORD) {
             return Err(Damage::new(MANIFEST, format!("it does not list {RECORD}")));
         }
         Ok(manifest)

@@ -56,7 +56,7 @@ impl Store {
     fn write_results_folders(&self, folders: BTreeSet<PathBuf>) -> Result<(), StoreError> {
         let path = self.dir().join(RESULTS_FOLDERS);
         let known = ResultsFolders { format_version: FORMAT_VERSION, folders };
-        write_atomically(&path, &super::cache::to_json(&known, &path)?)
+        write_atomically(&path, &super::staging::to_json(&known, &path)?)
     }
 
     fn results_folders(&self) -> Result<BTreeSet<PathBuf>, StoreError> {

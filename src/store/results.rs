@@ -1,11 +1,12 @@
 //! What runs leave for people: `results/<pipeline>/<run_id>/[<cell>/]<stage>/`, and `results/latest`.
 
-use super::cache::{Artifact, to_json};
+use super::cache::Artifact;
 use super::error::StoreError;
 use super::folders::{folder_name, stage_folders};
 use super::fs::{aside, copy_hashing, create_dirs, write_atomically};
 use super::manifest::Damage;
 use super::quirks::note_once;
+use super::staging::to_json;
 use crate::artifact::Record;
 use serde_json::Value;
 use std::fs;

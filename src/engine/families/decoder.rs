@@ -75,7 +75,7 @@ impl ConfigFile {
     fn head_sizes(&self, hidden_size: usize) -> Result<HeadSizes, InferenceError> {
         let n_heads = self.required_size("num_attention_heads")?;
         let n_kv_heads = self.size("num_key_value_heads")?.unwrap_or(n_heads);
-        if n_heads % n_kv_heads != 0 {
+        if !n_heads.is_multiple_of(n_kv_heads) {
             let source =
                 if self.has("num_key_value_heads") { "" } else { ", transformers' default for this model_type" };
             return Err(self.error(format!(
@@ -84,7 +84,7 @@ impl ConfigFile {
         }
         let head_dim = match self.size("head_dim")? {
             Some(head_dim) => head_dim,
-            None if hidden_size % n_heads == 0 => hidden_size / n_heads,
+            None if hidden_size.is_multiple_of(n_heads) => hidden_size / n_heads,
             None => {
                 return Err(
                     self.error(format!("hidden_size {hidden_size} is no multiple of num_attention_heads {n_heads}"))

@@ -70,7 +70,7 @@ fn text_spec(config: &ConfigFile) -> Result<ModelSpec, InferenceError> {
     spec.block.qk_norm = true;
     config.refuse_null("sliding_window_pattern")?;
     let pattern = config.size("sliding_window_pattern")?.unwrap_or(6);
-    let sliding = config.sliding_layers(spec.n_layers, |layer_idx| (layer_idx + 1) % pattern != 0)?;
+    let sliding = config.sliding_layers(spec.n_layers, |layer_idx| !(layer_idx + 1).is_multiple_of(pattern))?;
     let rope = config.sliding_attention_rope(spec.head_dim)?;
     spec.set_sliding(&sliding, config.window(&sliding)?, rope);
     Ok(spec)
