@@ -8,7 +8,7 @@ use labpipe::inference::{
 };
 use labpipe::pipeline::{ParseOptions, parse};
 use labpipe::plan::{Selection, build};
-use labpipe::run::{RunFile, RunOutcome, RunRequest, StoreFacts, execute, timestamp};
+use labpipe::run::{InProcess, RunFile, RunOutcome, RunRequest, StoreFacts, execute, timestamp};
 use labpipe::stage::{
     Catalogue, ParamDefault, ParamDesc, ParamType, Stage, StageContext, StageDescription, StageError, StageOutput,
 };
@@ -339,7 +339,7 @@ impl Bench {
             store: &store,
             run_dir: &run_dir,
             run_file,
-            engine,
+            runner: Arc::new(InProcess::new(engine)),
             events: Arc::new(NullSink),
             cancel: Arc::clone(&self.seen.cancel),
             jobs,

@@ -23,6 +23,8 @@ pub enum CliError {
     Device(#[from] InferenceError),
     #[error("failed to {0}")]
     Hub(#[from] HubError),
+    #[error("failed to {0}")]
+    Worker(crate::run::WorkerError),
     #[error("{message}")]
     Usage { message: String, hint: Option<String> },
     #[error("failed to write to stdout: {0}")]
@@ -34,7 +36,7 @@ impl CliError {
     pub fn exit_code(&self) -> u8 {
         match self {
             CliError::Device(_) => 4,
-            CliError::Store(_) | CliError::Output(_) => 3,
+            CliError::Store(_) | CliError::Output(_) | CliError::Worker(_) => 3,
             CliError::Pipeline(_)
             | CliError::Read { .. }
             | CliError::Plan(_)

@@ -54,6 +54,7 @@ fn dispatch(args: Args) -> Result<u8, CliError> {
         Command::Schema => catalogue::schema(),
         Command::Cache { action } => cache::cache(&args.global, &action),
         Command::Doctor => doctor::doctor(),
+        Command::Worker { device } => Ok(engine::work(&device)),
         Command::Completions { shell } => {
             clap_complete::generate(shell, &mut Args::command(), "labpipe", &mut std::io::stdout());
             Ok(0)

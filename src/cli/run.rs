@@ -69,9 +69,9 @@ fn options(run: &Value) -> ParseOptions {
 fn start(global: &Global, file: &Path, read: Read, selection: &Selection, jobs: usize) -> Result<u8, CliError> {
     let events = sink(global.log_format(), global.level());
     download(&read, &global.root, &events)?;
-    let Planned { plan, store, engine, device_reason } = planned(global, &read, selection)?;
+    let Planned { plan, store, workers } = planned(global, &read, selection)?;
     let results = Results::new(&global.results);
-    let info = engine.info();
+    let info = workers.info().clone();
     let run_file = RunFile {
         run_id: run_id(),
         pipeline: read.pipeline.name.clone(),
@@ -87,7 +87,7 @@ fn start(global: &Global, file: &Path, read: Read, selection: &Selection, jobs: 
         matrix: read.options.matrix.clone(),
         device_asked: read.options.device.clone(),
         device: info.device.clone(),
-        device_reason,
+        device_reason: workers.reason().to_owned(),
         environment: environment(&info, engine::gpus().as_deref()),
         started_at: timestamp(),
         ended_at: None,
@@ -105,7 +105,7 @@ fn start(global: &Global, file: &Path, read: Read, selection: &Selection, jobs: 
         store: &store,
         run_dir: &run_dir,
         run_file,
-        engine,
+        runner: Arc::new(workers),
         events,
         cancel: Arc::clone(&cancel),
         jobs,

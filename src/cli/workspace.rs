@@ -4,16 +4,14 @@ use super::args::{Global, LogFormat, PipelineArgs, SelectArgs};
 use super::engine;
 use super::error::CliError;
 use crate::event::Level;
-use crate::inference::Engine;
 use crate::pipeline::{Diagnostic, ParseOptions, Pipeline, PipelineError, parse};
 use crate::plan::{MissingFile, Plan, PlanError, Remeasure, Selection, build};
-use crate::run::StoreFacts;
+use crate::run::{StoreFacts, Workers};
 use crate::stage::Catalogue;
 use crate::stages::catalogue;
 use crate::store::{FileHashes, Store};
 use crate::ui;
 use std::path::Path;
-use std::sync::Arc;
 
 /// A pipeline with its text.
 pub struct Read {
@@ -27,8 +25,7 @@ pub struct Read {
 pub struct Planned {
     pub plan: Plan,
     pub store: Store,
-    pub engine: Arc<dyn Engine>,
-    pub device_reason: String,
+    pub workers: Workers,
 }
 
 impl Global {
@@ -114,23 +111,23 @@ fn missing_files(read: &Read, files: &[MissingFile]) -> PipelineError {
     PipelineError { origin: read.pipeline.origin.clone(), text: read.text.clone(), diagnostics }
 }
 
-/// Builds the engine, opens the store and plans.
+/// Starts a worker on the device, opens the store and plans.
 ///
 /// # Errors
 /// `Device`, `Store`, `Plan`; `Pipeline` where it names files that aren't there.
 pub fn planned(global: &Global, read: &Read, selection: &Selection) -> Result<Planned, CliError> {
-    let (engine, device_reason) = engine::build(&read.pipeline.device)?;
+    let workers = engine::workers(&read.pipeline.device)?;
     let store = Store::open(&global.cache)?;
     let facts = StoreFacts {
         store: store.clone(),
         hashes: FileHashes::open(store.dir()),
         pipeline: read.pipeline.name.clone(),
-        engine: engine.info(),
+        engine: workers.info().clone(),
     };
     let plan =
         build(&read.pipeline, &read.catalogue, &global.root, &facts, selection).map_err(|error| match error {
             PlanError::MissingFiles(files) => CliError::Pipeline(missing_files(read, &files)),
             other => CliError::Plan(other),
         })?;
-    Ok(Planned { plan, store, engine, device_reason })
+    Ok(Planned { plan, store, workers })
 }

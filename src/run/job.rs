@@ -2,17 +2,15 @@
 
 use super::JobError;
 use super::progress::StageProgress;
-use super::residency::Residency;
 use super::run_file::timestamp;
+use super::runner::{StageRunner, StageTask};
 use crate::artifact::{FORMAT_VERSION, Record, RecordHead};
 use crate::event::{Level, Progress};
-use crate::inference::{Engine, InferenceError};
 use crate::plan::{Key, KeyFields, PlanNode};
-use crate::stage::{Stage, StageContext, StageError, StageInput};
+use crate::stage::{Stage, StageError, StageInput};
 use crate::store::{Artifact, ManifestDraft, Store};
 use std::cell::Cell;
 use std::collections::BTreeMap;
-use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Instant;
@@ -31,8 +29,9 @@ pub struct Job<'a> {
     pub run_id: &'a str,
     pub root: &'a Path,
     pub store: &'a Store,
-    pub engine: &'a Arc<dyn Engine>,
-    pub models: &'a Residency,
+    /// Name of the device.
+    pub device: &'a str,
+    pub runner: &'a dyn StageRunner,
     pub progress: &'a StageProgress,
 }
 
@@ -56,21 +55,16 @@ impl Job<'_> {
             return Ok((artifact, true, String::new()));
         }
         let (started_at, start) = (timestamp(), Instant::now());
-        let context = StageContext {
+        let task = StageTask {
             address: &self.node.stage.address,
             params: &self.node.stage.params,
             root: self.root,
             inputs: &self.inputs,
             missing_inputs: &self.missing,
             out_dir: staging.dir(),
-            engine: self.engine.as_ref(),
-            models: self.models,
             progress: self.progress,
         };
-        let output = match catch_unwind(AssertUnwindSafe(|| self.stage.run(&context))) {
-            Ok(output) => output.map_err(|error| self.device_failure(error))?,
-            Err(payload) => return Err(JobError::Panic { message: message(payload.as_ref()) }),
-        };
+        let output = self.runner.run(self.stage.as_ref(), &task)?;
         if self.progress.is_cancelled() {
             return Err(StageError::Cancelled.into());
         }
@@ -86,7 +80,7 @@ impl Job<'_> {
             cached: false,
             started_at,
             duration_s: start.elapsed().as_secs_f64(),
-            device: computes.then(|| self.engine.info().device),
+            device: computes.then(|| self.device.to_owned()),
             params: self.node.stage.params.clone(),
         };
         let mut body = output.body;
@@ -94,23 +88,4 @@ impl Job<'_> {
         let draft = ManifestDraft { record: Record { head, body }, fields: self.fields.clone() };
         Ok((staging.commit(draft)?, false, output.summary))
     }
-
-    /// Names the device that failed a stage and what was free on it. The model goes: memory that a failed allocation left
-    /// half-filled must not be another stage's.
-    fn device_failure(&self, error: StageError) -> StageError {
-        match error {
-            StageError::Inference(error) if error.is_device() => {
-                let is_full = matches!(error, InferenceError::OutOfMemory { .. });
-                let free_bytes = if is_full { self.engine.free_bytes() } else { None };
-                self.models.retain(&[]);
-                error.located(&self.engine.info().device, free_bytes).into()
-            }
-            other => other,
-        }
-    }
-}
-
-fn message(payload: &(dyn std::any::Any + Send)) -> String {
-    let text = payload.downcast_ref::<String>().map(String::as_str).or_else(|| payload.downcast_ref::<&str>().copied());
-    text.unwrap_or("no message").lines().next().unwrap_or_default().to_owned()
 }

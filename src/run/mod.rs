@@ -10,7 +10,9 @@ mod progress;
 mod repeat;
 mod residency;
 mod run_file;
+mod runner;
 mod schedule;
+mod workers;
 
 pub use environment::{environment, load_average};
 pub use facts::StoreFacts;
@@ -19,7 +21,10 @@ pub use progress::StageProgress;
 pub use repeat::{external_files, planned_stages};
 pub use residency::Residency;
 pub use run_file::{RunFile, run_id, timestamp};
+pub use runner::{InProcess, RunnerError, StageRunner, StageTask};
 pub use schedule::{RunOutcome, RunRequest, execute};
+
+pub use workers::{WorkerError, Workers, serve};
 
 /// Why a stage did not give a result.
 #[derive(Debug, thiserror::Error)]
@@ -31,6 +36,18 @@ pub enum JobError {
     Store(#[from] crate::store::StoreError),
     #[error("go on: stage code panicked ({message}); this is a bug in labpipe, please report it")]
     Panic { message: String },
+    #[error("finish: its worker process {reason}")]
+    WorkerLost { reason: String },
+}
+
+impl From<RunnerError> for JobError {
+    fn from(error: RunnerError) -> JobError {
+        match error {
+            RunnerError::Stage(error) => JobError::Stage(error),
+            RunnerError::Panic { message } => JobError::Panic { message },
+            RunnerError::WorkerLost { reason } => JobError::WorkerLost { reason },
+        }
+    }
 }
 
 impl JobError {
@@ -38,8 +55,8 @@ impl JobError {
     pub fn exit_code(&self) -> u8 {
         match self {
             JobError::Panic { .. } => 1,
-            JobError::Stage(crate::stage::StageError::Inference(error)) if error.is_device() => 4,
-            JobError::Stage(_) | JobError::Store(_) => 3,
+            JobError::Stage(error) if error.is_device() => 4,
+            JobError::Stage(_) | JobError::Store(_) | JobError::WorkerLost { .. } => 3,
         }
     }
 
@@ -47,7 +64,7 @@ impl JobError {
         match self {
             JobError::Stage(error) => error.is_cancelled(),
             JobError::Store(error) => matches!(error, crate::store::StoreError::Cancelled { .. }),
-            JobError::Panic { .. } => false,
+            JobError::Panic { .. } | JobError::WorkerLost { .. } => false,
         }
     }
 }

@@ -4,11 +4,11 @@
 use super::JobError;
 use super::job::Job;
 use super::progress::StageProgress;
-use super::residency::Residency;
 use super::run_file::RunFile;
+use super::runner::StageRunner;
 use crate::artifact::{Record, StageStatus};
 use crate::event::{Event, EventSink, Level, Outcome};
-use crate::inference::{Engine, ModelRecipe};
+use crate::inference::ModelRecipe;
 use crate::plan::{Key, Plan, Reason, resolve_key};
 use crate::stage::{Catalogue, StageInput};
 use crate::store::{Artifact, RunDir, Store, StoreError};
@@ -29,7 +29,7 @@ pub struct RunRequest<'a> {
     pub store: &'a Store,
     pub run_dir: &'a RunDir,
     pub run_file: RunFile,
-    pub engine: Arc<dyn Engine>,
+    pub runner: Arc<dyn StageRunner>,
     pub events: Arc<dyn EventSink>,
     /// Set from outside to stop.
     pub cancel: Arc<AtomicBool>,
@@ -68,7 +68,6 @@ struct Shared {
 
 struct Executor<'a> {
     request: &'a RunRequest<'a>,
-    models: Residency,
     shared: Mutex<Shared>,
     changed: Condvar,
     start: Instant,
@@ -96,9 +95,7 @@ pub fn execute(request: &RunRequest<'_>) -> Result<RunOutcome, StoreError> {
         n_stages: plan.graph.node_weights().filter(|node| node.selected || !node.runs).count(),
         n_cached,
     });
-    let models = Residency::new(Arc::clone(&request.engine));
-    let executor =
-        Executor { request, models, shared: Mutex::new(shared), changed: Condvar::new(), start: Instant::now() };
+    let executor = Executor { request, shared: Mutex::new(shared), changed: Condvar::new(), start: Instant::now() };
     executor.save(&mut executor.lock())?;
     std::thread::scope(|scope| {
         for worker_idx in 1..request.jobs.max(1) {
@@ -146,7 +143,7 @@ impl Executor<'_> {
             shared.states.insert(next, state);
             shared.statuses.insert(next, status);
             shared.exit_codes.extend(exit_code);
-            self.models.retain(&self.needed_models(&shared));
+            self.request.runner.retain(&self.needed_models(&shared));
             if let Err(error) = self.save(&mut shared) {
                 self.request.events.emit(Event::Note {
                     stage: None,
@@ -262,8 +259,8 @@ impl Executor<'_> {
             run_id: &self.request.run_file.run_id,
             root: self.request.root,
             store: self.request.store,
-            engine: &self.request.engine,
-            models: &self.models,
+            device: &self.request.run_file.device,
+            runner: self.request.runner.as_ref(),
             progress: &progress,
         };
         let done = job.run().and_then(|(artifact, was_cached, summary)| {
