@@ -3,9 +3,8 @@
 //! Tokens are gathered into blocks: contiguous runs in text order within one document. Blocks grow until neighbours are no longer
 //! correlated; the interval then rests on the spread between blocks.
 
-use super::percentile;
+use super::statistics::{percentile, t_quantile};
 use serde::{Deserialize, Serialize};
-use statrs::distribution::{ContinuousCDF, StudentsT};
 
 /// Tokens in the smallest blocks.
 pub const MIN_BLOCK_TOKENS: usize = 128;
@@ -68,7 +67,7 @@ pub fn mean_interval(documents: &[&[f64]], seed: u64) -> Option<MeanInterval> {
     let mean = mean_of(&blocks);
     let stderr = stderr_of(&blocks);
     let (low, high, method) = if blocks.len() < BOOTSTRAP_BLOCKS {
-        let half = t_quantile(blocks.len() - 1) * stderr;
+        let half = t_quantile((blocks.len() - 1) as f64) * stderr;
         (mean - half, mean + half, "student-t over blocks")
     } else {
         let (low, high) = bootstrap(&blocks, seed);
@@ -129,13 +128,6 @@ fn lag1_correlation(blocks: &[Block]) -> Option<f64> {
         product += pair[0] * pair[1];
     }
     (n_pairs > 0 && variance > 0.0).then(|| product / n_pairs as f64 / variance)
-}
-
-/// Returns the quantile of Student's t that bounds the central 95 %.
-fn t_quantile(degrees_of_freedom: usize) -> f64 {
-    let upper_tail = (1.0 - COVERAGE / 100.0) / 2.0;
-    let student = StudentsT::new(0.0, 1.0, degrees_of_freedom as f64);
-    student.map_or(f64::INFINITY, |student| student.inverse_cdf(1.0 - upper_tail))
 }
 
 /// Returns the percentiles of the means of blocks drawn with replacement.
