@@ -260,11 +260,23 @@ pub enum StageError {
     Tokenize { path: PathBuf, reason: String },
     #[error("{0}")]
     Other(String),
+    /// The device is missing, lost or out of memory; told by a worker.
+    #[error("{0}")]
+    Device(String),
     #[error("cancelled")]
     Cancelled,
 }
 
 impl StageError {
+    /// Returns true if the device is missing, lost or out of memory.
+    pub fn is_device(&self) -> bool {
+        match self {
+            StageError::Device(_) => true,
+            StageError::Inference(error) => error.is_device(),
+            _ => false,
+        }
+    }
+
     /// Returns true where the user stopped it.
     pub fn is_cancelled(&self) -> bool {
         matches!(self, StageError::Cancelled | StageError::Inference(InferenceError::Cancelled))

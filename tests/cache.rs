@@ -80,6 +80,26 @@ fn a_flipped_bit_in_a_capture_is_computed_again_before_diff_reads_it() {
 }
 
 #[test]
+fn a_record_edited_in_the_results_is_not_shown_as_the_runs() {
+    let lab = Lab::new();
+    lab.write(
+        "p.yaml",
+        "version: 1\nname: p\nstages:\n  m: { kind: load, model: models/stories260k }\n  \
+         p: { kind: ppl, model: m, text: { source: experiments/data/tinystories.txt, n_chars: 1000 }, max_length: 64, stride: 64 }\n",
+    );
+    lab.expect(0, &["run", "p.yaml"]);
+    let path = lab.path("results/latest/p/record.json");
+    let text = std::fs::read_to_string(&path).expect("the record");
+    std::fs::write(&path, text.replacen("\"perplexity\": ", "\"perplexity\": 1", 1)).expect("an edit");
+    let (_, err) = lab.expect(3, &["show", "p", "--json"]);
+    assert!(err.contains("record.json") && err.contains("not what the run wrote"), "{err}");
+    let (_, err) = lab.expect(3, &["compare", "latest", "latest"]);
+    assert!(err.contains("not what the run wrote"), "{err}");
+    lab.expect(0, &["run", "p.yaml"]);
+    lab.expect(0, &["show", "p", "--json"]);
+}
+
+#[test]
 fn a_damaged_page_is_not_copied_into_the_results() {
     let lab = lab(CAPTURES);
     let page = artifact(&lab, "report").join("report.md");

@@ -125,7 +125,7 @@ fn an_interrupt_stops_cleanly_and_says_how_to_go_on() {
     assert_eq!(output.status.code(), Some(130), "{told:?}");
     let said = support::text(&output.stdout);
     assert!(
-        said.contains(&format!("labpipe run {PIPELINE} --set n_gen=60 goes on from the last committed stage")),
+        said.contains(&format!("to go on from the last committed stage:\nlabpipe run {PIPELINE} --set n_gen=60\n")),
         "{said}"
     );
     assert!(told.iter().any(|line| line.contains("stopping at the next step")), "{told:?}");

@@ -306,6 +306,8 @@ fn keys_that_ask_for_what_labpipe_lacks_are_errors_that_name_them() {
         ("qwen2", "qwen2.rope.dimension_count", Value::U32(5), "even number"),
         ("llama", "llama.attention.value_length", Value::U32(4), "heads of several sizes"),
         ("llama", "llama.attention.causal", Value::Bool(false), "causal"),
+        ("llama", "llama.attention.causal", Value::U32(0), "expected true or false"),
+        ("llama", "llama.rope.dimension_count", Value::U32(0), "even number from 2"),
         ("llama", "llama.attention.scale", Value::F32(0.5), "attention.scale"),
         ("llama", "llama.logit_scale", Value::F32(0.25), "scaled logits"),
         ("llama", "llama.attn_logit_softcapping", Value::F32(50.0), "soft cap"),

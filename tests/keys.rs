@@ -41,7 +41,8 @@ fn stages_whose_configs_mean_the_same_share_an_artifact_and_each_shows_its_own_n
     let outcomes = lab.outcomes();
     let of = |name: &str| outcomes.iter().find(|(stage, _)| stage == name).expect("the stage").1.clone();
     let computed = ["first", "second", "third"].iter().filter(|stage| of(stage) == "done").count();
-    assert_eq!((computed, of("ppl-a"), of("ppl-b")), (1, "done".to_owned(), "cached".to_owned()), "{outcomes:?}");
+    let scored = ["ppl-a", "ppl-b"].iter().filter(|stage| of(stage) == "done").count();
+    assert_eq!((computed, scored), (1, 1), "{outcomes:?}");
     for (stage, name, file) in [("first", "alpha", "a.yaml"), ("second", "beta", "b.yaml")] {
         let record = lab.record(stage);
         assert_eq!(record["config"]["name"], name);

@@ -8,7 +8,7 @@ use labpipe::inference::{
 };
 use labpipe::pipeline::{ParseOptions, parse};
 use labpipe::plan::{Selection, build};
-use labpipe::run::{RunFile, RunOutcome, RunRequest, Sources, StoreFacts, execute, planned_keys, timestamp};
+use labpipe::run::{InProcess, RunFile, RunOutcome, RunRequest, Sources, StoreFacts, execute, planned_keys, timestamp};
 use labpipe::stage::{
     Catalogue, ParamDefault, ParamDesc, ParamType, Stage, StageContext, StageDescription, StageError, StageOutput,
 };
@@ -344,7 +344,7 @@ impl Bench {
             sources: &sources,
             run_dir: &run_dir,
             run_file,
-            engine,
+            runner: Arc::new(InProcess::new(engine)),
             events: Arc::new(NullSink),
             cancel: Arc::clone(&self.seen.cancel),
             jobs,

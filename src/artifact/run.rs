@@ -15,6 +15,9 @@ pub struct StageStatus {
     pub duration_s: Option<f64>,
     pub summary: Option<String>,
     pub error: Option<String>,
+    /// blake3 of the stage's `record.json` in the run's folder; null where it left none.
+    #[serde(default)]
+    pub record_blake3: Option<String>,
 }
 
 impl Outcome {

@@ -101,6 +101,12 @@ pub enum Command {
     },
     /// Tell what this machine has and what of labpipe works on it
     Doctor,
+    /// Run stages that another labpipe sends on stdin
+    #[command(hide = true)]
+    Worker {
+        #[arg(long)]
+        device: String,
+    },
     /// Print a completion script for a shell
     Completions { shell: clap_complete::Shell },
 }

@@ -34,7 +34,8 @@ impl Run {
     }
 
     fn stage(&self, address: &str, cache: &Path) -> Result<Arc<StageInput>, CliError> {
-        let record = Record::from_json(self.dir.record(address)?).map_err(|error| unreadable(self, &error))?;
+        let record =
+            Record::from_json(self.dir.record(address, &self.json)?).map_err(|error| unreadable(self, &error))?;
         Ok(Arc::new(StageInput {
             address: address.to_owned(),
             kind: record.head.kind.clone(),

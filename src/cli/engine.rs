@@ -1,26 +1,33 @@
-//! The engine that this build has.
+//! The engine that this build has, and the workers that run it.
 
 use super::error::CliError;
-use crate::inference::{Engine, GpuIdentity};
+use crate::inference::{Engine, GpuIdentity, InferenceError};
+use crate::run::{WorkerError, Workers, serve};
+use crate::stages::catalogue;
 use std::sync::Arc;
 
-/// Builds the engine for a device and tells why it is that one.
+/// Builds the engine for a device and says why it is that one.
 ///
 /// # Errors
 /// Where this build or this machine has no such device.
 #[cfg(feature = "cpu")]
-pub fn build(device: &str) -> Result<(Arc<dyn Engine>, String), CliError> {
-    Ok(crate::engine::build(device)?)
+pub fn build(device: &str) -> Result<(Arc<dyn Engine>, String), InferenceError> {
+    crate::engine::build(device)
 }
 
-/// Builds the engine for a device and tells why it is that one.
+/// Builds the engine for a device and says why it is that one.
 ///
 /// # Errors
 /// Always: this build has none.
 #[cfg(not(feature = "cpu"))]
-pub fn build(device: &str) -> Result<(Arc<dyn Engine>, String), CliError> {
+pub fn build(device: &str) -> Result<(Arc<dyn Engine>, String), InferenceError> {
     let reason = "this labpipe was built without an engine; build it with its default features".to_owned();
-    Err(crate::inference::InferenceError::Device { device: device.to_owned(), reason }.into())
+    Err(InferenceError::Device { device: device.to_owned(), reason })
+}
+
+/// Runs stages for the parent process until it closes stdin.
+pub fn work(device: &str) -> u8 {
+    serve(&catalogue(), device, || build(device))
 }
 
 /// Returns the machine's GPUs; nothing where this build or this machine has nobody to ask.
@@ -29,4 +36,19 @@ pub fn gpus() -> Option<Vec<GpuIdentity>> {
     return crate::engine::gpus();
     #[cfg(not(feature = "cuda"))]
     None
+}
+
+/// Starts the workers of a device.
+///
+/// # Errors
+/// Where the device can't be used, or this program can't start itself again.
+pub fn workers(device: &str) -> Result<Workers, CliError> {
+    let program = std::env::current_exe().map_err(|error| CliError::Usage {
+        message: format!("failed to find this program's own file, which workers are started from: {error}"),
+        hint: None,
+    })?;
+    Workers::start(program, device).map_err(|error| match error {
+        WorkerError::Device(error) => CliError::Device(error),
+        other => CliError::Worker(other),
+    })
 }

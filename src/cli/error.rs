@@ -29,6 +29,8 @@ pub enum CliError {
     Hub(#[from] HubError),
     #[error("failed to {0}")]
     Record(#[from] RecordError),
+    #[error("failed to {0}")]
+    Worker(crate::run::WorkerError),
     #[error("{message}")]
     Usage { message: String, hint: Option<String> },
     #[error("failed to write to stdout: {0}")]
@@ -41,7 +43,7 @@ impl CliError {
         match self {
             CliError::Device(_) => 4,
             CliError::Refused(_) => 5,
-            CliError::Store(_) | CliError::Record(_) => 3,
+            CliError::Store(_) | CliError::Record(_) | CliError::Worker(_) => 3,
             CliError::Output(_) => 6,
             CliError::Pipeline(_)
             | CliError::Read { .. }

@@ -81,9 +81,9 @@ fn start(
     let events = sink(global.log_format(), global.level());
     download(&read, &global.root, &events)?;
     let (planned, verified) = planned_and_verified(global, &read, selection, &events)?;
-    let Planned { plan, store, sources, engine, device_reason, guard } = planned;
+    let Planned { plan, store, sources, workers, guard } = planned;
     let results = Results::new(&global.results);
-    let info = engine.info();
+    let info = workers.info().clone();
     let run_dir = results.reserve(&read.pipeline.name, &run_id())?;
     let active = store.list_run(&run_dir.run_id(), &read.pipeline.name, planned_keys(&plan))?;
     // From here on gc goes by the list.
@@ -104,7 +104,7 @@ fn start(
         matrix: read.options.matrix.clone(),
         device_asked: read.options.device.clone(),
         device: info.device.clone(),
-        device_reason,
+        device_reason: workers.reason().to_owned(),
         environment: environment(&info, engine::gpus().as_deref()),
         started_at: timestamp(),
         ended_at: None,
@@ -129,7 +129,7 @@ fn start(
         sources: &sources,
         run_dir: &run_dir,
         run_file,
-        engine,
+        runner: Arc::new(workers),
         events,
         cancel: Arc::clone(&cancel),
         jobs,
@@ -207,12 +207,12 @@ fn closing(outcome: &RunOutcome, run_dir: &Path, again: &Again) -> String {
     }
     let Again { command, repeats } = again;
     if outcome.was_cancelled && repeats.is_empty() {
-        text.push_str(&format!("\nstopped; {command} goes on from the last committed stage"));
+        text.push_str(&format!("\nstopped; to go on from the last committed stage:\n{command}"));
     } else if outcome.was_cancelled {
         let repeats = repeats.join(" ");
-        text.push_str(&format!("\nstopped; {command} goes on; what {repeats} asks for is computed again"));
+        text.push_str(&format!("\nstopped; to go on (what {repeats} asks for is computed again):\n{command}"));
     } else if outcome.exit_code != 0 {
-        text.push_str(&format!("\nsome stages failed; mend the cause and run again: {command}"));
+        text.push_str(&format!("\nsome stages failed; mend the cause and run again:\n{command}"));
     }
     text
 }

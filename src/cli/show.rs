@@ -48,11 +48,13 @@ fn address(run: &Value, name: &str) -> Result<String, CliError> {
 }
 
 fn record(dir: &RunDir, run: &Value, address: &str) -> Result<Value, CliError> {
-    dir.record(address).map_err(|error| {
+    dir.record(address, run).map_err(|error| {
         let status = run["stages"].as_array().into_iter().flatten().find(|stage| stage["stage"] == address);
         match status.and_then(|status| status["error"].as_str()) {
             Some(reason) => {
-                CliError::Usage { message: format!("stage {address} left no record: failed to {reason}"), hint: None }
+                let outcome = status.and_then(|status| status["outcome"].as_str()).unwrap_or_default();
+                let reason = if outcome == "failed" { format!("it failed to {reason}") } else { reason.to_owned() };
+                CliError::Usage { message: format!("stage {address} left no record: {reason}"), hint: None }
             }
             None => CliError::Store(error),
         }

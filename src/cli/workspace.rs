@@ -5,13 +5,12 @@ use super::engine;
 use super::error::CliError;
 use crate::event::{Event, EventSink, Level};
 use crate::hub::HubSettings;
-use crate::inference::Engine;
 use crate::pipeline::{Diagnostic, ParseOptions, Pipeline, PipelineError, parse};
 use crate::plan::{MissingFile, Plan, PlanError, Remeasure, Selection, build};
-use crate::run::{Sources, StoreFacts, Verified, verify_cached};
+use crate::run::{Sources, StoreFacts, Verified, Workers, verify_cached};
 use crate::stage::Catalogue;
 use crate::stages::catalogue;
-use crate::store::{FileHashes, Store, UseGuard};
+use crate::store::{FileHashes, Store, UseGuard, note_once};
 use crate::ui;
 use crate::units::{format_bytes, format_seconds};
 use crate::yaml::{MAX_TEXT_BYTES, decode};
@@ -37,8 +36,7 @@ pub struct Planned {
     pub plan: Plan,
     pub store: Store,
     pub sources: Sources,
-    pub engine: Arc<dyn Engine>,
-    pub device_reason: String,
+    pub workers: Workers,
     /// Keeps gc off what the plan found.
     pub guard: UseGuard,
 }
@@ -142,12 +140,12 @@ fn missing_files(read: &Read, files: &[MissingFile]) -> PipelineError {
     PipelineError { origin: read.pipeline.origin.clone(), text: read.text.clone(), diagnostics }
 }
 
-/// Builds the engine, opens the store and plans.
+/// Starts a worker on the device, opens the store and plans.
 ///
 /// # Errors
 /// `Device`, `Store`, `Plan`; `Pipeline` where it names files that aren't there.
 pub fn planned(global: &Global, read: &Read, selection: &Selection) -> Result<Planned, CliError> {
-    let (engine, device_reason) = engine::build(&read.pipeline.device)?;
+    let workers = engine::workers(&read.pipeline.device)?;
     let store = Store::open(&global.cache)?;
     let guard = store.hold_off_gc(&|| true)?;
     let sources = Sources::new(&global.root, read.hub.clone(), FileHashes::open(store.dir()));
@@ -155,11 +153,14 @@ pub fn planned(global: &Global, read: &Read, selection: &Selection) -> Result<Pl
         store: store.clone(),
         sources: &sources,
         pipeline: read.pipeline.name.clone(),
-        engine: engine.info(),
+        engine: workers.info().clone(),
     };
     let plan = plan(read, selection, &facts)?;
-    sources.flush()?;
-    Ok(Planned { plan, store, sources, engine, device_reason, guard })
+    if let Err(error) = sources.flush() {
+        // What was hashed is hashed again next time; nothing else is lost.
+        note_once("file hashes", format!("failed to {error}; files are hashed again next time"));
+    }
+    Ok(Planned { plan, store, sources, workers, guard })
 }
 
 fn plan(read: &Read, selection: &Selection, facts: &StoreFacts<'_>) -> Result<Plan, CliError> {
@@ -198,7 +199,7 @@ pub fn planned_and_verified(
             store: planned.store.clone(),
             sources: &planned.sources,
             pipeline: read.pipeline.name.clone(),
-            engine: planned.engine.info(),
+            engine: planned.workers.info().clone(),
         };
         planned.plan = plan(read, selection, &facts)?;
     }

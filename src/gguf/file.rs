@@ -118,8 +118,11 @@ impl GgufFile {
         for (what, n, max, least) in
             [("metadata pairs", n_pairs, MAX_PAIRS, PAIR_BYTES), ("tensors", n_tensors, MAX_TENSORS, TENSOR_BYTES)]
         {
-            if n > max || n * least > n_left {
+            if n.saturating_mul(least) > n_left {
                 return Err(self.fail(format!("its header claims {n} {what}, more than the file has room for")));
+            }
+            if n > max {
+                return Err(self.fail(format!("it has {n} {what}, more than the {max} that labpipe reads")));
             }
         }
         for _ in 0..n_pairs {

@@ -3,14 +3,20 @@
 mod activation;
 mod difference;
 mod divergence;
+mod intervals;
 mod perplexity;
+mod starts;
 mod statistics;
 
 pub use activation::ActivationDiff;
 pub use difference::{Difference, Estimate, difference, paired_difference};
 pub use divergence::{TokenPair, divergence};
+pub use intervals::{MIN_BLOCK_TOKENS, MeanInterval, mean_interval};
 pub use perplexity::{
     Convention, Cut, PerplexitySum, TextUnits, Window, half_windows, rolling_windows, short_text_note, windows,
+};
+pub use starts::{
+    MIN_VERDICT_DF, RateInterval, RateRatio, StartVariance, own_variance, pooled_variance, rate_interval, rate_ratio,
 };
 pub use statistics::{mean_and_stderr, percentile, quantile_stderr, statistics};
 

@@ -2,7 +2,7 @@
 
 use super::Evidence;
 use super::evidence::{Diff, Diverged};
-use super::layer_findings::most_damaged;
+use super::layer_findings::furthest_first;
 use super::markdown::{code, listed};
 use super::measure::Measure;
 use super::model::Model;
@@ -206,7 +206,7 @@ fn common<'e>(
 }
 
 fn damage(diff: &Diff<'_>) -> Option<String> {
-    let ranked = most_damaged(&diff.rows);
+    let ranked = furthest_first(&diff.rows);
     let worst = ranked.first()?;
     if worst.mse == 0.0 {
         return Some(format!(

@@ -1,4 +1,7 @@
-//! What a diff shows: which modules suffer most, by operation and by layer.
+//! What a diff shows: how far each module's output is from the reference's, by operation and by layer.
+//!
+//! In cumulative mode that distance is the effect of all errors up to the module; it is no sensitivity, and does not say which modules
+//! to keep in a higher precision.
 
 use crate::artifact::ModuleDiff;
 use crate::metrics::percentile;
@@ -14,8 +17,8 @@ pub struct Group<'a> {
     pub sqnr_db_median: Option<f64>,
     pub cosine_mean: f64,
     pub mse_max: f64,
-    /// The most damaged module.
-    pub worst: &'a ModuleDiff,
+    /// The module whose output is furthest from the reference's.
+    pub furthest: &'a ModuleDiff,
 }
 
 /// Returns true for the operations that hold a matrix, which are what quantization touches.
@@ -23,16 +26,16 @@ pub fn is_linear(op: &str) -> bool {
     op.ends_with("proj") || op == "lm_head" || op == "linear"
 }
 
-/// Returns linears (all modules where there are none), most damaged first: lowest SQNR, then lowest cosine. Exact
-/// ones stand last.
-pub fn most_damaged(rows: &[ModuleDiff]) -> Vec<&ModuleDiff> {
+/// Returns linears (all modules where there are none), the one whose output is furthest from the reference's first: lowest SQNR, then
+/// lowest cosine. Exact ones stand last.
+pub fn furthest_first(rows: &[ModuleDiff]) -> Vec<&ModuleDiff> {
     let has_linears = rows.iter().any(|row| is_linear(&row.op));
     let mut ranked: Vec<&ModuleDiff> = rows.iter().filter(|row| !has_linears || is_linear(&row.op)).collect();
-    ranked.sort_by(|a, b| by_damage(a, b));
+    ranked.sort_by(|a, b| by_distance(a, b));
     ranked
 }
 
-fn by_damage(a: &ModuleDiff, b: &ModuleDiff) -> Ordering {
+fn by_distance(a: &ModuleDiff, b: &ModuleDiff) -> Ordering {
     let sqnr = |row: &ModuleDiff| match row.sqnr_db.filter(|db| !db.is_nan()) {
         Some(db) => db,
         None if row.mse == 0.0 => f64::INFINITY,
@@ -67,7 +70,7 @@ pub fn by_layer(rows: &[ModuleDiff]) -> Vec<Group<'_>> {
 }
 
 fn group(name: String, rows: Vec<&ModuleDiff>) -> Option<Group<'_>> {
-    let worst = *rows.iter().min_by(|a, b| by_damage(a, b))?;
+    let furthest = *rows.iter().min_by(|a, b| by_distance(a, b))?;
     let mut sqnrs: Vec<f64> = rows.iter().filter_map(|row| row.sqnr_db).collect();
     sqnrs.sort_by(f64::total_cmp);
     Some(Group {
@@ -77,7 +80,7 @@ fn group(name: String, rows: Vec<&ModuleDiff>) -> Option<Group<'_>> {
         cosine_mean: rows.iter().map(|row| row.cosine).sum::<f64>() / rows.len() as f64,
         // NaN is not passed over: f64::max would.
         mse_max: rows.iter().map(|row| row.mse).fold(0.0, |max, mse| if mse.is_nan() || mse > max { mse } else { max }),
-        worst,
+        furthest,
     })
 }
 
@@ -91,20 +94,20 @@ mod tests {
         let mut rows = module_diffs(2);
         rows[3].sqnr_db = None;
         rows[3].mse = 0.0;
-        let ranked = most_damaged(&rows);
+        let ranked = furthest_first(&rows);
         assert!(ranked.iter().all(|row| is_linear(&row.op)));
-        assert!(ranked.windows(2).all(|pair| by_damage(pair[0], pair[1]) != Ordering::Greater));
+        assert!(ranked.windows(2).all(|pair| by_distance(pair[0], pair[1]) != Ordering::Greater));
         assert_eq!(ranked.last().unwrap().module, rows[3].module);
     }
 
     #[test]
-    fn modules_without_numbers_are_the_most_damaged() {
+    fn modules_without_numbers_are_the_furthest_first() {
         let mut rows = module_diffs(2);
         let lost = rows.iter().position(|row| row.op == "down_proj").unwrap();
         (rows[lost].mse, rows[lost].cosine, rows[lost].sqnr_db) = (f64::NAN, f64::NAN, Some(f64::NAN));
-        assert_eq!(most_damaged(&rows)[0].module, rows[lost].module);
+        assert_eq!(furthest_first(&rows)[0].module, rows[lost].module);
         let layers = by_layer(&rows);
-        assert!(layers[0].mse_max.is_nan() && layers[0].worst.module == rows[lost].module);
+        assert!(layers[0].mse_max.is_nan() && layers[0].furthest.module == rows[lost].module);
     }
 
     #[test]
@@ -113,6 +116,6 @@ mod tests {
         assert_eq!(by_op(&rows).iter().map(|group| group.n_modules).sum::<usize>(), rows.len());
         let layers = by_layer(&rows);
         assert_eq!(layers.iter().map(|group| group.name.as_str()).collect::<Vec<_>>(), ["0", "1", "2"]);
-        assert!(layers.iter().all(|group| group.worst.layer_idx.is_some()));
+        assert!(layers.iter().all(|group| group.furthest.layer_idx.is_some()));
     }
 }

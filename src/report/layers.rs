@@ -2,7 +2,7 @@
 
 use super::Evidence;
 use super::evidence::Diff;
-use super::layer_findings::{Group, by_layer, by_op, is_linear, most_damaged};
+use super::layer_findings::{Group, by_layer, by_op, furthest_first, is_linear};
 use super::markdown::{Table, code};
 use super::numbers::{decimals, significant, thousands};
 use super::paths::Names;
@@ -13,7 +13,7 @@ use rayon::prelude::*;
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
-/// Rows of the table of most damaged modules.
+/// Rows of the table of modules furthest from the reference.
 const N_RANKED: usize = 10;
 /// Scatter plots shown in the text itself; the others are linked.
 const N_SHOWN: usize = 3;
@@ -109,7 +109,7 @@ fn document_text(evidence: &Evidence<'_>, diff: &Diff<'_>, links: &BTreeMap<&str
     let mut text = format!("# Layer analysis: {candidate} against {reference}\n\n");
     text.push_str(&introduction(diff));
     text.push_str(
-        "\n[Summary](#summary) · [Most damaged modules](#most-damaged-modules) · [By operation](#by-operation) · \
+        "\n[Summary](#summary) · [Furthest from the reference](#furthest-from-the-reference) · [By operation](#by-operation) · \
          [By layer](#by-layer) · \
          [All modules](#all-modules) · [How to read this](#how-to-read-this)\n",
     );
@@ -121,7 +121,7 @@ fn document_text(evidence: &Evidence<'_>, diff: &Diff<'_>, links: &BTreeMap<&str
         "The same as [SVG](images/summary.svg). Left axis: negative mean squared error, a decade a step; \
         right axis: cosine similarity. Higher is closer to the reference.\n",
     );
-    text.push_str(&damaged(diff, links));
+    text.push_str(&furthest(diff, links));
     text.push_str("\n## By operation\n\nIn execution order. Medians are over modules.\n\n");
     text.push_str(&groups(&by_op(&diff.rows), "operation"));
     let layers = by_layer(&diff.rows);
@@ -179,10 +179,19 @@ fn token_range(rows: &[ModuleDiff]) -> String {
     if min == max { thousands(max) } else { format!("{} to {}", thousands(min), thousands(max)) }
 }
 
-fn damaged(diff: &Diff<'_>, links: &BTreeMap<&str, String>) -> String {
-    let ranked = most_damaged(&diff.rows);
+/// What a cumulative distance is, and is not.
+const CUMULATIVE: &str = " Each figure is the distance of a module's output when all errors up to there act together. It is not the \
+    module's sensitivity: a module that stands first may add no error of its own, and keeping it in a higher precision may gain little.";
+
+fn furthest(diff: &Diff<'_>, links: &BTreeMap<&str, String>) -> String {
+    let ranked = furthest_first(&diff.rows);
     let mut text =
-        "\n## Most damaged modules\n\nLinears by signal to noise (SQNR), lowest first; ties by cosine.\n\n".to_owned();
+        "\n## Furthest from the reference\n\nLinears by signal to noise (SQNR), lowest first; ties by cosine."
+            .to_owned();
+    if diff.mode == "cumulative" {
+        text.push_str(CUMULATIVE);
+    }
+    text.push_str("\n\n");
     let mut table = Table::new([
         "rank",
         "module",
@@ -217,8 +226,7 @@ fn damaged(diff: &Diff<'_>, links: &BTreeMap<&str, String>) -> String {
 }
 
 fn groups(groups: &[Group<'_>], name: &str) -> String {
-    let mut table =
-        Table::new([name, "n modules", "SQNR median", "cosine mean", "MSE max", "most damaged", "its SQNR"]);
+    let mut table = Table::new([name, "n modules", "SQNR median", "cosine mean", "MSE max", "furthest", "its SQNR"]);
     for group in groups {
         table.row([
             group.name.clone(),
@@ -226,8 +234,8 @@ fn groups(groups: &[Group<'_>], name: &str) -> String {
             sqnr(group.sqnr_db_median, group.mse_max),
             decimals(group.cosine_mean, 5),
             significant(group.mse_max),
-            code(&group.worst.module),
-            sqnr(group.worst.sqnr_db, group.worst.mse),
+            code(&group.furthest.module),
+            sqnr(group.furthest.sqnr_db, group.furthest.mse),
         ]);
     }
     table.render()

@@ -3,7 +3,7 @@
 use super::comparison::comparison;
 use super::details::sections;
 use super::findings::paragraph;
-use super::layer_findings::most_damaged;
+use super::layer_findings::furthest_first;
 use super::layers::{LayerFiles, layer_analyses, plot_files, sqnr};
 use super::markdown::{Table, code, listed, plain};
 use super::numbers::{decimals, thousands};
@@ -172,21 +172,22 @@ fn frontier_plot(evidence: &Evidence<'_>) -> Result<Option<Frontier>, ReportErro
 
 fn layer_section(evidence: &Evidence<'_>, layers: &[LayerFiles]) -> String {
     let mut text = "\n## Layer analysis\n\nThe linear module whose output is furthest from the reference's, by \
-        signal to noise (SQNR), and where to read more.\n\n"
+        signal to noise (SQNR), and where to read more. In cumulative mode it shows where all errors so far act together, not which \
+        module causes them.\n\n"
         .to_owned();
     let mut table = Table::new([
         "diff",
         "candidate",
         "reference",
         "modules",
-        "most damaged linear",
+        "furthest linear",
         "SQNR",
         "cosine",
         "n tokens",
         "analysis",
     ]);
     for (diff, files) in evidence.diffs.iter().zip(layers) {
-        let ranked = most_damaged(&diff.rows);
+        let ranked = furthest_first(&diff.rows);
         let worst = ranked.first();
         table.row([
             code(&diff.stage.address),

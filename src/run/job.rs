@@ -2,18 +2,16 @@
 
 use super::JobError;
 use super::progress::StageProgress;
-use super::residency::Residency;
 use super::run_file::timestamp;
+use super::runner::{RunnerError, StageRunner, StageTask};
 use super::sources::{Sources, Stamps};
 use crate::artifact::{FORMAT_VERSION, Record, RecordHead};
 use crate::event::{Level, Progress};
-use crate::inference::{Engine, InferenceError};
 use crate::plan::{Key, KeyFields, PlanNode, Source};
-use crate::stage::{Stage, StageContext, StageError, StageInput};
+use crate::stage::{Stage, StageError, StageInput};
 use crate::store::{Artifact, ManifestDraft, Part, Store, StoreError};
 use std::cell::Cell;
 use std::collections::BTreeMap;
-use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Instant;
@@ -35,8 +33,9 @@ pub struct Job<'a> {
     /// What the stage reads outside the cache, with what is known of it.
     pub reads: Vec<&'a Source>,
     pub sources: &'a Sources,
-    pub engine: &'a Arc<dyn Engine>,
-    pub models: &'a Residency,
+    /// Name of the device.
+    pub device: &'a str,
+    pub runner: &'a dyn StageRunner,
     pub progress: &'a StageProgress,
 }
 
@@ -62,22 +61,16 @@ impl Job<'_> {
         let commits = self.verify_inputs()?;
         let stamps = self.sources.verify(&self.reads)?;
         let (started_at, start) = (timestamp(), Instant::now());
-        let context = StageContext {
+        let task = StageTask {
             address: &self.node.stage.address,
             params: &self.node.stage.params,
             root: self.root,
             inputs: &self.inputs,
             missing_inputs: &self.missing,
             out_dir: staging.dir(),
-            engine: self.engine.as_ref(),
-            models: self.models,
             progress: self.progress,
         };
-        let output = match catch_unwind(AssertUnwindSafe(|| self.stage.run(&context))) {
-            Ok(Ok(output)) => output,
-            Ok(Err(error)) => return Err(self.failure(error, &stamps)),
-            Err(payload) => return Err(JobError::Panic { message: message(payload.as_ref()) }),
-        };
+        let output = self.runner.run(self.stage.as_ref(), &task).map_err(|error| self.failure(error, &stamps))?;
         if self.progress.is_cancelled() {
             return Err(StageError::Cancelled.into());
         }
@@ -96,7 +89,7 @@ impl Job<'_> {
             cached: false,
             started_at,
             duration_s,
-            device: computes.then(|| self.engine.info().device),
+            device: computes.then(|| self.device.to_owned()),
             params: self.node.stage.params.clone(),
         };
         let mut body = output.body;
@@ -137,39 +130,23 @@ impl Job<'_> {
         }
     }
 
-    /// Checks that the stage read what its key says. The model goes where it did not: other stages must not compute with it.
+    /// Checks that the stage read what its key says. The model is dropped where it did not: other stages must not compute with it.
     fn unchanged(&self, stamps: &Stamps) -> Result<(), JobError> {
         self.sources.verify_since(stamps, &self.reads).map_err(|error| {
-            self.models.retain(&[]);
+            self.runner.retain(&[]);
             error.into()
         })
     }
 
-    /// Returns why a stage failed: a file that was changed under it goes before what the stage made of that.
-    fn failure(&self, error: StageError, stamps: &Stamps) -> JobError {
-        let is_device = matches!(&error, StageError::Inference(error) if error.is_device());
+    /// Returns why a stage failed: a file that was changed meanwhile explains what the stage made of it.
+    fn failure(&self, error: RunnerError, stamps: &Stamps) -> JobError {
+        let may_be_the_file = match &error {
+            RunnerError::Stage(error) => !error.is_device() && !error.is_cancelled(),
+            RunnerError::Panic { .. } | RunnerError::WorkerLost { .. } => false,
+        };
         match self.unchanged(stamps) {
-            Err(change) if !is_device && !error.is_cancelled() => change,
-            _ => self.device_failure(error).into(),
+            Err(change) if may_be_the_file => change,
+            _ => error.into(),
         }
     }
-
-    /// Names the device that failed a stage and what was free on it. The model goes: memory that a failed allocation left
-    /// half-filled must not be another stage's.
-    fn device_failure(&self, error: StageError) -> StageError {
-        match error {
-            StageError::Inference(error) if error.is_device() => {
-                let is_full = matches!(error, InferenceError::OutOfMemory { .. });
-                let free_bytes = if is_full { self.engine.free_bytes() } else { None };
-                self.models.retain(&[]);
-                error.located(&self.engine.info().device, free_bytes).into()
-            }
-            other => other,
-        }
-    }
-}
-
-fn message(payload: &(dyn std::any::Any + Send)) -> String {
-    let text = payload.downcast_ref::<String>().map(String::as_str).or_else(|| payload.downcast_ref::<&str>().copied());
-    text.unwrap_or("no message").lines().next().unwrap_or_default().to_owned()
 }

@@ -11,9 +11,11 @@ mod progress;
 mod repeat;
 mod residency;
 mod run_file;
+mod runner;
 mod schedule;
 mod show_as;
 mod sources;
+mod workers;
 
 pub use environment::{environment, load_average};
 pub use facts::StoreFacts;
@@ -23,8 +25,11 @@ pub use progress::StageProgress;
 pub use repeat::{external_files, planned_stages};
 pub use residency::Residency;
 pub use run_file::{RunFile, run_id, timestamp};
+pub use runner::{InProcess, RunnerError, StageRunner, StageTask};
 pub use schedule::{RunOutcome, RunRequest, execute};
 pub use sources::{SourceError, Sources, hub_references};
+
+pub use workers::{WorkerError, Workers, serve};
 
 /// Why a stage did not give a result.
 #[derive(Debug, thiserror::Error)]
@@ -40,6 +45,18 @@ pub enum JobError {
     Source(#[from] SourceError),
     #[error("go on: stage code panicked ({message}); this is a bug in labpipe, please report it")]
     Panic { message: String },
+    #[error("finish: its worker process {reason}")]
+    WorkerLost { reason: String },
+}
+
+impl From<RunnerError> for JobError {
+    fn from(error: RunnerError) -> JobError {
+        match error {
+            RunnerError::Stage(error) => JobError::Stage(error),
+            RunnerError::Panic { message } => JobError::Panic { message },
+            RunnerError::WorkerLost { reason } => JobError::WorkerLost { reason },
+        }
+    }
 }
 
 impl JobError {
@@ -47,8 +64,12 @@ impl JobError {
     pub fn exit_code(&self) -> u8 {
         match self {
             JobError::Panic { .. } => 1,
-            JobError::Stage(crate::stage::StageError::Inference(error)) if error.is_device() => 4,
-            JobError::Stage(_) | JobError::Store(_) | JobError::Source(_) | JobError::InputReplaced { .. } => 3,
+            JobError::Stage(error) if error.is_device() => 4,
+            JobError::Stage(_)
+            | JobError::Store(_)
+            | JobError::Source(_)
+            | JobError::InputReplaced { .. }
+            | JobError::WorkerLost { .. } => 3,
         }
     }
 
@@ -56,7 +77,10 @@ impl JobError {
         match self {
             JobError::Stage(error) => error.is_cancelled(),
             JobError::Store(error) => matches!(error, crate::store::StoreError::Cancelled { .. }),
-            JobError::Source(_) | JobError::Panic { .. } | JobError::InputReplaced { .. } => false,
+            JobError::Source(_)
+            | JobError::Panic { .. }
+            | JobError::InputReplaced { .. }
+            | JobError::WorkerLost { .. } => false,
         }
     }
 }

@@ -4,13 +4,13 @@
 use super::JobError;
 use super::job::Job;
 use super::progress::StageProgress;
-use super::residency::Residency;
 use super::run_file::RunFile;
+use super::runner::StageRunner;
 use super::show_as::show_as;
 use super::sources::Sources;
 use crate::artifact::{Record, StageStatus};
 use crate::event::{Event, EventSink, Level, Outcome};
-use crate::inference::{Engine, ModelRecipe};
+use crate::inference::ModelRecipe;
 use crate::plan::{InputKey, Key, Plan, PlanNode, Reason, resolve_key};
 use crate::stage::{Catalogue, StageError, StageInput};
 use crate::store::{ActiveRun, Artifact, Part, RunDir, Store, StoreError, take_notes};
@@ -35,7 +35,7 @@ pub struct RunRequest<'a> {
     pub sources: &'a Sources,
     pub run_dir: &'a RunDir,
     pub run_file: RunFile,
-    pub engine: Arc<dyn Engine>,
+    pub runner: Arc<dyn StageRunner>,
     pub events: Arc<dyn EventSink>,
     /// Set from outside to stop.
     pub cancel: Arc<AtomicBool>,
@@ -74,7 +74,6 @@ struct Shared {
 
 struct Executor<'a> {
     request: &'a RunRequest<'a>,
-    models: Residency,
     shared: Mutex<Shared>,
     changed: Condvar,
     start: Instant,
@@ -102,9 +101,7 @@ pub fn execute(request: &RunRequest<'_>) -> Result<RunOutcome, StoreError> {
         n_stages: plan.graph.node_weights().filter(|node| node.selected || !node.runs).count(),
         n_cached,
     });
-    let models = Residency::new(Arc::clone(&request.engine));
-    let executor =
-        Executor { request, models, shared: Mutex::new(shared), changed: Condvar::new(), start: Instant::now() };
+    let executor = Executor { request, shared: Mutex::new(shared), changed: Condvar::new(), start: Instant::now() };
     executor.save(&mut executor.lock())?;
     std::thread::scope(|scope| {
         for worker_idx in 1..request.jobs.max(1) {
@@ -152,7 +149,7 @@ impl Executor<'_> {
             shared.states.insert(next, state);
             shared.statuses.insert(next, status);
             shared.exit_codes.extend(exit_code);
-            self.models.retain(&self.needed_models(&shared));
+            self.request.runner.retain(&self.needed_models(&shared));
             self.tell_notes();
             if let Err(error) = self.save(&mut shared) {
                 self.request.events.emit(Event::Note {
@@ -224,6 +221,7 @@ impl Executor<'_> {
             duration_s: None,
             summary: None,
             error: None,
+            record_blake3: None,
         };
         let blocked = match (&blocked_by, data.selected || !data.runs, self.cancelled()) {
             (_, _, true) => Some((Outcome::Cancelled, "the run was stopped".to_owned())),
@@ -252,7 +250,10 @@ impl Executor<'_> {
             Ok(Some(artifact)) => {
                 self.request.store.note_use(&self.request.plan.pipeline, &address, &key, &fields);
                 return match self.keep(data, &artifact, true) {
-                    Ok(record) => self.cached(status, &artifact, record, inputs, start),
+                    Ok((record, blake3)) => {
+                        status.record_blake3 = Some(blake3);
+                        self.cached(status, &artifact, record, inputs, start)
+                    }
                     Err(error) => self.failed(status, &error.into(), start),
                 };
             }
@@ -283,8 +284,8 @@ impl Executor<'_> {
             store: self.request.store,
             reads: self.request.plan.reads(node),
             sources: self.request.sources,
-            engine: &self.request.engine,
-            models: &self.models,
+            device: &self.request.run_file.device,
+            runner: self.request.runner.as_ref(),
             progress: &progress,
         };
         let done = job.run().and_then(|(artifact, was_cached, summary)| {
@@ -292,8 +293,12 @@ impl Executor<'_> {
         });
         match done {
             Err(error) => self.failed(status, &error, start),
-            Ok((record, artifact, true, _)) => self.cached(status, &artifact, record, job.inputs, start),
-            Ok((record, artifact, false, summary)) => {
+            Ok(((record, blake3), artifact, true, _)) => {
+                status.record_blake3 = Some(blake3);
+                self.cached(status, &artifact, record, job.inputs, start)
+            }
+            Ok(((record, blake3), artifact, false, summary)) => {
+                status.record_blake3 = Some(blake3);
                 let result = input_of(&artifact, record, job.inputs);
                 self.ended(status, Outcome::Done, Some(result), start, summary, None)
             }
@@ -373,15 +378,16 @@ impl Executor<'_> {
         self.request.store.get(&Key(input.key.clone())).map(|artifact| artifact.manifest.digest)
     }
 
-    /// Writes a stage's record into the run's results, as this stage shows it: another may have computed it under another name.
-    fn keep(&self, node: &PlanNode, artifact: &Artifact, cached: bool) -> Result<Record, StoreError> {
+    /// Writes a stage's record into the run's results, as this stage shows it: another may have computed it under another name. Returns
+    /// it with the blake3 of its file.
+    fn keep(&self, node: &PlanNode, artifact: &Artifact, cached: bool) -> Result<(Record, String), StoreError> {
         let mut record = artifact.record.clone();
         show_as(&mut record, node);
         record.head.pipeline.clone_from(&self.request.plan.pipeline);
         record.head.run_id.clone_from(&self.request.run_file.run_id);
         record.head.cached = cached;
-        self.request.run_dir.write_stage(&record, artifact)?;
-        Ok(record)
+        let blake3 = self.request.run_dir.write_stage(&record, artifact)?;
+        Ok((record, blake3))
     }
 
     fn cached(

@@ -113,7 +113,11 @@ impl Store {
     /// Returns the time now by the clock of the cache's file system, which may not be this machine's.
     fn now(&self) -> Result<SystemTime, StoreError> {
         let path = self.gc_lock_path();
-        fs::write(&path, b"\n").map_err(StoreError::io("write", &path))?;
+        match fs::write(&path, b"\n") {
+            // gc is what makes room on a full disk.
+            Err(error) if is_full(&error) => return Ok(SystemTime::now()),
+            other => other.map_err(StoreError::io("write", &path))?,
+        }
         fs::metadata(&path).and_then(|meta| meta.modified()).map_err(StoreError::io("read", &path))
     }
 
@@ -190,6 +194,11 @@ fn chosen<'a>(candidates: &'a [Candidate], request: &GcRequest<'_>, start: Syste
         chosen.push((candidate, format!("last used {days} days ago{measured}")));
     }
     chosen
+}
+
+/// Returns true if a disk or a quota is full.
+fn is_full(error: &std::io::Error) -> bool {
+    matches!(error.kind(), std::io::ErrorKind::StorageFull | std::io::ErrorKind::QuotaExceeded)
 }
 
 #[cfg(test)]

@@ -57,12 +57,14 @@ impl Holder {
     }
 }
 
-/// Returns the start time of a process as `/proc/<pid>/stat` has it (its 22nd field), or `None` if there is no such process.
+/// Returns the start time of a process as `/proc/<pid>/stat` has it (its 22nd field), or `None` if there is no such process or it has
+/// ended and only waits to be reaped.
 fn start_of(pid: u32) -> Option<String> {
     let text = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
     // The second field is a name in parentheses, which may hold anything.
-    let fields = text.rsplit_once(')')?.1;
-    fields.split_whitespace().nth(19).map(str::to_owned)
+    let mut fields = text.rsplit_once(')')?.1.split_whitespace();
+    let state = fields.next()?;
+    if matches!(state, "Z" | "X" | "x") { None } else { fields.nth(18).map(str::to_owned) }
 }
 
 /// Takes a lock for this process alone, or returns `None` if another has it.
@@ -201,5 +203,19 @@ mod tests {
             fs::write(dir.path().join("key.held"), serde_json::to_vec(&gone).expect("JSON")).expect("a file");
             assert_eq!(OwnedFile::create(&path).expect("an answer").is_some(), is_free, "{gone:?}");
         }
+    }
+
+    #[test]
+    fn a_process_that_ended_and_was_not_reaped_is_gone() {
+        let mut child = std::process::Command::new("true").spawn().expect("a process");
+        let (id, own) = (child.id(), Holder::this_process());
+        let deadline = std::time::Instant::now() + std::time::Duration::from_secs(60);
+        while start_of(id).is_some() {
+            assert!(std::time::Instant::now() < deadline, "it ends within a minute");
+            std::thread::sleep(std::time::Duration::from_millis(5));
+        }
+        assert!(Path::new(&format!("/proc/{id}/stat")).exists(), "it is still listed");
+        assert!(Holder { pid: id, ..own.clone() }.is_gone() && !own.is_gone());
+        child.wait().expect("reaped");
     }
 }

@@ -5,8 +5,8 @@ use super::fs::create_dirs;
 use super::quirks::{is_unsupported, note_once};
 use crate::artifact::number;
 use serde::Serialize;
-use std::fs::OpenOptions;
-use std::io::Write;
+use std::fs::{File, OpenOptions};
+use std::io::{Read, Seek, SeekFrom, Write};
 use std::path::Path;
 
 /// One row; empty cells are what was not measured.
@@ -55,14 +55,31 @@ pub fn append_metrics_csv(path: &Path, rows: &[MetricsRow]) -> Result<(), StoreE
         ),
         other => other.map_err(StoreError::io("lock", path))?,
     }
-    let is_new = file.metadata().map_err(StoreError::io("read", path))?.len() == 0;
+    let ending = last_byte(path).map_err(StoreError::io("read", path))?;
+    let is_new = ending.is_none();
     let mut writer = csv::WriterBuilder::new().has_headers(is_new).from_writer(Vec::new());
     let format = |error: String| StoreError::Format { path: path.to_owned(), reason: error };
     for row in rows {
         writer.serialize(row).map_err(|error| format(error.to_string()))?;
     }
-    let bytes = writer.into_inner().map_err(|error| format(error.to_string()))?;
+    let mut bytes = writer.into_inner().map_err(|error| format(error.to_string()))?;
+    if ending.is_some_and(|byte| byte != b'\n') {
+        // A last line without its end: an editor left it so, or a disk was full.
+        bytes.insert(0, b'\n');
+    }
     file.write_all(&bytes).map_err(StoreError::io("append to", path))
+}
+
+/// Returns a file's last byte; `None` where it is empty.
+fn last_byte(path: &Path) -> std::io::Result<Option<u8>> {
+    let mut file = File::open(path)?;
+    if file.metadata()?.len() == 0 {
+        return Ok(None);
+    }
+    file.seek(SeekFrom::End(-1))?;
+    let mut byte = [0];
+    file.read_exact(&mut byte)?;
+    Ok(Some(byte[0]))
 }
 
 #[cfg(test)]
@@ -98,5 +115,17 @@ mod tests {
             .expect("a row");
         let text = std::fs::read_to_string(&path).expect("the file");
         assert!(text.trim_end().ends_with(",,nan,,inf,"), "{text}");
+    }
+
+    #[test]
+    fn a_row_is_not_appended_to_a_line_that_was_cut() {
+        let dir = tempfile::tempdir().expect("a temporary folder");
+        let path = dir.path().join("metrics.csv");
+        append_metrics_csv(&path, &[MetricsRow::default()]).expect("a row");
+        let whole = std::fs::read_to_string(&path).expect("the file");
+        std::fs::write(&path, whole.trim_end()).expect("an edit");
+        append_metrics_csv(&path, &[MetricsRow { model: "b".to_owned(), ..MetricsRow::default() }]).expect("a row");
+        let text = std::fs::read_to_string(&path).expect("the file");
+        assert!(text.starts_with(&whole) && text.lines().count() == 3 && text.ends_with('\n'), "{text}");
     }
 }

@@ -84,8 +84,14 @@ impl Store {
             Ok(known) => folders.extend(known),
             Err(error) => found.unreadable.push((self.dir().join(RESULTS_FOLDERS), error.to_string())),
         }
+        let own = fs::canonicalize(results).unwrap_or_else(|_| results.to_owned());
         for folder in folders {
+            let n_before = (found.pipelines.len(), found.unreadable.len());
             read_results(&folder, &mut found);
+            if folder != own && (found.pipelines.len(), found.unreadable.len()) == n_before {
+                let reason = "it held runs and holds none now; is its disk mounted?".to_owned();
+                found.unreadable.push((folder.clone(), reason));
+            }
             found.folders.push(folder);
         }
         found
@@ -121,8 +127,11 @@ fn read_results(results: &Path, found: &mut References) {
             read_run(&pipeline, found);
         }
         for run in entries(&pipeline, found) {
-            if run.is_dir() {
-                read_run(&run, found);
+            match fs::metadata(&run) {
+                Ok(meta) if meta.is_dir() => read_run(&run, found),
+                Ok(_) => {}
+                // A link whose target is away, or a folder that may not be looked into.
+                Err(error) => found.unreadable.push((run, error.to_string())),
             }
         }
     }
@@ -135,8 +144,10 @@ fn read_run(run: &Path, found: &mut References) {
         Ok(bytes) => bytes,
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
             // A folder of labpipe's with stages in it had one; any other folder is a person's.
-            if is_run_id(run) && has_records(run) {
-                found.unreadable.push((path, error.to_string()));
+            match has_records(run) {
+                Ok(has_records) if !(is_run_id(run) && has_records) => {}
+                Ok(_) => found.unreadable.push((path, error.to_string())),
+                Err(error) => found.unreadable.push((run.to_owned(), error.to_string())),
             }
             return;
         }
@@ -161,8 +172,8 @@ fn is_run_id(run: &Path) -> bool {
     second.len() == 16 && second.ends_with('Z') && second.as_bytes()[8] == b'T'
 }
 
-fn has_records(run: &Path) -> bool {
-    super::fs::files_below(run).is_ok_and(|files| files.iter().any(|file| file.ends_with("record.json")))
+fn has_records(run: &Path) -> Result<bool, StoreError> {
+    super::fs::files_below(run).map(|files| files.iter().any(|file| file.ends_with("record.json")))
 }
 
 #[cfg(test)]
@@ -214,6 +225,17 @@ mod tests {
         fs::create_dir_all(results.join("p/20260101T000000Z-abcd/ppl")).expect("a folder");
         fs::write(results.join("p/20260101T000000Z-abcd/ppl/record.json"), "{}").expect("a record");
         assert_eq!(store.references(&results).unreadable.len(), 1, "its run.json is gone");
+        let (dir, store, results) = lab();
+        std::os::unix::fs::symlink(dir.path().join("away"), results.join("p/archived")).expect("a link");
+        let found = store.references(&results);
+        assert!(matches!(&found.unreadable[..], [(path, _)] if path.ends_with("p/archived")), "{found:?}");
+        let (dir, store, results) = lab();
+        let other = dir.path().join("other");
+        run(&other, "q/b", r#"{"format_version":1,"stages":[]}"#);
+        store.note_results(&other).expect("noted");
+        fs::remove_dir_all(other.join("q")).expect("its disk is away");
+        let found = store.references(&results);
+        assert!(matches!(&found.unreadable[..], [(path, _)] if path.ends_with("other")), "{found:?}");
         let (_dir, store, results) = lab();
         fs::remove_dir_all(&results).expect("gone");
         assert_eq!(store.references(&results).unreadable.len(), 1);

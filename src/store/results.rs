@@ -178,7 +178,7 @@ impl RunDir {
     ///
     /// # Errors
     /// `Damaged` where a file is not as it was committed; `Io`.
-    pub fn write_stage(&self, record: &Record, artifact: &Artifact) -> Result<PathBuf, StoreError> {
+    pub fn write_stage(&self, record: &Record, artifact: &Artifact) -> Result<String, StoreError> {
         let dir = self.stage_dir(&record.head.stage);
         create_dirs(&dir)?;
         for file in artifact.manifest.files.iter().filter(|file| file.is_for_people()) {
@@ -194,17 +194,25 @@ impl RunDir {
             }
         }
         let path = dir.join("record.json");
-        write_atomically(&path, &to_json(&record.to_json(), &path)?)?;
-        Ok(dir)
+        let bytes = to_json(&record.to_json(), &path)?;
+        write_atomically(&path, &bytes)?;
+        Ok(blake3::hash(&bytes).to_hex().to_string())
     }
 
-    /// Reads a stage's record.
+    /// Reads a stage's record and verifies it against the hash that the run's `run.json` has of it.
     ///
     /// # Errors
     /// `Io`, `Format`.
-    pub fn record(&self, address: &str) -> Result<Value, StoreError> {
+    pub fn record(&self, address: &str, run: &Value) -> Result<Value, StoreError> {
         let path = self.stage_dir(address).join("record.json");
         let bytes = fs::read(&path).map_err(StoreError::io("read", &path))?;
+        let status = run["stages"].as_array().into_iter().flatten().find(|stage| stage["stage"] == address);
+        let expected = status.and_then(|status| status["record_blake3"].as_str());
+        if expected.is_some_and(|expected| expected != blake3::hash(&bytes).to_hex().as_str()) {
+            let reason = "it is not what the run wrote; run the pipeline again, and it is written anew from the cache"
+                .to_owned();
+            return Err(StoreError::Format { path, reason });
+        }
         serde_json::from_slice(&bytes).map_err(|error| StoreError::Format { path, reason: error.to_string() })
     }
 }

@@ -70,7 +70,7 @@ impl Staging {
         }
         let target = self.store.artifact_dir(&self.key);
         replace(&self.dir, &target)?;
-        sync_dir(&self.store.dir())?;
+        sync_dir(self.store.dir())?;
         // Written and hashed by this process: there is nothing to verify.
         let manifest_blake3 = blake3::hash(&manifest_bytes).to_hex().to_string();
         self.store.note_checked(&self.key, manifest_blake3, Part::All, None);

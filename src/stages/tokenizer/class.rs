@@ -111,6 +111,24 @@ static CLASSES: &[Class] = &[
     },
 ];
 
+/// Classes that make their own steps around the vocabulary in a way that labpipe does not follow, without `Fast`.
+#[rustfmt::skip]
+static UNFOLLOWED: &[&str] = &[
+    "AlbertTokenizer", "BarthezTokenizer", "BertTokenizer", "BigBirdTokenizer", "BlenderbotTokenizer", "CLIPTokenizer", "CamembertTokenizer",
+    "CodeGenTokenizer", "CpmTokenizer", "DebertaTokenizer", "DebertaV2Tokenizer", "DistilBertTokenizer", "ElectraTokenizer", "EsmcTokenizer",
+    "FunnelTokenizer", "HerbertTokenizer", "LasrTokenizer", "LayoutLMTokenizer", "LayoutLMv2Tokenizer", "LayoutLMv3Tokenizer",
+    "LayoutXLMTokenizer", "LukeTokenizer", "MBart50Tokenizer", "MBartTokenizer", "MLukeTokenizer", "MPNetTokenizer", "MarkupLMTokenizer",
+    "NllbTokenizer", "NougatTokenizer", "OpenAIGPTTokenizer", "ParakeetTokenizer", "PegasusTokenizer", "Qwen3_5Tokenizer", "ReformerTokenizer",
+    "RemBertTokenizer", "RoFormerTokenizer", "RobertaTokenizer", "SeamlessM4TTokenizer", "Siglip2Tokenizer", "SplinterTokenizer", "T5Tokenizer",
+    "Tipsv2Tokenizer", "UdopTokenizer", "VideoPrismTokenizer", "WhisperTokenizer", "XGLMTokenizer", "XLMRobertaTokenizer", "XLNetTokenizer",
+];
+
+/// Returns the class that the files name where transformers makes its own steps for it and labpipe does not follow.
+pub fn unfollowed(side: &SideFiles) -> Option<&'static str> {
+    let declared = named(side.setting("tokenizer_class")).or_else(|| named(side.model_setting("tokenizer_class")))?;
+    UNFOLLOWED.iter().copied().find(|name| *name == declared)
+}
+
 /// Model types whose files on the hub name the wrong class, among those that labpipe reads.
 const WRONG_ON_THE_HUB: &[&str] = &["phi3", "qwen2", "nemotron", "phimoe", "internlm2", "jamba"];
 

@@ -1,7 +1,7 @@
 //! Classes of transformers 5 that make their own normalizer and pre-tokenizer. labpipe uses tokenizer.json as it is, as transformers
 //! 4.57 does; what the class would do otherwise is told, and the one setting that both versions apply, `add_prefix_space`, is applied.
 
-use super::class::Class;
+use super::class::{Class, unfollowed};
 use super::limits::Head;
 use super::side_files::SideFiles;
 use serde_json::{Value, json};
@@ -20,6 +20,12 @@ pub fn adapt(
     head: &mut Head,
     tokenizer: &mut Tokenizer,
 ) -> Result<Vec<String>, String> {
+    if let Some(name) = unfollowed(side) {
+        return Ok(vec![format!(
+            "tokenizer_class {name}: transformers 5.24 makes that class's own normalizer, pre-tokenizer and post-processor; labpipe uses those of \
+             tokenizer.json, so tokens and numbers differ (tokenizer_class: TokenizersBackend in tokenizer_config.json makes both use the file's)"
+        )]);
+    }
     if !class.rebuilds {
         return Ok(Vec::new());
     }

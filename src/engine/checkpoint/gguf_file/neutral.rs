@@ -52,8 +52,12 @@ impl GgufCheckpoint {
         for (name, _) in CAPS.iter().zip(caps).filter(|(_, cap)| cap.is_none()) {
             self.check_value(name, &[0.0], "a soft cap, which the architecture does not have")?;
         }
-        if let Some(MetaValue::Bool(false)) = self.value("attention.causal") {
-            return Err(self.wrong("attention.causal", "it is false: labpipe runs causal models only"));
+        match self.value("attention.causal") {
+            None | Some(MetaValue::Bool(true)) => {}
+            Some(MetaValue::Bool(false)) => {
+                return Err(self.wrong("attention.causal", "it is false: labpipe runs causal models only"));
+            }
+            Some(_) => return Err(self.wrong("attention.causal", "expected true or false")),
         }
         self.check_scales()?;
         let scale = self.number("attention.scale")?.filter(|scale| *scale != 0.0);

@@ -129,11 +129,11 @@ impl GgufCheckpoint {
     fn rotary_dim(&self, head_dim: usize) -> Result<usize, InferenceError> {
         let key = "rope.dimension_count";
         let rotary_dim = match self.whole(key)? {
-            None | Some(0) => head_dim,
+            None => head_dim,
             Some(n) => n,
         };
-        if rotary_dim % 2 != 0 || rotary_dim > head_dim {
-            let reason = format!("expected an even number of at most {head_dim}, found {rotary_dim}");
+        if rotary_dim == 0 || rotary_dim % 2 != 0 || rotary_dim > head_dim {
+            let reason = format!("expected an even number from 2 to {head_dim}, found {rotary_dim}");
             return Err(self.wrong(key, reason));
         }
         if self.architecture.has_interleaved_rope && rotary_dim != head_dim {

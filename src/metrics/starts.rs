@@ -1,0 +1,189 @@
+//! Speeds measured in several starts of a process: their spread, and what may be said of a difference.
+//!
+//! Repeated samples within one process agree better than processes do: placement of memory, clocks and neighbours differ from start to
+//! start. So n counts starts. A start's value is the logarithm of its rate, whose spread is relative.
+
+use super::statistics::t_quantile;
+use statrs::distribution::{ChiSquared, ContinuousCDF};
+
+/// Below this number of degrees of freedom a difference gets no verdict.
+pub const MIN_VERDICT_DF: usize = 8;
+/// Variances are pooled unless Bartlett's test rejects at this level that they agree.
+const AGREEMENT_LEVEL: f64 = 0.01;
+
+/// The variance between starts of log rate.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct StartVariance {
+    pub variance: f64,
+    pub degrees_of_freedom: usize,
+    /// Figures that it was pooled from.
+    pub n_figures: usize,
+}
+
+/// A mean rate over starts with its 95 % interval.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct RateInterval {
+    /// Geometric mean over starts.
+    pub rate: f64,
+    pub low: f64,
+    pub high: f64,
+    pub n_starts: usize,
+}
+
+/// The ratio of two rates with its 95 % interval.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct RateRatio {
+    /// Second over first.
+    pub ratio: f64,
+    pub low: f64,
+    pub high: f64,
+    /// Whether the interval leaves out 1; null where there are too few degrees of freedom for a verdict.
+    pub differs: Option<bool>,
+}
+
+/// Returns the variance between starts, pooled over figures of one kind on one device; each slice holds one figure's log rates, one per
+/// start. `None` where no figure has two starts, or where the figures' variances do not agree.
+pub fn pooled_variance(figures: &[&[f64]]) -> Option<StartVariance> {
+    let repeated: Vec<(f64, usize)> =
+        figures.iter().filter(|starts| starts.len() > 1).map(|starts| (variance(starts), starts.len() - 1)).collect();
+    let degrees_of_freedom: usize = repeated.iter().map(|(_, df)| df).sum();
+    if repeated.is_empty() || !agree(&repeated) {
+        return None;
+    }
+    let squares: f64 = repeated.iter().map(|(variance, df)| variance * *df as f64).sum();
+    let variance = squares / degrees_of_freedom as f64;
+    Some(StartVariance { variance, degrees_of_freedom, n_figures: repeated.len() })
+}
+
+/// Returns the variance of one figure's log rates by itself; `None` for fewer than two starts.
+pub fn own_variance(starts: &[f64]) -> Option<StartVariance> {
+    pooled_variance(&[starts])
+}
+
+/// Returns the mean rate of a figure; `None` where it has no start.
+pub fn rate_interval(starts: &[f64], spread: &StartVariance) -> Option<RateInterval> {
+    let n_starts = starts.len();
+    if n_starts == 0 {
+        return None;
+    }
+    let half = t_quantile(spread.degrees_of_freedom as f64) * (spread.variance / n_starts as f64).sqrt();
+    let mean = mean(starts);
+    Some(RateInterval { rate: mean.exp(), low: (mean - half).exp(), high: (mean + half).exp(), n_starts })
+}
+
+/// Returns how many times as fast the second figure is; `None` where one has no start.
+pub fn rate_ratio(first: &[f64], second: &[f64], spread: &StartVariance) -> Option<RateRatio> {
+    if first.is_empty() || second.is_empty() {
+        return None;
+    }
+    let per_start = 1.0 / first.len() as f64 + 1.0 / second.len() as f64;
+    let half = t_quantile(spread.degrees_of_freedom as f64) * (spread.variance * per_start).sqrt();
+    let log_ratio = mean(second) - mean(first);
+    let has_verdict = spread.degrees_of_freedom >= MIN_VERDICT_DF;
+    Some(RateRatio {
+        ratio: log_ratio.exp(),
+        low: (log_ratio - half).exp(),
+        high: (log_ratio + half).exp(),
+        differs: has_verdict.then_some(log_ratio.abs() > half),
+    })
+}
+
+fn mean(values: &[f64]) -> f64 {
+    values.iter().sum::<f64>() / values.len() as f64
+}
+
+fn variance(values: &[f64]) -> f64 {
+    let mean = mean(values);
+    values.iter().map(|value| (value - mean).powi(2)).sum::<f64>() / (values.len() - 1) as f64
+}
+
+/// Bartlett's test of equal variances (Snedecor and Cochran, Statistical Methods, section 13.10).
+fn agree(figures: &[(f64, usize)]) -> bool {
+    if figures.len() < 2 {
+        return true;
+    }
+    let total_df: f64 = figures.iter().map(|(_, df)| *df as f64).sum();
+    let pooled = figures.iter().map(|(variance, df)| variance * *df as f64).sum::<f64>() / total_df;
+    if pooled == 0.0 {
+        return true;
+    }
+    let logs: f64 = figures.iter().map(|(variance, df)| *df as f64 * (variance / pooled).ln()).sum();
+    let inverses: f64 = figures.iter().map(|(_, df)| 1.0 / *df as f64).sum();
+    let n_others = (figures.len() - 1) as f64;
+    let correction = 1.0 + (inverses - 1.0 / total_df) / (3.0 * n_others);
+    let statistic = -logs / correction;
+    ChiSquared::new(n_others).is_ok_and(|chi| statistic <= chi.inverse_cdf(1.0 - AGREEMENT_LEVEL))
+}
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Standard normal numbers from a linear congruential generator (Knuth's MMIX constants), by the sum of twelve uniform ones.
+    struct Normals(u64);
+
+    impl Normals {
+        fn next(&mut self) -> f64 {
+            let uniform = |state: &mut u64| {
+                *state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+                (*state >> 11) as f64 / (1u64 << 53) as f64
+            };
+            (0..12).map(|_| uniform(&mut self.0)).sum::<f64>() - 6.0
+        }
+
+        fn starts(&mut self, mean: f64, stdev: f64) -> Vec<f64> {
+            (0..5).map(|_| mean + stdev * self.next()).collect()
+        }
+    }
+
+    #[test]
+    fn variances_are_pooled_by_their_degrees_of_freedom() {
+        // Variances 1 (df 2) and 2 (df 1): (2 · 1 + 1 · 2) / 3.
+        let pooled = pooled_variance(&[&[1.0, 2.0, 3.0], &[0.0, 2.0], &[5.0]]).expect("a variance");
+        assert!((pooled.variance - 4.0 / 3.0).abs() < 1e-12);
+        assert_eq!((pooled.degrees_of_freedom, pooled.n_figures), (3, 2));
+        assert!(pooled_variance(&[&[1.0]]).is_none());
+    }
+
+    #[test]
+    fn variances_that_disagree_are_not_pooled() {
+        // SciPy 1.17: bartlett([1,2,3,4,5], [1,1.01,1.02,1.03,1.04]) has p = 1.3e-7, bartlett([1,2,3,4,5], [1,3,5,7,9]) p = 0.21.
+        assert!(pooled_variance(&[&[1.0, 2.0, 3.0, 4.0, 5.0], &[1.0, 1.01, 1.02, 1.03, 1.04]]).is_none());
+        assert!(pooled_variance(&[&[1.0, 2.0, 3.0, 4.0, 5.0], &[1.0, 3.0, 5.0, 7.0, 9.0]]).is_some());
+    }
+
+    #[test]
+    fn a_ratio_has_the_textbook_interval() {
+        // Two figures of five starts, each with variance 2.5e-4 in log rate: 8 degrees of freedom, t(0.975, 8) = 2.306004,
+        // half width 2.306004 · √(2.5e-4 · 2/5) = 0.02306.
+        let first: Vec<f64> = [-0.02, -0.01, 0.0, 0.01, 0.02].to_vec();
+        let second: Vec<f64> = first.iter().map(|value| value + 0.03).collect();
+        let spread = pooled_variance(&[&first, &second]).expect("a variance");
+        let ratio = rate_ratio(&first, &second, &spread).expect("a ratio");
+        assert!(
+            (ratio.ratio.ln() - 0.03).abs() < 1e-12 && (ratio.low.ln() - 0.03 + 0.023_060).abs() < 1e-5,
+            "{ratio:?}"
+        );
+        assert_eq!(ratio.differs, Some(true));
+        let own = own_variance(&first).expect("a variance");
+        assert_eq!(rate_ratio(&first, &second, &own).expect("a ratio").differs, None);
+    }
+
+    #[test]
+    fn of_200_identical_pairs_few_are_flagged_and_slowdowns_are_found() {
+        // Two kinds of figure in each run, as a prefill of two lengths, two models, five starts; spread 3 % between starts.
+        let mut normals = Normals(1);
+        let (mut flagged, mut found) = (0, 0);
+        for _ in 0..200 {
+            let figures: Vec<Vec<f64>> = (0..4).map(|_| normals.starts(0.0, 0.03)).collect();
+            let slower: Vec<f64> = normals.starts(-(1.1f64.ln()), 0.03);
+            let slices: Vec<&[f64]> = figures.iter().map(Vec::as_slice).collect();
+            let Some(spread) = pooled_variance(&slices) else { continue };
+            let differs = |second: &[f64]| rate_ratio(&figures[0], second, &spread).and_then(|ratio| ratio.differs);
+            flagged += u32::from(differs(&figures[1]) == Some(true));
+            found += u32::from(differs(&slower) == Some(true));
+        }
+        // 5 % of 200 is 10, with a binomial standard deviation of 3.1.
+        assert!(flagged <= 16, "{flagged} of 200 identical pairs");
+        assert!(found >= 180, "{found} of 200 slowdowns by 10 %");
+    }
+}
