@@ -263,6 +263,9 @@ pub enum StageError {
     /// The device is missing, lost or out of memory; told by a worker.
     #[error("{0}")]
     Device(String),
+    /// Work that was given up and can't be stopped: it goes on until its process ends.
+    #[error("{0}")]
+    Unstoppable(String),
     #[error("cancelled")]
     Cancelled,
 }

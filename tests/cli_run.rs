@@ -383,6 +383,14 @@ fn a_prompt_goes_through_the_model_s_chat_template() {
     let (with_system, _) = n_tokens("chat: { system: Be brief. }");
     assert!(plain < chat && chat < with_system, "{plain}, {chat} and {with_system} tokens");
 
+    // A template that doubles a list takes no steps for it, only memory.
+    let doubling =
+        "{% set ns = namespace(x=['a']) %}{% for i in range(64) %}{% set ns.x = ns.x + ns.x %}{% endfor %}{{ ns.x }}";
+    lab.write("model/chat_template.jinja", doubling);
+    lab.write("chat.yaml", &pipeline("model", "chat: true"));
+    let (_, err) = lab.expect(3, &["run", "chat.yaml"]);
+    assert!(err.contains("chat_template.jinja: gave up after 1.00 GiB of memory"), "{err}");
+
     lab.write("chat.yaml", &pipeline("models/stories260k", "chat: true"));
     let (_, error) = lab.expect(3, &["run", "chat.yaml"]);
     assert!(error.contains("instruct model"), "{error}");

@@ -23,7 +23,7 @@ pub enum StoreError {
          referring to nothing"
     )]
     References { path: PathBuf, reason: String },
-    #[error("read {path}: it changed while it was read; run again when whoever writes it is done")]
+    #[error("read {path}: it changed while it was read; run again when nothing writes to it any more")]
     Unsteady { path: PathBuf },
     #[error("wait for another labpipe that computes {key}: cancelled")]
     Cancelled { key: String },

@@ -81,6 +81,8 @@ impl Workers {
         let result = worker.run(task, asked.progress);
         if is_usable(&result) {
             *holder = Some(Holder { model, worker });
+        } else {
+            worker.kill();
         }
         result
     }
@@ -97,6 +99,8 @@ impl Workers {
         let result = worker.run(task, asked.progress);
         if is_usable(&result) {
             *general = Some(worker);
+        } else {
+            worker.kill();
         }
         result
     }
@@ -132,6 +136,7 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 fn is_usable(result: &Result<StageOutput, RunnerError>) -> bool {
     match result {
         Ok(_) => true,
+        Err(RunnerError::Stage(StageError::Unstoppable(_))) => false,
         Err(RunnerError::Stage(error)) => !error.is_cancelled() && !error.is_device(),
         Err(RunnerError::Panic { .. } | RunnerError::WorkerLost { .. }) => false,
     }

@@ -113,6 +113,11 @@ impl Worker {
         }
     }
 
+    /// Ends the process at once.
+    pub fn kill(&mut self) {
+        let _ = self.child.kill();
+    }
+
     fn say(&mut self, message: &ToWorker) -> bool {
         let Ok(mut line) = serde_json::to_vec(message) else { return false };
         line.push(b'\n');

@@ -87,6 +87,8 @@ pub enum FailureKind {
     Device,
     Cancelled,
     Panic,
+    /// Work that was given up goes on in the worker.
+    Unstoppable,
 }
 
 impl Task {
@@ -154,6 +156,7 @@ impl FromWorker {
             RunnerError::Panic { .. } => FailureKind::Panic,
             RunnerError::Stage(error) if error.is_cancelled() => FailureKind::Cancelled,
             RunnerError::Stage(error) if error.is_device() => FailureKind::Device,
+            RunnerError::Stage(StageError::Unstoppable(_)) => FailureKind::Unstoppable,
             RunnerError::Stage(_) | RunnerError::WorkerLost { .. } => FailureKind::Stage,
         };
         FromWorker::Failed { kind, text: error.to_string() }
@@ -168,6 +171,7 @@ impl FailureKind {
             FailureKind::Device => StageError::Device(text).into(),
             FailureKind::Cancelled => StageError::Cancelled.into(),
             FailureKind::Panic => RunnerError::Panic { message: text },
+            FailureKind::Unstoppable => StageError::Unstoppable(text).into(),
         }
     }
 }

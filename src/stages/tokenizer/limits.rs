@@ -96,11 +96,16 @@ const FREE_TIME: Duration = Duration::from_secs(120);
 /// Time per MiB of text beside it. Tokenizers do one to ten MiB per second.
 const TIME_PER_MIB: Duration = Duration::from_secs(20);
 
+/// Memory that rendering a chat may take. Templates can double lists without paying for it in steps.
+pub const CHAT_MEMORY_BYTES: u64 = 1 << 30;
+
 /// Why background work has no result.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Abandoned {
     Cancelled,
     TimedOut(Duration),
+    /// The process's resident memory grew by more than these bytes meanwhile.
+    OutOfBudget(u64),
     /// The thread ended without a result: it panicked, or there was none.
     Failed,
 }
@@ -112,13 +117,35 @@ pub fn in_background<T: Send + 'static>(
     n_bytes: usize,
     work: impl FnOnce(&AtomicBool) -> T + Send + 'static,
 ) -> Result<T, Abandoned> {
+    wait(progress, time_limit(n_bytes), u64::MAX, work)
+}
+
+/// Does work as [`in_background`] does, and gives it up where the process grows by more than `memory_bytes` meanwhile.
+pub fn in_background_within<T: Send + 'static>(
+    progress: &dyn Progress,
+    n_bytes: usize,
+    memory_bytes: u64,
+    work: impl FnOnce(&AtomicBool) -> T + Send + 'static,
+) -> Result<T, Abandoned> {
+    wait(progress, time_limit(n_bytes), memory_bytes, work)
+}
+
+fn time_limit(n_bytes: usize) -> Duration {
     let mib = u32::try_from(n_bytes >> 20).unwrap_or(u32::MAX);
-    wait(progress, FREE_TIME.saturating_add(TIME_PER_MIB.saturating_mul(mib)), work)
+    FREE_TIME.saturating_add(TIME_PER_MIB.saturating_mul(mib))
+}
+
+/// Returns the process's resident memory; 0 on systems that have no /proc.
+fn resident_bytes() -> u64 {
+    const PAGE_BYTES: u64 = 4096;
+    let text = std::fs::read_to_string("/proc/self/statm").unwrap_or_default();
+    text.split_whitespace().nth(1).and_then(|pages| pages.parse().ok()).map_or(0, |pages: u64| pages * PAGE_BYTES)
 }
 
 fn wait<T: Send + 'static>(
     progress: &dyn Progress,
     limit: Duration,
+    memory_bytes: u64,
     work: impl FnOnce(&AtomicBool) -> T + Send + 'static,
 ) -> Result<T, Abandoned> {
     let (sender, receiver) = sync_channel(1);
@@ -129,13 +156,15 @@ fn wait<T: Send + 'static>(
     if spawned.is_err() {
         return Err(Abandoned::Failed);
     }
-    let start = Instant::now();
+    let (start, resident_before) = (Instant::now(), resident_bytes());
+    let has_grown = || memory_bytes < u64::MAX && resident_bytes().saturating_sub(resident_before) > memory_bytes;
     loop {
         let abandoned = match receiver.recv_timeout(POLL) {
             Ok(result) => return Ok(result),
             Err(RecvTimeoutError::Disconnected) => return Err(Abandoned::Failed),
             Err(RecvTimeoutError::Timeout) if progress.is_cancelled() => Abandoned::Cancelled,
             Err(RecvTimeoutError::Timeout) if start.elapsed() > limit => Abandoned::TimedOut(limit),
+            Err(RecvTimeoutError::Timeout) if has_grown() => Abandoned::OutOfBudget(memory_bytes),
             Err(RecvTimeoutError::Timeout) => continue,
         };
         stop.store(true, Ordering::Relaxed);
@@ -203,10 +232,18 @@ mod tests {
     #[test]
     fn work_is_given_up_on_ctrl_c_and_when_its_time_is_over() {
         let (sender, ended) = std::sync::mpsc::channel();
-        assert_eq!(wait(&Stopped, FREE_TIME, endless(sender.clone())), Err(Abandoned::Cancelled));
+        assert_eq!(wait(&Stopped, FREE_TIME, u64::MAX, endless(sender.clone())), Err(Abandoned::Cancelled));
         assert_eq!(ended.recv(), Ok(()));
         let limit = Duration::ZERO;
-        assert_eq!(wait(&NullProgress, limit, endless(sender)), Err(Abandoned::TimedOut(limit)));
+        assert_eq!(wait(&NullProgress, limit, u64::MAX, endless(sender.clone())), Err(Abandoned::TimedOut(limit)));
+        assert_eq!(ended.recv(), Ok(()));
+        let hungry = move |stop: &AtomicBool| {
+            // 64 MiB that are really written.
+            let held = vec![1u8; 64 << 20];
+            endless(sender)(stop);
+            held.len()
+        };
+        assert_eq!(wait(&NullProgress, FREE_TIME, 32 << 20, hungry), Err(Abandoned::OutOfBudget(32 << 20)));
         assert_eq!(ended.recv(), Ok(()));
         assert_eq!(in_background(&NullProgress, 1, |_| 7), Ok(7));
         assert_eq!(in_background(&NullProgress, 1, |_| panic!("on purpose")), Err::<(), _>(Abandoned::Failed));

@@ -14,8 +14,9 @@ use crate::event::Progress;
 use crate::gguf::{GgufFile, tokenizer_config, tokenizer_json};
 use crate::inference::AccountPart;
 use crate::stage::StageError;
+use crate::units::format_bytes;
 use class::{AroundText, Class, Ends, around_in_4_57, class_of};
-use limits::{Abandoned, Head, complaint, in_background};
+use limits::{Abandoned, CHAT_MEMORY_BYTES, Head, complaint, in_background, in_background_within};
 use serde_json::Value;
 use side_files::{SideFiles, TemplateFile, json_bytes, missing, tokenizer_file_name};
 use special::special_tokens;
@@ -174,7 +175,7 @@ impl ModelTokenizer {
         let fail = |reason: String| StageError::Tokenize { path: template.path.clone(), reason };
         let (source, special_tokens) = (template.source.clone(), self.names.clone());
         let n_bytes = messages.iter().map(|message| message.content.len()).sum();
-        let rendered = in_background(progress, n_bytes, move |_| {
+        let rendered = in_background_within(progress, n_bytes, CHAT_MEMORY_BYTES, move |_| {
             ChatTemplate { source: &source, special_tokens: &special_tokens }.render(&messages)
         });
         match rendered {
@@ -201,10 +202,18 @@ impl ModelTokenizer {
     fn abandoned(&self, abandoned: Abandoned, fail: impl Fn(String) -> StageError) -> StageError {
         match abandoned {
             Abandoned::Cancelled => StageError::Cancelled,
-            Abandoned::TimedOut(limit) => fail(format!(
-                "gave up after {} s: it takes far longer per MiB of text than other tokenizers",
-                limit.as_secs()
-            )),
+            // The thread goes on: its process is to end.
+            Abandoned::TimedOut(limit) => StageError::Unstoppable(
+                fail(format!(
+                    "gave up after {} s: it takes far longer per MiB of text than other tokenizers",
+                    limit.as_secs()
+                ))
+                .to_string(),
+            ),
+            Abandoned::OutOfBudget(bytes) => StageError::Unstoppable(
+                fail(format!("gave up after {} of memory; does the template double a list?", format_bytes(bytes)))
+                    .to_string(),
+            ),
             Abandoned::Failed => fail("it cannot be applied to this text: its parts contradict each other".to_owned()),
         }
     }
