@@ -1,4 +1,5 @@
 //! Workers as processes: killed, orphaned, interrupted; and what they measure of their own memory.
+#![cfg(feature = "cpu")]
 
 mod support;
 
