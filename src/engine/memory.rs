@@ -10,7 +10,7 @@ use std::time::Duration;
 /// Time between two samples.
 const PERIOD: Duration = Duration::from_millis(5);
 
-const METHOD: &str = "peak anonymous resident memory of the process (RssAnon), sampled every 5 ms after loading, freed heap handed back before; what the process holds from earlier stages counts, memory-mapped weights don't";
+const METHOD: &str = "peak anonymous resident memory (RssAnon) of the model's worker process, sampled every 5 ms after loading, freed heap handed back before; what the process holds from the model's earlier stages counts, memory-mapped weights don't";
 const UNKNOWN: &str = "not measured: this system has no /proc/self/status with RssAnon";
 
 /// Samples the process's anonymous resident memory on a thread of its own.
