@@ -1,4 +1,4 @@
-//! Artifacts: the records that stages leave. Field names are a contract with whoever reads the JSON.
+//! Artifacts: the records that stages leave. Field names are a contract with every reader of the JSON.
 //!
 //! Each kind's body is one type, which the stage writes and everything else reads ([`RecordBody`]); those of `load` and `quantize`
 //! hold a model's recipe and stand in `inference`.

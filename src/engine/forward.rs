@@ -63,7 +63,7 @@ impl Executor {
         }
     }
 
-    /// Returns what the module `lm_head` puts out, in f32: logits before their soft cap, where the model has one.
+    /// Returns the output of the module `lm_head`, in f32: logits before their soft cap, where the model has one.
     ///
     /// # Shapes
     /// `hidden` `[n, hidden]`, result `[n, vocab]`.

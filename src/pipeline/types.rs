@@ -6,7 +6,7 @@ use std::collections::BTreeMap;
 /// What the command line adds to a pipeline file.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct ParseOptions {
-    /// `--set name=value`, the value as it was given; whoever takes the variable decides its type. Overrides `vars`.
+    /// `--set name=value`, the value as it was given; the parameter that takes the variable decides its type. Overrides `vars`.
     pub set: Vec<(String, String)>,
     /// `--matrix key=a,b`: keeps only those values.
     pub matrix: Vec<(String, Vec<String>)>,

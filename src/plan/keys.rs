@@ -88,7 +88,7 @@ pub fn canonical(value: &Value) -> String {
     }
 }
 
-/// Returns a hash of what whoever shows a stage may show of it beside its numbers: its address, its parameters as written, the name of
+/// Returns a hash of what a report may show of a stage beside its numbers: its address, its parameters as written, the name of
 /// its config, and the same of all that it was made from. `inputs` gives the hashes of its inputs.
 pub fn shown(
     stage: &PipelineStage,

@@ -125,7 +125,7 @@ impl Reader<'_> {
         }
     }
 
-    /// Reads the keys of bitsandbytes configs; nothing where there are none.
+    /// Reads the keys of bitsandbytes configs; `None` if there are none.
     fn bitsandbytes_scheme(&self, map: &Map<String, Value>) -> Result<Option<Option<SchemeSpec>>, QuantizationError> {
         let method = self.text(map, "method")?;
         let four = self.flag(map, "load_in_4bit")?;

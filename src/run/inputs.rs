@@ -65,7 +65,7 @@ pub fn verify_cached(plan: &Plan, store: &Store) -> Verified {
     }
     let mut verified = Verified::default();
     for (key, (part, address)) in wanted {
-        // Nobody stops it: signals end the process while nothing runs yet.
+        // It is never cancelled: signals end the process while nothing runs yet.
         let check = store.check(&key, part, &|| true).unwrap_or_default();
         verified.n_files += check.n_files;
         verified.bytes += check.bytes;

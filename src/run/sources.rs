@@ -127,7 +127,7 @@ impl Sources {
         self.hashes.flush()
     }
 
-    /// Checks that what a stage reads is what was planned with: the same files, with the same content. A file that nobody touched
+    /// Checks that what a stage reads is what was planned with: the same files, with the same content. A file that was not touched
     /// costs a look at its stamp.
     ///
     /// # Errors

@@ -33,7 +33,7 @@ pub struct ActiveRun {
 #[derive(Debug)]
 struct Listed {
     keys: BTreeSet<Key>,
-    /// Nothing where the cache can only be read.
+    /// `None` if the cache is read-only.
     marker: Option<Marker>,
 }
 
@@ -193,7 +193,7 @@ impl ActiveRun {
 
 impl Drop for Marker {
     fn drop(&mut self) {
-        // What fails to go here gc removes: nobody holds its lock.
+        // gc removes what could not be removed here: its lock is free.
         let _ = fs::remove_file(&self.path);
         let mut lock_path = self.path.clone().into_os_string();
         lock_path.push(LOCK_SUFFIX);

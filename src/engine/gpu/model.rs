@@ -90,7 +90,7 @@ impl GpuModel {
         result
     }
 
-    /// Computes what the module `lm_head` puts out for rows `first..first + n`, `[n, vocab]` f32, where the pass left room for it: logits
+    /// Computes the output of the module `lm_head` for rows `first..first + n`, `[n, vocab]` f32, where the pass left room for it: logits
     /// before their soft cap, where the model has one.
     fn head(&mut self, hidden: &Hidden, [first, n]: [usize; 2]) -> Result<(), InferenceError> {
         let Passes { products, weights, .. } = &mut self.passes;
