@@ -84,25 +84,43 @@ pub struct Added {
     new: Vec<(String, u32)>,
     /// Tokens whose id is not the one that the file gives.
     moved: Vec<(String, u64, u32)>,
+    /// Tokens that only the class names and that are left out: the model has no rows for their ids.
+    left_out: Vec<(String, u32)>,
+    class: &'static str,
 }
 
 impl Added {
-    /// Adds the tokens that side files name, in their order, as transformers does.
+    /// Adds the tokens that side files name, in their order, as transformers does. A token that no file names, only the class, is left
+    /// out where its id would lie beyond the model's `n_rows` embeddings: no such model can have been trained with it.
     ///
     /// # Errors
     /// What the tokenizer refuses.
-    pub fn add(tokenizer: &mut Tokenizer, special: &SpecialTokens, class: &Class) -> Result<Added, String> {
-        let mut added = Added::default();
+    pub fn add(
+        tokenizer: &mut Tokenizer,
+        special: &SpecialTokens,
+        class: &Class,
+        n_rows: Option<u64>,
+    ) -> Result<Added, String> {
+        let mut added = Added { class: class.name, ..Added::default() };
+        let mut next = next_id(tokenizer);
+        let mut tokens = Vec::new();
         for (token, _) in &special.to_add {
             if !token.content.is_empty() && tokenizer.token_to_id(&token.content).is_none() {
+                if special.of_class.contains(&token.content) && n_rows.is_some_and(|n_rows| u64::from(next) >= n_rows) {
+                    added.left_out.push((token.content.clone(), next));
+                    continue;
+                }
                 added.new.push((token.content.clone(), 0));
+                next += 1;
             }
+            tokens.push(token.clone());
         }
-        let tokens = special.to_add.iter().map(|(token, _)| token.clone());
         tokenizer.add_tokens(tokens).map_err(|error| error.to_string())?;
         if class.name == "Qwen2Tokenizer" {
             // The class adds every special token once more, without the flags that a file gives it.
-            let again = special.names.values().map(|token| AddedToken::from(token.clone(), true));
+            let is_left_out = |token: &&String| added.left_out.iter().any(|(left_out, _)| left_out == *token);
+            let again = special.names.values().filter(|token| !is_left_out(token));
+            let again = again.map(|token| AddedToken::from(token.clone(), true));
             tokenizer.add_tokens(again).map_err(|error| error.to_string())?;
         }
         for (token, id) in &mut added.new {
@@ -130,6 +148,15 @@ impl Added {
                 named.join(", ")
             ));
         }
+        if let Some((_, first)) = self.left_out.first() {
+            let named: Vec<String> = self.left_out.iter().map(|(token, _)| format!("{token:?}")).collect();
+            warnings.push(format!(
+                "{} is left out: only transformers' class {} names it, no file does, and the model has no row for its id {first}; a text that \
+                 holds it gets ordinary tokens there",
+                named.join(", "),
+                self.class
+            ));
+        }
         for (token, given, id) in self.moved.iter().take(4) {
             warnings.push(format!(
                 "{token:?} is token {given} here and {id} in the vocabulary; {id} is used, as in transformers"
@@ -137,6 +164,13 @@ impl Added {
         }
         warnings
     }
+}
+
+/// Returns the id that the tokenizers crate gives the next token that is in no vocabulary.
+fn next_id(tokenizer: &Tokenizer) -> u32 {
+    let n_own = u32::try_from(tokenizer.get_vocab_size(false)).unwrap_or(u32::MAX);
+    let added = tokenizer.get_added_tokens_decoder().keys().max().map_or(0, |id| id + 1);
+    added.max(n_own)
 }
 
 /// Accounts for tokenizer.json.
@@ -170,6 +204,11 @@ pub fn of_side_files(
     bos_id: Option<u32>,
 ) -> Vec<AccountPart> {
     let mut parts = Vec::new();
+    let has_none = side.tokenizer_config.is_none() && side.added_tokens.is_none();
+    if has_none && !(added.new.is_empty() && added.left_out.is_empty()) {
+        let source = "tokenizer class".to_owned();
+        parts.push(AccountPart { source, warnings: added.warnings(), ..AccountPart::default() });
+    }
     if let Some(file) = &side.tokenizer_config {
         let mut part = of_tokenizer_config(file);
         part.warnings.extend(added.warnings());

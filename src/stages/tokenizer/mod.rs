@@ -105,7 +105,7 @@ impl ModelTokenizer {
         let mut part = account::of_tokenizer_json(json, &head, &tokenizer);
         part.warnings.extend(rebuilt::adapt(&class, side, &mut head, &mut tokenizer).map_err(&fail)?);
         let special = special_tokens(side, &class, &head.added_tokens)?;
-        let added = account::Added::add(&mut tokenizer, &special, &class).map_err(&fail)?;
+        let added = account::Added::add(&mut tokenizer, &special, &class, side.n_rows()).map_err(&fail)?;
         let id = |name: &str| special.names.get(name).and_then(|token| tokenizer.token_to_id(token));
         let (bos, eos) = (id("bos_token"), id("eos_token"));
         let own = around_by_post_processor(&tokenizer).map_err(&fail)?;

@@ -77,6 +77,12 @@ impl SideFiles {
     pub fn model_setting(&self, name: &str) -> &Value {
         field(self.config.as_ref(), name)
     }
+
+    /// Returns the number of embeddings that config.json gives the model, where it says so.
+    pub fn n_rows(&self) -> Option<u64> {
+        let own = self.model_setting("vocab_size");
+        own.as_u64().or_else(|| self.model_setting("text_config")["vocab_size"].as_u64())
+    }
 }
 
 fn field<'a>(file: Option<&'a Fields>, name: &str) -> &'a Value {

@@ -5,7 +5,7 @@ use super::class::Class;
 use super::side_files::{Fields, SideFiles};
 use crate::stage::StageError;
 use serde_json::{Map, Value};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use tokenizers::AddedToken;
 
 /// The names that every tokenizer of transformers knows, in the order in which it adds their tokens.
@@ -19,6 +19,8 @@ pub struct SpecialTokens {
     pub names: BTreeMap<String, String>,
     /// Tokens to add to tokenizer.json's, in order, each with the id that its file gives it.
     pub to_add: Vec<(AddedToken, Option<u64>)>,
+    /// Those of `to_add` that no file names, only the tokenizer's class.
+    pub of_class: BTreeSet<String>,
     /// What a user must hear of special_tokens_map.json.
     pub map_warnings: Vec<String>,
 }
@@ -47,6 +49,8 @@ pub fn special_tokens(side: &SideFiles, class: &Class, own: &[Value]) -> Result<
             found.take_map(&map.fields);
         }
     }
+    let by_files: BTreeSet<String> =
+        found.names.values().flatten().chain(&found.extra).map(|token| token.content.clone()).collect();
     for (name, token) in class.defaults {
         found.names.entry((*name).to_owned()).or_insert_with(|| Some(AddedToken::from(*token, true)));
     }
@@ -62,6 +66,14 @@ pub fn special_tokens(side: &SideFiles, class: &Class, own: &[Value]) -> Result<
         found.extra.iter().cloned().chain(class.extra_tokens.iter().map(|token| AddedToken::from(*token, true)));
     let mut known: Vec<String> = own.iter().filter_map(|token| token["content"].as_str()).map(str::to_owned).collect();
     known.extend(listed.iter().map(|(token, _)| token.content.clone()));
+    let mut of_class: BTreeSet<String> = class
+        .defaults
+        .iter()
+        .map(|(_, token)| *token)
+        .chain(class.extra_tokens.iter().copied())
+        .map(str::to_owned)
+        .collect();
+    of_class.retain(|token| !by_files.contains(token) && !known.contains(token));
     let mut to_add = listed;
     for token in named.chain(extra) {
         if !known.contains(&token.content) {
@@ -71,7 +83,7 @@ pub fn special_tokens(side: &SideFiles, class: &Class, own: &[Value]) -> Result<
     }
     let text = |token: Option<AddedToken>| token.map(|token| token.content);
     let names = found.names.into_iter().filter_map(|(name, token)| Some((name, text(token)?))).collect();
-    Ok(SpecialTokens { names, to_add, map_warnings })
+    Ok(SpecialTokens { names, to_add, of_class, map_warnings })
 }
 
 /// Names and further tokens as files give them; a name that is null keeps a class from giving one.

@@ -218,6 +218,39 @@ fn special_and_added_tokens_come_from_the_file_that_transformers_takes_them_from
     assert!(wrong.is_empty(), "{wrong:#?}");
 }
 
+/// Under a qwen2 config transformers 5.24 takes Qwen2Tokenizer, which adds its own `<|endoftext|>` with id 512 to this vocabulary of 512:
+/// a model of 512 rows can't take it, one of 513 can.
+#[test]
+fn a_token_that_only_the_class_names_needs_a_row_of_the_model() {
+    let dir = tempfile::tempdir().expect("a temporary folder");
+    std::fs::copy(root().join("models/stories260k/tokenizer.json"), dir.path().join("tokenizer.json")).expect("a copy");
+    let with = |config: Value| {
+        std::fs::write(dir.path().join("config.json"), config.to_string()).expect("a file");
+        let tokenizer = load(dir.path());
+        let warnings: Vec<String> = tokenizer.account.iter().flat_map(AccountPart::all_warnings).collect();
+        (tokenizer.encode_as_is("<|endoftext|>", P).expect("tokens").ids, warnings.join("\n"))
+    };
+    let (plain, _) = with(json!({"model_type": "llama", "vocab_size": 512}));
+    assert!(plain.len() > 5 && plain.iter().all(|id| *id < 512), "{plain:?}");
+    for config in [
+        json!({"model_type": "qwen2", "vocab_size": 512}),
+        json!({"model_type": "qwen2", "text_config": {"vocab_size": 512}}),
+        json!({"model_type": "qwen2", "vocab_size": 512, "tokenizer_class": "Qwen2TokenizerFast"}),
+    ] {
+        let (ids, warnings) = with(config);
+        assert_eq!(ids, plain);
+        assert!(warnings.contains("\"<|endoftext|>\" is left out") && warnings.contains("id 512"), "{warnings}");
+    }
+    for config in [json!({"model_type": "qwen2", "vocab_size": 513}), json!({"model_type": "qwen2"})] {
+        let (ids, warnings) = with(config);
+        assert_eq!(ids, [512]);
+        assert!(warnings.contains("are added with id 512"), "{warnings}");
+    }
+    // A file that names it decides: the model is at fault, and a stage that meets the token says so.
+    std::fs::write(dir.path().join("tokenizer_config.json"), r#"{"pad_token": "<|endoftext|>"}"#).expect("a file");
+    assert_eq!(with(json!({"model_type": "qwen2", "vocab_size": 512})).0, [512]);
+}
+
 fn copy(dir: &Path, change: impl FnOnce(&mut Value)) {
     let mut json: Value =
         serde_json::from_slice(&std::fs::read(own().join("tokenizer.json")).expect("the file")).expect("JSON");
