@@ -3,6 +3,7 @@
 use crate::artifact::{Record, RecordBody};
 use crate::event::Progress;
 use crate::inference::{Engine, InferenceError, Model, ModelRecipe};
+use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 use std::collections::BTreeMap;
 use std::ops::DerefMut;
@@ -150,6 +151,25 @@ pub trait ModelPool: Sync {
     fn acquire(&self, recipe: &ModelRecipe, progress: &dyn Progress) -> Result<ModelLease<'_>, InferenceError>;
 }
 
+/// Which of a stage's starts runs. A stage that measures runs several times, each in a fresh process that loads the model anew
+/// ([`Stage::n_starts`]); any other stage runs in its first and only one.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Start {
+    /// From 0.
+    pub idx: usize,
+    /// How many there are.
+    pub n: usize,
+}
+
+impl Start {
+    pub const ONLY: Start = Start { idx: 0, n: 1 };
+
+    /// Returns how many of `total` fall to this start; what cannot be divided evenly goes to the first ones.
+    pub fn share(self, total: usize) -> usize {
+        total / self.n.max(1) + usize::from(self.idx < total % self.n.max(1))
+    }
+}
+
 /// What a stage may use while it runs.
 pub struct StageContext<'a> {
     pub address: &'a str,
@@ -162,6 +182,7 @@ pub struct StageContext<'a> {
     pub missing_inputs: &'a [String],
     /// Staging folder: what is written here is committed with the record if the stage succeeds.
     pub out_dir: &'a Path,
+    pub start: Start,
     pub engine: &'a dyn Engine,
     pub models: &'a dyn ModelPool,
     pub progress: &'a dyn Progress,
@@ -209,11 +230,28 @@ pub trait Stage: Send + Sync {
     /// Fills in parameters whose default depends on others, so that spelling a default out changes no key.
     fn complete(&self, _params: &mut Params) {}
 
-    /// Does the work, writing files into `context.out_dir`.
+    /// Returns in how many starts the work is done; `is_host` where the device is the host's processor. Stages that don't measure have
+    /// one.
+    fn n_starts(&self, _params: &Params, _is_host: bool) -> usize {
+        1
+    }
+
+    /// Does the work of one start, writing files into `context.out_dir`.
     ///
     /// # Errors
     /// Whatever stopped it; nothing is committed then.
     fn run(&self, context: &StageContext<'_>) -> Result<StageOutput, StageError>;
+
+    /// Makes one output of those of all starts, in their order. It is called only where there were several.
+    ///
+    /// # Errors
+    /// Where they do not belong together.
+    fn combine(&self, outputs: Vec<StageOutput>) -> Result<StageOutput, StageError> {
+        let n_outputs = outputs.len();
+        outputs.into_iter().next_back().filter(|_| n_outputs == 1).ok_or_else(|| {
+            StageError::Other(format!("combine {n_outputs} starts: {} runs in one", self.description().kind))
+        })
+    }
 }
 
 /// The kinds of stage there are, by kind.

@@ -7,7 +7,7 @@ use labpipe::inference::{
     CaptureFilter, CaptureSink, Decoded, DeviceFigures, DeviceProbe, Engine, EngineInfo, InferenceError, MemoryProbe,
     Model, ModelInfo, ModelRecipe, ModelSource, OtherProcesses, Prefilled, TakeLogits, TokenScore,
 };
-use labpipe::stage::{ModelLease, ModelPool, StageContext, StageError, StageInput, StageOutput};
+use labpipe::stage::{ModelLease, ModelPool, StageContext, StageError, StageInput, StageOutput, Start};
 use labpipe::units::DType;
 use serde_json::{Map, Value, json};
 use std::collections::BTreeMap;
@@ -277,8 +277,17 @@ fn figures() -> DeviceFigures {
     }
 }
 
-/// Runs a benchmark of the real catalogue.
+/// Runs a benchmark of the real catalogue in one start.
 fn run(kind: &str, params: Value, script: &Script) -> (Result<StageOutput, StageError>, Vec<(Level, String)>) {
+    run_start(kind, params, script, Start::ONLY)
+}
+
+fn run_start(
+    kind: &str,
+    params: Value,
+    script: &Script,
+    start: Start,
+) -> (Result<StageOutput, StageError>, Vec<(Level, String)>) {
     let source = ModelSource::Random { config: PathBuf::from("c"), seed: 1 };
     let recipe = ModelRecipe { source, dtype: None, compute_dtype: None, quantization: None };
     let head = RecordHead {
@@ -312,6 +321,7 @@ fn run(kind: &str, params: Value, script: &Script) -> (Result<StageOutput, Stage
         inputs: &inputs,
         missing_inputs: &[],
         out_dir: Path::new("."),
+        start,
         engine: script,
         models: &Opens(script),
         progress: &notes,
@@ -341,11 +351,52 @@ fn a_prefill_that_scores_times_passes_to_every_tokens_likelihood() {
     assert_eq!(script.log.taken(), "score10 begin score10 begin score10 take score20 begin score20 begin score20 take");
     let row = &output.body["results"][1];
     assert_eq!((row["label"].as_str(), row["scores"].as_bool()), (Some("pp20+nll"), Some(true)));
-    assert_eq!((row["samples_s"].clone(), row["tokens_per_second_mean"].as_f64()), (json!([0.25, 0.25]), Some(80.0)));
+    assert_eq!((row["samples_s"].clone(), row["tokens_per_second"].as_f64()), (json!([0.25, 0.25]), Some(80.0)));
     assert_eq!(output.body["power"][1]["label"].as_str(), Some("pp20+nll"));
     let method = output.body["method"].as_str().expect("a method");
     assert!(method.contains("negative log-likelihoods"), "{method}");
-    assert!(output.summary.starts_with("pp10+nll 40 ± 0 t/s"), "{}", output.summary);
+    assert!(output.summary.starts_with("pp10+nll 40 t/s, 1 start"), "{}", output.summary);
+}
+
+#[test]
+fn samples_are_spread_over_starts_and_their_records_become_one() {
+    let catalogue = labpipe::stages::catalogue();
+    for (kind, params, n_first) in [
+        ("prefill-bench", json!({"n_prompt": [10, 20], "samples": 5, "warmup": 1, "seed": 0}), 3),
+        ("decode-bench", json!({"n_gen": 4, "n_depth": [0, 8], "samples": 5, "warmup": 1, "seed": 0}), 3 * 4),
+    ] {
+        let stage = catalogue.get(kind).expect("a benchmark");
+        let script = script(Some(figures()), Fault::None);
+        let outputs: Vec<StageOutput> = (0..2)
+            .map(|idx| run_start(kind, params.clone(), &script, Start { idx, n: 2 }).0.expect("a record"))
+            .collect();
+        assert_eq!(outputs[0].body["results"][0]["samples_s"].as_array().map(Vec::len), Some(n_first));
+        let whole = stage.combine(outputs).expect("one record");
+        let row = &whole.body["results"][1];
+        let n_samples: Vec<u64> =
+            row["starts"].as_array().into_iter().flatten().filter_map(|start| start["n_samples"].as_u64()).collect();
+        assert_eq!(n_samples, [3, 2], "{kind}");
+        // Energy and tokens of both starts are added up.
+        assert_eq!(whole.body["power"][1]["energy_j"].as_f64(), Some(1200.0));
+        assert_eq!(whole.body["pool_peak_bytes"], 200);
+        assert!(whole.summary.contains("t/s, 2 starts"), "{}", whole.summary);
+    }
+}
+
+#[test]
+fn there_are_no_more_starts_than_samples() {
+    let catalogue = labpipe::stages::catalogue();
+    let params = |value: Value| value.as_object().cloned().expect("a mapping");
+    for kind in ["prefill-bench", "decode-bench"] {
+        let stage = catalogue.get(kind).expect("a benchmark");
+        let n_starts = |value: Value, is_host: bool| stage.n_starts(&params(value), is_host);
+        assert_eq!(n_starts(json!({"samples": 20, "starts": null}), true), 5);
+        assert_eq!(n_starts(json!({"samples": 20, "starts": null}), false), 3);
+        assert_eq!(n_starts(json!({"samples": 2, "starts": null}), true), 2);
+        assert_eq!(n_starts(json!({"samples": 20, "starts": 8}), false), 8);
+        let found = stage.check(&params(json!({"samples": 3, "starts": 4, "n_prompt": [8]})));
+        assert_eq!(found.iter().map(|problem| problem.0).collect::<Vec<_>>(), ["starts"]);
+    }
 }
 
 #[test]
@@ -375,7 +426,7 @@ fn energy_is_told_for_each_case_over_its_tokens_with_clocks_limits_and_a_warning
     );
     assert_eq!(output.body["pool_peak_bytes"], 200, "asked after each of two cases");
     assert_eq!(output.body["pool_peak_method"], "scripted");
-    assert!(output.summary.contains("pp10 20 ± 0 t/s (n = 3, 20.000 J/token)"), "{}", output.summary);
+    assert!(output.summary.contains("pp10 20 t/s, 1 start, 20.000 J/token"), "{}", output.summary);
     let [(Level::Warning, note)] = notes.as_slice() else { panic!("one warning: {notes:?}") };
     assert!(note.starts_with("2 other process(es) used the device while it was measured and held 3.00 MiB"), "{note}");
 }

@@ -96,7 +96,7 @@ fn every_record_has_the_fields_of_the_contract() {
     let memory = ["weights_bytes", "pool_peak_bytes", "process_peak_bytes", "method"];
     let prefill = lab.record("prefill");
     has_fields(&prefill, &memory);
-    has_fields(&prefill["results"][0], &["label", "n_prompt", "samples_s", "tokens_per_second_mean"]);
+    has_fields(&prefill["results"][0], &["label", "n_prompt", "samples_s", "tokens_per_second", "starts"]);
     let (shown, _) = lab.expect(0, &["show", "prefill"]);
     assert!(shown.contains("│ label ") && shown.contains("┆ pp16 ") && shown.contains("│ ttft_s_median "), "{shown}");
     let decode = lab.record("decode");

@@ -368,7 +368,7 @@ fn rooms_import_downward_only() {
         ("gguf", words.to_vec()),
         ("plan", with(&["pipeline"])),
         ("store", with(&[])),
-        ("report", with(&["metrics", "pipeline", "plan"])),
+        ("report", with(&["bench", "metrics", "pipeline", "plan"])),
         ("engine", with(&["gguf", "hub", "metrics"])),
         ("stages", with(&["bench", "dataset", "gguf", "hub", "metrics", "report", "store"])),
         ("ui", with(&["pipeline", "plan"])),

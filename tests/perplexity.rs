@@ -313,7 +313,7 @@ fn compare_tells_what_lies_outside_the_noise() {
     let short = run(&["--set", "n_chars=5000"]);
 
     let (out, _) = lab.expect(0, &["compare", &a, &again, "--fail-on-difference"]);
-    assert!(out.contains("0 within noise, 0 outside it, 0 of unknown spread, 0 not comparable"), "{out}");
+    assert!(out.contains("0 within noise, 0 outside it, 0 without a verdict, 0 not comparable"), "{out}");
 
     let (out, _) = lab.expect(5, &["compare", &a, "results/latest", "--fail-on-difference"]);
     assert!(out.contains("not comparable"), "{out}");

@@ -122,13 +122,15 @@ proptest! {
         let prefill = json!({
             "label": "pp1", "n_prompt": 1, "scores": false, "n_samples": 2, "samples_s": [nv, number(m)], "ttft_s_mean": nv,
             "ttft_s_stdev": ov, "ttft_s_median": nv, "ttft_s_p90": nv, "ttft_s_p95": ov, "ttft_s_p99": ov, "ttft_s_min": nv,
-            "ttft_s_max": nv, "tokens_per_second_mean": number(m), "tokens_per_second_stdev": ov,
+            "ttft_s_max": nv, "tokens_per_second": number(m), "tokens_per_second_low": ov, "tokens_per_second_high": nv,
+            "starts": [{ "n_samples": 2, "tokens_per_second": number(m) }],
         });
         let decode = json!({
             "label": "tg1", "n_gen": 1, "n_depth": 0, "n_sequences": 1, "token_latency_s_mean": nv,
             "token_latency_s_stdev": ov, "token_latency_s_median": nv, "token_latency_s_p90": nv,
             "token_latency_s_p95": ov, "token_latency_s_p99": ov, "token_latency_s_min": nv, "token_latency_s_max": nv,
-            "samples_s": [nv], "tokens_per_second": number(m), "tokens_per_second_stdev": ov,
+            "samples_s": [nv], "tokens_per_second": number(m), "tokens_per_second_low": ov, "tokens_per_second_high": nv,
+            "starts": [{ "n_samples": 1, "tokens_per_second": number(m) }],
         });
         let checks = memory(json!({
             "results": list(decode), "power": list(power), "decode_check_n_positions": 1,

@@ -10,7 +10,8 @@ use labpipe::pipeline::{ParseOptions, parse};
 use labpipe::plan::{Selection, build};
 use labpipe::run::{InProcess, RunFile, RunOutcome, RunRequest, Sources, StoreFacts, execute, planned_keys, timestamp};
 use labpipe::stage::{
-    Catalogue, ParamDefault, ParamDesc, ParamType, Stage, StageContext, StageDescription, StageError, StageOutput,
+    Catalogue, ParamDefault, ParamDesc, ParamType, Params, Stage, StageContext, StageDescription, StageError,
+    StageOutput,
 };
 use labpipe::store::{FileHashes, Results, Store};
 use labpipe::units::DType;
@@ -211,7 +212,7 @@ const NEEDS: ParamDesc = ParamDesc {
 };
 const INPUTS: ParamDesc = ParamDesc {
     name: "inputs",
-    ty: ParamType::StageRefs(&["make", "use", "measure", "fail", "panic", "cancel"]),
+    ty: ParamType::StageRefs(&["make", "use", "measure", "full", "fail", "panic", "cancel"]),
     unit: None,
     default: ParamDefault::Required,
     help: "inputs",
@@ -224,7 +225,7 @@ const fn kind(kind: &'static str, measures: bool, computes: bool, params: &'stat
 static KINDS: [StageDescription; 8] = [
     kind("make", false, true, &[SEED]),
     kind("use", false, true, &[MODEL, SEED]),
-    kind("measure", true, true, &[MODEL]),
+    kind("measure", true, true, &[MODEL, SEED]),
     kind("full", true, true, &[MODEL]),
     kind("fail", false, false, &[NEEDS]),
     kind("panic", false, false, &[NEEDS]),
@@ -237,11 +238,24 @@ impl Stage for Fake {
         self.description
     }
 
+    /// As many as a measurement's seed says.
+    fn n_starts(&self, params: &Params, _is_host: bool) -> usize {
+        let seed = params.get("seed").and_then(Value::as_u64).unwrap_or(0);
+        if self.description.measures { seed.max(1) as usize } else { 1 }
+    }
+
+    fn combine(&self, outputs: Vec<StageOutput>) -> Result<StageOutput, StageError> {
+        let latencies: Vec<Value> = outputs.iter().map(|output| output.body["latency_s"].clone()).collect();
+        let body = Map::from_iter([("latencies_s".to_owned(), json!(latencies))]);
+        Ok(StageOutput { body, summary: "combined".to_owned() })
+    }
+
     fn run(&self, context: &StageContext<'_>) -> Result<StageOutput, StageError> {
         let beside = self.seen.running.fetch_add(1, Ordering::SeqCst);
         let result = self.act(context, beside);
         self.seen.running.fetch_sub(1, Ordering::SeqCst);
-        self.seen.order.lock().expect("the list").push(context.address.to_owned());
+        let start = if context.start.n > 1 { format!("/{}", context.start.idx) } else { String::new() };
+        self.seen.order.lock().expect("the list").push(format!("{}{start}", context.address));
         result
     }
 }
@@ -384,7 +398,58 @@ fn a_measurement_has_the_machine_alone_and_no_two_models_are_ever_loaded() {
 fn work_is_ordered_by_model_so_that_each_is_loaded_once() {
     let bench = Bench::new();
     bench.run(TWO_MODELS, 1);
+    // A start of a measurement loads its model anew, and what is loaded then serves the model's other stages first.
+    assert_eq!(*bench.seen.opened.lock().expect("the list"), ["m1", "m2", "m1"]);
+    let bench = Bench::new();
+    bench.run(&TWO_MODELS.replace("kind: measure", "kind: use"), 1);
     assert_eq!(*bench.seen.opened.lock().expect("the list"), ["m1", "m2"]);
+}
+
+const STARTS: &str = "
+  a:  { kind: make, seed: 1 }
+  b:  { kind: make, seed: 2 }
+  ma: { kind: measure, model: a, seed: 3 }
+  na: { kind: measure, model: a, seed: 2 }
+  mb: { kind: measure, model: b, seed: 3 }
+  all: { kind: gather, inputs: [ma, na, mb] }
+";
+
+#[test]
+fn starts_take_turns_over_the_models_and_each_loads_its_model_anew() {
+    for jobs in [1, 3] {
+        let bench = Bench::new();
+        let outcome = bench.run(STARTS, jobs);
+        assert_eq!(outcome.exit_code, 0, "{:?}", outcome.stages);
+        let order: Vec<String> = bench.seen.order.lock().expect("the list").clone();
+        let measured: Vec<&str> = order.iter().map(String::as_str).filter(|name| name.contains('/')).collect();
+        assert_eq!(measured, ["ma/0", "na/0", "mb/0", "mb/1", "ma/1", "na/1", "ma/2", "mb/2"]);
+        assert_eq!(*bench.seen.opened.lock().expect("the list"), ["m1", "m2", "m2", "m1", "m1", "m2"]);
+        assert_eq!(
+            (bench.seen.most_models.load(Ordering::SeqCst), bench.seen.disturbed.load(Ordering::SeqCst)),
+            (1, 0)
+        );
+        // Each start has a model of its own, whose first latency is 0.5 s and second 0.25 s.
+        assert_eq!(outcome.results["ma"].record.body["latencies_s"], json!([0.5, 0.5, 0.5]));
+        assert_eq!(outcome.results["na"].record.body["latencies_s"], json!([0.25, 0.25]));
+        assert!(outcomes(&bench.run(STARTS, jobs)).values().all(|outcome| *outcome == "cached"));
+    }
+}
+
+#[test]
+fn a_stage_that_fails_in_one_start_is_gone_and_the_others_go_on() {
+    let bench = Bench::new();
+    let outcome = bench.run(&STARTS.replace("na: { kind: measure", "na: { kind: full").replace("a, seed: 2", "a"), 1);
+    let found = outcomes(&outcome);
+    assert_eq!((found["na"], found["ma"], found["mb"], found["all"]), ("failed", "done", "done", "done"));
+    assert_eq!(outcome.results["mb"].record.body["latencies_s"], json!([0.5, 0.5, 0.5]));
+}
+
+#[test]
+fn two_measurements_with_one_key_are_taken_once() {
+    let bench = Bench::new();
+    let stages = "  a: { kind: make, seed: 1 }\n  ma: { kind: measure, model: a, seed: 2 }\n  na: { kind: measure, model: a, seed: 2 }\n";
+    let outcome = bench.run(stages, 2);
+    assert_eq!(outcomes(&outcome), BTreeMap::from([("a", "done"), ("ma", "done"), ("na", "cached")]));
 }
 
 #[test]

@@ -136,11 +136,27 @@ pub struct PrefillResult {
     pub ttft_s_min: f64,
     #[serde(with = "number")]
     pub ttft_s_max: f64,
-    /// n_prompt / sample, averaged over samples.
-    #[serde(with = "number")]
-    pub tokens_per_second_mean: f64,
+    /// n_prompt / mean time. (Records of versions up to 3: the mean of n_prompt / time.)
+    #[serde(alias = "tokens_per_second_mean", with = "number")]
+    pub tokens_per_second: f64,
+    /// 95 % interval of it from the spread between this row's own starts; null for a single one.
     #[serde(default, with = "number::optional")]
-    pub tokens_per_second_stdev: Option<f64>,
+    pub tokens_per_second_low: Option<f64>,
+    #[serde(default, with = "number::optional")]
+    pub tokens_per_second_high: Option<f64>,
+    /// Empty in records of versions up to 3.
+    #[serde(default)]
+    pub starts: Vec<StartResult>,
+}
+
+/// One start of a row: a process of its own that loaded the model and took its share of the samples.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct StartResult {
+    /// Passes of a prefill, sequences of a decode; their times stand in `samples_s` start by start.
+    pub n_samples: usize,
+    /// Tokens / time over this start's samples.
+    #[serde(with = "number")]
+    pub tokens_per_second: f64,
 }
 
 /// One row of a `decode-bench` record's `results`; times in seconds per token.
@@ -170,11 +186,17 @@ pub struct DecodeResult {
     pub token_latency_s_max: f64,
     #[serde(with = "number::list")]
     pub samples_s: Vec<f64>,
-    /// n_gen / Σ latencies, averaged over sequences.
+    /// 1 / mean latency. (Records of versions up to 2: the mean over sequences of n_gen / Σ latencies.)
     #[serde(with = "number")]
     pub tokens_per_second: f64,
+    /// 95 % interval of it from the spread between this row's own starts; null for a single one.
     #[serde(default, with = "number::optional")]
-    pub tokens_per_second_stdev: Option<f64>,
+    pub tokens_per_second_low: Option<f64>,
+    #[serde(default, with = "number::optional")]
+    pub tokens_per_second_high: Option<f64>,
+    /// Empty in records of versions up to 2.
+    #[serde(default)]
+    pub starts: Vec<StartResult>,
 }
 
 /// One row of a benchmark record's `power`: the device's board over the timed regions of the row of `results` that has the same

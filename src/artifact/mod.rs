@@ -11,7 +11,9 @@ mod ppl;
 mod record;
 mod run;
 
-pub use bench::{DecodeRecord, DecodeResult, MemoryFigures, PowerResult, PrefillRecord, PrefillResult, Statistics};
+pub use bench::{
+    DecodeRecord, DecodeResult, MemoryFigures, PowerResult, PrefillRecord, PrefillResult, StartResult, Statistics,
+};
 pub use layers::{CaptureRecord, CapturedTensor, DiffRecord, ModuleDiff};
 pub use models::{QuantizeTotals, QuantizedModule, ReportRecord, ReportedFile, SavedFolder};
 pub use ppl::{DivergenceResult, KeptLogProbs, PplRecord, PplResult, TokenScoresFile};

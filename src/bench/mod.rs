@@ -1,9 +1,9 @@
 //! The sampling loop: warm-up, then samples, each timed by whoever owns the clock. It knows no engine.
 
-use crate::artifact::{DecodeResult, PowerResult, PrefillResult};
+use crate::artifact::{DecodeResult, PowerResult, PrefillResult, StartResult};
 use crate::event::Progress;
 use crate::inference::DeviceFigures;
-use crate::metrics::statistics;
+use crate::metrics::{RateInterval, own_variance, rate_interval, statistics};
 
 /// How often something is measured.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -69,11 +69,11 @@ pub fn power_result(label: &str, n_tokens: usize, seen: DeviceFigures) -> PowerR
     }
 }
 
-/// Builds a prefill row from samples in seconds; nothing where there are none.
-pub fn prefill_result(n_prompt: usize, scores: bool, samples_s: Vec<f64>) -> Option<PrefillResult> {
+/// Builds a prefill row from every start's samples in seconds; nothing where a start has none.
+pub fn prefill_result(n_prompt: usize, scores: bool, starts_s: &[Vec<f64>]) -> Option<PrefillResult> {
+    let rates = Rates::of(n_prompt, starts_s)?;
+    let samples_s = starts_s.concat();
     let ttft = statistics(&samples_s)?;
-    let rates: Vec<f64> = samples_s.iter().map(|sample_s| n_prompt as f64 / sample_s).collect();
-    let rate = statistics(&rates)?;
     Some(PrefillResult {
         label: prefill_label(n_prompt, scores),
         n_prompt,
@@ -88,23 +88,25 @@ pub fn prefill_result(n_prompt: usize, scores: bool, samples_s: Vec<f64>) -> Opt
         ttft_s_p99: ttft.p99,
         ttft_s_min: ttft.min,
         ttft_s_max: ttft.max,
-        tokens_per_second_mean: rate.mean,
-        tokens_per_second_stdev: rate.stdev,
+        tokens_per_second: rates.of_all,
+        tokens_per_second_low: rates.low,
+        tokens_per_second_high: rates.high,
+        starts: rates.starts,
     })
 }
 
-/// Builds a decode row from sequences of token latencies in seconds; nothing where there are none.
-pub fn decode_result(n_gen: usize, n_depth: usize, sequences_s: Vec<Vec<f64>>) -> Option<DecodeResult> {
-    let rates: Vec<f64> =
-        sequences_s.iter().map(|latencies| latencies.len() as f64 / latencies.iter().sum::<f64>()).collect();
-    let rate = statistics(&rates)?;
-    let samples_s: Vec<f64> = sequences_s.concat();
+/// Builds a decode row from every start's sequences of token latencies in seconds; nothing where a start has none.
+pub fn decode_result(n_gen: usize, n_depth: usize, starts_s: &[Vec<Vec<f64>>]) -> Option<DecodeResult> {
+    let sequences_s: Vec<Vec<f64>> =
+        starts_s.iter().map(|start| start.iter().map(|latencies| latencies.iter().sum()).collect()).collect();
+    let rates = Rates::of(n_gen, &sequences_s)?;
+    let samples_s: Vec<f64> = starts_s.concat().concat();
     let latency = statistics(&samples_s)?;
     Some(DecodeResult {
         label: decode_label(n_gen, n_depth),
         n_gen,
         n_depth,
-        n_sequences: sequences_s.len(),
+        n_sequences: sequences_s.iter().map(Vec::len).sum(),
         token_latency_s_mean: latency.mean,
         token_latency_s_stdev: latency.stdev,
         token_latency_s_median: latency.median,
@@ -114,9 +116,54 @@ pub fn decode_result(n_gen: usize, n_depth: usize, sequences_s: Vec<Vec<f64>>) -
         token_latency_s_min: latency.min,
         token_latency_s_max: latency.max,
         samples_s,
-        tokens_per_second: rate.mean,
-        tokens_per_second_stdev: rate.stdev,
+        tokens_per_second: rates.of_all,
+        tokens_per_second_low: rates.low,
+        tokens_per_second_high: rates.high,
+        starts: rates.starts,
     })
+}
+
+/// Rates of a row, over all samples and start by start.
+struct Rates {
+    of_all: f64,
+    low: Option<f64>,
+    high: Option<f64>,
+    starts: Vec<StartResult>,
+}
+
+impl Rates {
+    /// Returns the rates of samples of `n_tokens` each; nothing where a start has no sample.
+    fn of(n_tokens: usize, starts_s: &[Vec<f64>]) -> Option<Rates> {
+        let rate = |samples_s: &[f64]| (n_tokens * samples_s.len()) as f64 / samples_s.iter().sum::<f64>();
+        if starts_s.is_empty() || starts_s.iter().any(Vec::is_empty) {
+            return None;
+        }
+        let starts: Vec<StartResult> = starts_s
+            .iter()
+            .map(|samples_s| StartResult { n_samples: samples_s.len(), tokens_per_second: rate(samples_s) })
+            .collect();
+        let of_all = rate(&starts_s.concat());
+        let logs: Vec<f64> = starts.iter().map(|start| start.tokens_per_second.ln()).collect();
+        let interval = own_variance(&logs).and_then(|spread| rate_interval(&logs, &spread));
+        let bound = |of: fn(&RateInterval) -> f64| interval.map(|interval| of_all * of(&interval) / interval.rate);
+        let (low, high) = (bound(|interval| interval.low), bound(|interval| interval.high));
+        Some(Rates { of_all, low, high, starts })
+    }
+}
+
+/// Makes one prefill row of those of its starts.
+pub fn combine_prefills(rows: &[&PrefillResult]) -> Option<PrefillResult> {
+    let first = rows.first()?;
+    let starts_s: Vec<Vec<f64>> = rows.iter().map(|row| row.samples_s.clone()).collect();
+    prefill_result(first.n_prompt, first.scores, &starts_s)
+}
+
+/// Makes one decode row of those of its starts.
+pub fn combine_decodes(rows: &[&DecodeResult]) -> Option<DecodeResult> {
+    let first = rows.first()?;
+    let sequences = |row: &&DecodeResult| row.samples_s.chunks(first.n_gen.max(1)).map(<[f64]>::to_vec).collect();
+    let starts_s: Vec<Vec<Vec<f64>>> = rows.iter().map(sequences).collect();
+    decode_result(first.n_gen, first.n_depth, &starts_s)
 }
 
 #[cfg(test)]
@@ -129,9 +176,9 @@ mod tests {
         let mut latencies = [9.0, 8.0, 1.0, 3.0].into_iter();
         let plan = SamplePlan { warmup: 2, samples: 2 };
         let samples = sample(plan, &NullProgress, || (), |_| latencies.next().ok_or(())).expect("samples");
-        let row = prefill_result(10, false, samples).expect("a row");
+        let row = prefill_result(10, false, &[samples]).expect("a row");
         assert_eq!((row.label.as_str(), row.ttft_s_mean, row.n_samples), ("pp10", 2.0, 2));
-        assert!((row.tokens_per_second_mean - (10.0 + 10.0 / 3.0) / 2.0).abs() < 1e-12);
+        assert_eq!((row.tokens_per_second, row.tokens_per_second_low, row.starts.len()), (5.0, None, 1));
     }
 
     #[test]
@@ -155,9 +202,28 @@ mod tests {
     }
 
     #[test]
-    fn decode_rates_are_per_sequence_and_latencies_per_token() {
-        let row = decode_result(2, 512, vec![vec![0.5, 0.5], vec![0.25, 0.25]]).expect("a row");
-        assert_eq!((row.label.as_str(), row.samples_s.len(), row.tokens_per_second), ("tg2 @ d512", 4, 3.0));
-        assert!(decode_result(2, 0, Vec::new()).is_none());
+    fn a_rate_is_tokens_over_time_and_its_interval_comes_from_the_starts() {
+        let row = decode_result(2, 512, &[vec![vec![0.5, 0.5]], vec![vec![0.25, 0.25]]]).expect("a row");
+        assert_eq!((row.label.as_str(), row.samples_s.len(), row.n_sequences), ("tg2 @ d512", 4, 2));
+        // Four tokens in 1.5 s; the mean of the two rates would be 3.
+        assert!((row.tokens_per_second - 4.0 / 1.5).abs() < 1e-12);
+        assert_eq!(row.starts.iter().map(|start| start.tokens_per_second).collect::<Vec<_>>(), [2.0, 4.0]);
+        // Log rates ln 2 and ln 4: stdev ln 2 / √2, t(0.975, 1) = 12.7062, half width 12.7062 · ln 2 / 2 = 4.40364.
+        let high = row.tokens_per_second_high.expect("an interval") / row.tokens_per_second;
+        assert!((high.ln() - 4.403_64).abs() < 1e-4, "{high}");
+        assert!(decode_result(2, 0, &[]).is_none() && decode_result(2, 0, &[Vec::new()]).is_none());
+    }
+
+    #[test]
+    fn rows_of_starts_make_the_row_of_all_samples() {
+        let starts_s = [vec![1.0, 3.0], vec![2.0]];
+        let rows: Vec<PrefillResult> =
+            starts_s.iter().filter_map(|start| prefill_result(8, false, std::slice::from_ref(start))).collect();
+        let combined = combine_prefills(&rows.iter().collect::<Vec<_>>());
+        assert_eq!(combined, prefill_result(8, false, &starts_s));
+        let starts_s = [vec![vec![1.0, 3.0], vec![1.0, 1.0]], vec![vec![2.0, 4.0]]];
+        let rows: Vec<DecodeResult> =
+            starts_s.iter().filter_map(|start| decode_result(2, 0, std::slice::from_ref(start))).collect();
+        assert_eq!(combine_decodes(&rows.iter().collect::<Vec<_>>()), decode_result(2, 0, &starts_s));
     }
 }

@@ -5,7 +5,7 @@ use super::error::CliError;
 use super::{check_run, print};
 use crate::artifact::{FORMAT_VERSION, Key, PplRecord, PplResult, Record, RecordError};
 use crate::metrics::{Convention, paired_difference};
-use crate::report::{self, Compared, Verdict};
+use crate::report::{self, Compared, Measure, SpeedBasis, Spreads, Verdict};
 use crate::stage::StageInput;
 use crate::store::{Part, Results, RunDir, Store, TokenScores, read_token_scores};
 use crate::ui::table;
@@ -33,6 +33,16 @@ impl Run {
         stages.filter(has_result).filter_map(|stage| stage["stage"].as_str()).collect()
     }
 
+    /// Returns the key of the `load` stage whose model a stage measured; nothing where that was quantized here.
+    fn loaded_model(&self, stage: &StageInput) -> Option<&str> {
+        let name = stage.record.head.params.get("model")?.as_str()?;
+        let cell = stage.address.find('[').map_or("", |at| &stage.address[at..]);
+        let stages = self.json["stages"].as_array()?;
+        let find = |address: &str| stages.iter().find(|stage| stage["stage"] == address);
+        let model = find(name).or_else(|| find(&format!("{name}{cell}")))?;
+        model["key"].as_str().filter(|_| model["kind"] == "load")
+    }
+
     fn stage(&self, address: &str, cache: &Path) -> Result<Arc<StageInput>, CliError> {
         let record =
             Record::from_json(self.dir.record(address, &self.json)?).map_err(|error| unreadable(self, &error))?;
@@ -52,14 +62,22 @@ pub fn compare(global: &Global, args: &CompareArgs) -> Result<u8, CliError> {
     let (a, b) = (find(global, &args.a)?, find(global, &args.b)?);
     let store = Store::open(&global.cache)?;
     let in_both: Vec<&str> = a.stages().into_iter().filter(|stage| b.stages().contains(stage)).collect();
-    let mut rows = Vec::new();
     let mut circumstances = circumstances(&a, &b);
+    let mut pairs = Vec::new();
     for address in &in_both {
         let (one, other) = (a.stage(address, store.dir())?, b.stage(address, store.dir())?);
         circumstances.extend(source_types(&one, &other)?);
         if one.kind == other.kind && one.kind != "report" {
-            rows.extend(rows_of((&a, &one), (&b, &other), &store)?);
+            let measures = (measures_of(&a, &one)?, measures_of(&b, &other)?);
+            pairs.push(Pair { a: one, b: other, measures });
         }
+    }
+    let find = |one: &Measure, other: &Measure| reference((&a, &b), &pairs, one, other);
+    let all = pairs.iter().flat_map(|pair| pair.measures.0.iter().chain(&pair.measures.1));
+    let basis = SpeedBasis { spreads: Spreads::of(all), reference: Some(&find) };
+    let mut rows = Vec::new();
+    for pair in &pairs {
+        rows.extend(rows_of((&a, &b), pair, &basis, &store)?);
     }
     let only = |run: &Run, other: &Run| -> Vec<String> {
         run.stages().into_iter().filter(|stage| !other.stages().contains(stage)).map(str::to_owned).collect()
@@ -94,18 +112,46 @@ fn unreadable(run: &Run, error: &RecordError) -> CliError {
     CliError::Usage { message: format!("run {}: failed to {error}", run.id()), hint: Some(hint) }
 }
 
+/// A stage that both runs have.
+struct Pair {
+    a: Arc<StageInput>,
+    b: Arc<StageInput>,
+    measures: (Vec<Measure>, Vec<Measure>),
+}
+
+fn measures_of(run: &Run, stage: &Arc<StageInput>) -> Result<Vec<Measure>, CliError> {
+    report::measures(stage).map_err(|error| match error {
+        report::ReportError::Record(error) => unreadable(run, &error),
+        other => CliError::Usage { message: format!("failed to {other}"), hint: None },
+    })
+}
+
+/// Finds what ties two days together: the same figure of an unquantized model that each run measured together with what is compared.
+fn reference<'p>(
+    (run_a, run_b): (&Run, &Run),
+    pairs: &'p [Pair],
+    one: &Measure,
+    other: &Measure,
+) -> Option<(String, &'p Measure, &'p Measure)> {
+    let is_same = |measure: &&Measure, of: &Measure| {
+        let together = measure.starts.as_ref().zip(of.starts.as_ref()).is_some_and(|(its, own)| its.run == own.run);
+        together && measure.metric == of.metric && measure.label == of.label
+    };
+    pairs.iter().filter(|pair| pair.a.address != one.stage).find_map(|pair| {
+        let models = (run_a.loaded_model(&pair.a)?, run_b.loaded_model(&pair.b)?);
+        let in_a = pair.measures.0.iter().find(|measure| is_same(measure, one))?;
+        let in_b = pair.measures.1.iter().find(|measure| is_same(measure, other))?;
+        (models.0 == models.1).then(|| (pair.a.address.clone(), in_a, in_b))
+    })
+}
+
 fn rows_of(
-    (run_a, a): (&Run, &Arc<StageInput>),
-    (run_b, b): (&Run, &Arc<StageInput>),
+    (run_a, run_b): (&Run, &Run),
+    pair: &Pair,
+    basis: &SpeedBasis<'_>,
     store: &Store,
 ) -> Result<Vec<Compared>, CliError> {
-    let measures = |run, stage| {
-        report::measures(stage).map_err(|error| match error {
-            report::ReportError::Record(error) => unreadable(run, &error),
-            other => CliError::Usage { message: format!("failed to {other}"), hint: None },
-        })
-    };
-    let (measures_a, measures_b) = (measures(run_a, a)?, measures(run_b, b)?);
+    let (a, b) = (&pair.a, &pair.b);
     let (same_subject, widths) = if a.kind == "ppl" {
         let results = |run, stage: &StageInput| {
             let record: Result<PplRecord, RecordError> = stage.record.read();
@@ -116,7 +162,7 @@ fn rows_of(
         (true, BTreeMap::new())
     };
     let paired = |metric: &str, label: &str| widths.get(&(metric.to_owned(), label.to_owned())).copied();
-    Ok(report::compare(&measures_a, &measures_b, same_subject, &paired))
+    Ok(report::compare(&pair.measures.0, &pair.measures.1, same_subject, &paired, basis))
 }
 
 type Widths = BTreeMap<(String, String), f64>;
@@ -233,21 +279,30 @@ impl Found {
     fn closing(&self, all: bool) -> String {
         let count = |verdict| self.rows.iter().filter(|row| row.verdict == verdict).count();
         let mut text = format!(
-            "{} numbers in both: {} equal, {} within noise, {} outside it, {} of unknown spread, {} not comparable.",
+            "{} numbers in both: {} equal, {} within noise, {} outside it, {} without a verdict, {} not comparable.",
             self.rows.len(),
             count(Verdict::Equal),
             count(Verdict::WithinNoise),
             count(Verdict::OutsideNoise),
-            count(Verdict::UnknownNoise),
+            count(Verdict::UnknownNoise) + count(Verdict::TooFewStarts) + count(Verdict::OtherDay),
             count(Verdict::NotComparable)
         );
         let n_details = self.rows.iter().filter(|row| row.verdict != Verdict::Equal && is_detail(row)).count();
         if !all && n_details > 0 {
             text.push_str(&format!(" {n_details} of single modules are not listed; --all does."));
         }
+        if count(Verdict::OtherDay) > 0 {
+            text.push_str(
+                " Speeds of different days are judged where both runs also measured the same unquantized model: what else changed falls out \
+                 then.",
+            );
+        }
+        if count(Verdict::TooFewStarts) > 0 {
+            text.push_str(" Speeds have a verdict from 8 degrees of freedom on: raise starts.");
+        }
         text.push_str(
-            " Noise: the 95 % interval of the difference, (p) from the same tokens in both runs, else as of independent \
-             samples; what changes from one start of the program to the next is not in it.",
+            " Noise: the 95 % interval of the difference; of speeds from the spread between starts, (p) from the same tokens in both runs, else \
+             as of independent samples.",
         );
         text
     }
@@ -270,10 +325,16 @@ fn rows_table(rows: &[&Compared]) -> String {
             format_significant(row.b),
             format_significant(row.difference),
             row.half_width.map_or_else(|| "–".to_owned(), |width| format!("{}{pairing}", format_significant(width))),
-            row.verdict.words().to_owned(),
+            verdict_words(row),
         ]);
     }
     table.to_string()
+}
+
+fn verdict_words(row: &Compared) -> String {
+    let relative_to = row.speed_ratio.as_ref().and_then(|ratio| ratio.relative_to.as_ref());
+    let relative = relative_to.map_or_else(String::new, |stage| format!(", relative to {stage}"));
+    format!("{}{relative}", row.verdict.words())
 }
 
 /// Returns what may explain differences: pipeline, options, program, machine.

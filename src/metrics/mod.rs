@@ -17,6 +17,7 @@ pub use perplexity::{
 };
 pub use starts::{
     MIN_VERDICT_DF, RateInterval, RateRatio, StartVariance, own_variance, pooled_variance, rate_interval, rate_ratio,
+    referred_ratio,
 };
 pub use statistics::{mean_and_stderr, percentile, quantile_stderr, statistics};
 

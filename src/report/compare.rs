@@ -3,6 +3,7 @@
 use super::evidence::Evidence;
 use super::measure::{Measure, SpreadKind};
 use super::request::{NoScatter, ReportError, ReportRequest};
+use super::speeds::{NoVerdict, Spreads};
 use crate::artifact::number;
 use crate::metrics::{Difference, Estimate, difference};
 use crate::stage::StageInput;
@@ -21,6 +22,10 @@ pub enum Verdict {
     OutsideNoise,
     /// They differ and nothing is known of their spread.
     UnknownNoise,
+    /// Speeds of too few starts: fewer than 8 degrees of freedom.
+    TooFewStarts,
+    /// Speeds of different days that no common reference ties together.
+    OtherDay,
     /// They are not about the same thing: another text, or another number of scored tokens.
     NotComparable,
 }
@@ -33,6 +38,8 @@ impl Verdict {
             Verdict::WithinNoise => "within noise",
             Verdict::OutsideNoise => "OUTSIDE NOISE",
             Verdict::UnknownNoise => "spread not known",
+            Verdict::TooFewStarts => "too few starts",
+            Verdict::OtherDay => "another day",
             Verdict::NotComparable => "not comparable",
         }
     }
@@ -59,7 +66,32 @@ pub struct Compared {
     pub half_width: Option<f64>,
     /// The interval is that of token by token differences: both runs scored the same tokens.
     pub paired: bool,
+    /// Of a speed: b / a, with its 95 % interval.
+    pub speed_ratio: Option<SpeedRatio>,
     pub verdict: Verdict,
+}
+
+/// How many times as fast.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct SpeedRatio {
+    #[serde(with = "number")]
+    pub ratio: f64,
+    #[serde(with = "number")]
+    pub low: f64,
+    #[serde(with = "number")]
+    pub high: f64,
+    /// The stage that both were taken relative to, because they were measured on different days; null where they were not.
+    pub relative_to: Option<String>,
+}
+
+/// What speeds of both runs may be judged by.
+#[derive(Default)]
+pub struct SpeedBasis<'a> {
+    pub spreads: Spreads<'a>,
+    /// Finds the same figure of a model that both runs measured together with what is compared: the reference's stage, and its measure
+    /// in either run.
+    #[expect(clippy::type_complexity, reason = "a function of one caller")]
+    pub reference: Option<&'a dyn Fn(&Measure, &Measure) -> Option<(String, &'a Measure, &'a Measure)>>,
 }
 
 /// Half-width of a metric's difference, where the two runs' single values could be paired: by metric and label.
@@ -77,7 +109,13 @@ pub fn measures(stage: &Arc<StageInput>) -> Result<Vec<Measure>, ReportError> {
 }
 
 /// Returns every metric that both sides of a stage have. `same_subject` is false where they are about other texts.
-pub fn compare(a: &[Measure], b: &[Measure], same_subject: bool, paired: &Paired<'_>) -> Vec<Compared> {
+pub fn compare(
+    a: &[Measure],
+    b: &[Measure],
+    same_subject: bool,
+    paired: &Paired<'_>,
+    basis: &SpeedBasis<'_>,
+) -> Vec<Compared> {
     let mut rows = Vec::new();
     for one in a {
         let Some(other) = b.iter().find(|other| other.metric == one.metric && other.label == one.label) else {
@@ -89,10 +127,19 @@ pub fn compare(a: &[Measure], b: &[Measure], same_subject: bool, paired: &Paired
         let found = Difference { half_width, ..independent };
         // Scores of texts of other lengths are about other tokens.
         let is_score = one.spread_kind == Some(SpreadKind::Stderr);
+        let (speed_ratio, of_speed) = match (&one.starts, &other.starts) {
+            (Some(_), Some(_)) => judge_speed(one, other, basis),
+            _ => (None, None),
+        };
+        let half_width = match &speed_ratio {
+            Some(speed) => Some(half_width_of(one, speed)),
+            None => found.half_width,
+        };
         let verdict = match found.is_outside_noise() {
             _ if !same_subject || (is_score && one.n != other.n) => Verdict::NotComparable,
             _ if one.value == other.value || (one.value.is_nan() && other.value.is_nan()) => Verdict::Equal,
             _ if !one.value.is_finite() || !other.value.is_finite() => Verdict::OutsideNoise,
+            _ if of_speed.is_some() => of_speed.unwrap_or(Verdict::UnknownNoise),
             Some(true) => Verdict::OutsideNoise,
             Some(false) => Verdict::WithinNoise,
             None if is_exact(one.metric) => Verdict::OutsideNoise,
@@ -108,12 +155,50 @@ pub fn compare(a: &[Measure], b: &[Measure], same_subject: bool, paired: &Paired
             b: other.value,
             n_b: other.n,
             difference: found.value,
-            half_width: found.half_width,
+            half_width,
             paired: by_token.is_some(),
+            speed_ratio,
             verdict,
         });
     }
     rows
+}
+
+/// Returns how many times as fast the second run is, and what that is worth: of one day directly, of different days relative to a
+/// reference that both measured.
+fn judge_speed(one: &Measure, other: &Measure, basis: &SpeedBasis<'_>) -> (Option<SpeedRatio>, Option<Verdict>) {
+    let (Some(a), Some(b)) = (&one.starts, &other.starts) else { return (None, None) };
+    let directly = basis.spreads.ratio(a, b).map(|ratio| (ratio, None));
+    let found = match directly {
+        Err(NoVerdict::OtherDay) => basis
+            .reference
+            .and_then(|find| find(one, other))
+            .and_then(|(stage, in_a, in_b)| Some((stage, in_a.starts.as_ref()?, in_b.starts.as_ref()?)))
+            .map_or(Err(NoVerdict::OtherDay), |(stage, in_a, in_b)| {
+                Ok((basis.spreads.referred((a, in_a), (b, in_b))?, Some(stage)))
+            }),
+        other => other,
+    };
+    match found {
+        Ok((found, relative_to)) => {
+            let ratio = SpeedRatio { ratio: found.ratio, low: found.low, high: found.high, relative_to };
+            let verdict = match found.differs {
+                Some(true) => Verdict::OutsideNoise,
+                Some(false) => Verdict::WithinNoise,
+                None => Verdict::TooFewStarts,
+            };
+            (Some(ratio), Some(verdict))
+        }
+        Err(NoVerdict::NoSpread) => (None, Some(Verdict::UnknownNoise)),
+        Err(NoVerdict::OtherDay) => (None, Some(Verdict::OtherDay)),
+        Err(NoVerdict::OtherDevice) => (None, Some(Verdict::NotComparable)),
+    }
+}
+
+/// Returns half the width of the interval of a speed's, or a time's, difference.
+fn half_width_of(before: &Measure, speed: &SpeedRatio) -> f64 {
+    let width = if before.unit == "s" { 1.0 / speed.low - 1.0 / speed.high } else { speed.high - speed.low };
+    before.value * width / 2.0
 }
 
 /// Quantities that are counted and not measured.
@@ -148,7 +233,7 @@ mod tests {
     fn a_run_equals_itself_in_everything() {
         let model = load("fp16");
         for stage in [decode("decode", &model, 0.001, 1000), ppl("ppl", &model, 9.06)] {
-            let rows = compare(&of(&stage), &of(&stage), true, &|_, _| None);
+            let rows = compare(&of(&stage), &of(&stage), true, &|_, _| None, &SpeedBasis::default());
             assert!(rows.len() > 1 && rows.iter().all(|row| row.verdict == Verdict::Equal), "{rows:?}");
         }
     }
@@ -165,7 +250,13 @@ mod tests {
             (&void, &void, Verdict::Equal),
             (&void, &finite, Verdict::OutsideNoise),
         ] {
-            let rows = compare(a, b, true, &|metric, _| (metric == "perplexity").then_some(f64::INFINITY));
+            let rows = compare(
+                a,
+                b,
+                true,
+                &|metric, _| (metric == "perplexity").then_some(f64::INFINITY),
+                &SpeedBasis::default(),
+            );
             assert_eq!(verdict(&rows, "perplexity"), wanted);
             let text = serde_json::to_string(&rows).expect("JSON");
             assert!(!text.contains("\"a\":null") && !text.contains("\"b\":null"), "{text}");
@@ -176,20 +267,74 @@ mod tests {
     fn pairing_finds_what_the_two_errors_hide() {
         let model = load("fp16");
         let (a, b) = (of(&ppl("ppl", &model, 9.06)), of(&ppl("ppl", &model, 9.10)));
-        let alone = compare(&a, &b, true, &|_, _| None);
+        let alone = compare(&a, &b, true, &|_, _| None, &SpeedBasis::default());
         assert_eq!(verdict(&alone, "perplexity"), Verdict::WithinNoise);
-        let paired = compare(&a, &b, true, &|metric, _| (metric == "perplexity").then_some(0.01));
+        let paired =
+            compare(&a, &b, true, &|metric, _| (metric == "perplexity").then_some(0.01), &SpeedBasis::default());
         assert_eq!(verdict(&paired, "perplexity"), Verdict::OutsideNoise);
-        assert!(compare(&a, &b, false, &|_, _| None).iter().all(|row| row.verdict == Verdict::NotComparable));
+        assert!(
+            compare(&a, &b, false, &|_, _| None, &SpeedBasis::default())
+                .iter()
+                .all(|row| row.verdict == Verdict::NotComparable)
+        );
+    }
+
+    /// A decode record measured by another run, so many hours after the first one.
+    fn later(stage: &Arc<StageInput>, hours: i64) -> Arc<StageInput> {
+        let mut later = Arc::clone(stage);
+        let head = &mut Arc::make_mut(&mut later).record.head;
+        head.produced_by_run = "another".to_owned();
+        let at: jiff::Timestamp = head.started_at.parse().expect("a time");
+        head.started_at = (at + jiff::SignedDuration::from_hours(hours)).to_string();
+        later
     }
 
     #[test]
     fn speeds_have_noise_and_bytes_have_none() {
         let model = load("fp16");
-        let (a, b) = (decode("d", &model, 0.001, 1000), decode("d", &model, 0.002, 1001));
-        let rows = compare(&of(&a), &of(&b), true, &|_, _| None);
+        let (a, b) = (decode("d", &model, 0.001, 1000), later(&decode("d", &model, 0.002, 1001), 1));
+        let of_one_depth = |stage| -> Vec<Measure> {
+            of(stage).into_iter().filter(|measure| measure.label != "tg64 @ d256").collect()
+        };
+        let (of_a, of_b) = (of_one_depth(&a), of_one_depth(&b));
+        let basis = SpeedBasis { spreads: Spreads::of(of_a.iter().chain(&of_b)), reference: None };
+        let rows = compare(&of_a, &of_b, true, &|_, _| None, &basis);
         assert_eq!(verdict(&rows, "weights_bytes"), Verdict::OutsideNoise);
-        assert_eq!(verdict(&rows, "decode_tokens_per_second"), Verdict::OutsideNoise);
+        // Three starts each: four degrees of freedom.
+        assert_eq!(verdict(&rows, "decode_tokens_per_second"), Verdict::TooFewStarts);
         assert_eq!(verdict(&rows, "process_peak_bytes"), Verdict::UnknownNoise);
+        let rate = rows.iter().find(|row| row.metric == "decode_tokens_per_second").expect("a row");
+        assert!((rate.speed_ratio.as_ref().expect("a ratio").ratio - 0.5).abs() < 0.02, "{rate:?}");
+    }
+
+    #[test]
+    fn more_speeds_give_a_verdict_and_other_days_need_a_reference() {
+        let model = load("fp16");
+        let figures: Vec<Vec<Measure>> =
+            ["d", "e", "f", "g"].iter().map(|name| of(&decode(name, &model, 0.001, 1000))).collect();
+        let slower = of(&later(&decode("d", &model, 0.002, 1001), 1));
+        let other_day = of(&later(&decode("d", &model, 0.002, 1001), 30));
+        let reference = of(&later(&decode("e", &model, 0.002, 1001), 30));
+        let all = || figures.iter().flatten().chain(&slower).chain(&other_day).chain(&reference);
+        let spreads = || Spreads::of(all());
+        let rows =
+            compare(&figures[0], &slower, true, &|_, _| None, &SpeedBasis { spreads: spreads(), reference: None });
+        assert_eq!(verdict(&rows, "decode_tokens_per_second"), Verdict::OutsideNoise);
+        assert_eq!(verdict(&rows, "token_latency_s"), Verdict::OutsideNoise);
+        let rows =
+            compare(&figures[0], &other_day, true, &|_, _| None, &SpeedBasis { spreads: spreads(), reference: None });
+        assert_eq!(verdict(&rows, "decode_tokens_per_second"), Verdict::OtherDay);
+        // What slowed the reference as much is no difference of the model's.
+        let find = |one: &Measure, _: &Measure| {
+            let of =
+                |list: &[Measure]| list.iter().position(|other| other.metric == one.metric && other.label == one.label);
+            let (at_a, at_b) = (of(&figures[1])?, of(&reference)?);
+            Some(("e".to_owned(), &figures[1][at_a], &reference[at_b]))
+        };
+        let basis = SpeedBasis { spreads: spreads(), reference: Some(&find) };
+        let rows = compare(&figures[0], &other_day, true, &|_, _| None, &basis);
+        assert_eq!(verdict(&rows, "decode_tokens_per_second"), Verdict::WithinNoise);
+        let rate = rows.iter().find(|row| row.metric == "decode_tokens_per_second").expect("a row");
+        assert_eq!(rate.speed_ratio.as_ref().and_then(|found| found.relative_to.as_deref()), Some("e"));
     }
 }

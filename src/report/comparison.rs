@@ -4,7 +4,7 @@ use super::Evidence;
 use super::markdown::{Table, code};
 use super::measure::Measure;
 use super::model::Model;
-use super::numbers::{mib, significant, thousands, with_spread};
+use super::numbers::{mib, significant, thousands, with_interval, with_spread};
 use std::collections::BTreeSet;
 
 const UNMEASURED: &str = "not measured";
@@ -61,8 +61,8 @@ impl<'a> Columns<'a> {
 
     fn cells(&self, evidence: &Evidence<'_>, model: &Model) -> Vec<String> {
         let groups = [
-            ("prefill_tokens_per_second", &self.prefill, "n"),
-            ("decode_tokens_per_second", &self.decode, "n"),
+            ("prefill_tokens_per_second", &self.prefill, "starts"),
+            ("decode_tokens_per_second", &self.decode, "starts"),
             ("energy_per_token_j", &self.energy, "n tokens"),
             ("perplexity", &self.perplexity, "n_scored"),
             ("kl_mean", &self.kl, "n_scored"),
@@ -75,9 +75,17 @@ impl<'a> Columns<'a> {
                 let texts: Vec<String> = found
                     .into_iter()
                     .map(|measure| {
-                        let value = with_spread(measure.value, measure.spread);
+                        let value = match measure.interval() {
+                            None => with_spread(measure.value, measure.spread),
+                            interval => with_interval(measure.value, interval),
+                        };
                         let stage = if several { format!(", {}", code(&measure.stage)) } else { String::new() };
-                        format!("{value} ({n_name} = {}{stage})", thousands(measure.n))
+                        let n = thousands(measure.n);
+                        match (n_name, measure.n) {
+                            ("starts", 1) => format!("{value} (1 start{stage})"),
+                            ("starts", _) => format!("{value} ({n} starts{stage})"),
+                            _ => format!("{value} ({n_name} = {n}{stage})"),
+                        }
                     })
                     .collect();
                 cells.push(if texts.is_empty() { UNMEASURED.to_owned() } else { texts.join("<br>") });
@@ -125,15 +133,15 @@ fn notes(evidence: &Evidence<'_>, columns: &Columns<'_>) -> Vec<String> {
     }
     if !columns.prefill.is_empty() {
         notes.push(
-            "Prefill: mean ± standard deviation of n_prompt / time to the first token's logits over n passes; \
-             `pp128` is a prompt of 128 tokens."
+            "Prefill: n_prompt / mean time to the first token's logits, with the 95 % interval from the spread between starts; `pp128` is a \
+             prompt of 128 tokens."
                 .to_owned(),
         );
     }
     if !columns.decode.is_empty() {
         notes.push(
-            "Decode: mean ± standard deviation of n_gen / sum of token latencies over n sequences; `tg64 @ d256` is \
-             64 tokens after 256 of context."
+            "Decode: 1 / mean token latency, with the 95 % interval from the spread between starts; `tg64 @ d256` is 64 tokens after 256 of \
+             context."
                 .to_owned(),
         );
     }

@@ -4,7 +4,9 @@ use super::Evidence;
 use super::divergence::{divergence, units};
 use super::evidence::short_hash;
 use super::markdown::{Table, code};
-use super::numbers::{decimals, mib, significant, thousands, with_spread};
+use super::measure::Measure;
+use super::numbers::{decimals, mib, significant, thousands, with_interval, with_spread};
+use crate::artifact::StartResult;
 use crate::metrics::short_text_note;
 use crate::units::format_seconds;
 use std::collections::BTreeSet;
@@ -59,7 +61,10 @@ fn prefill(evidence: &Evidence<'_>) -> Option<Section> {
         "stage",
         "model",
         "label",
-        "n",
+        "starts",
+        "tokens/s [95 %]",
+        "of single starts",
+        "n passes",
         "TTFT mean ± stdev",
         "median",
         "p90",
@@ -67,14 +72,16 @@ fn prefill(evidence: &Evidence<'_>) -> Option<Section> {
         "p99",
         "min",
         "max",
-        "tokens/s mean ± stdev",
     ]);
     for row in &evidence.prefills {
-        let one = &row.result;
+        let one = &row.result.row;
         table.row([
             code(&row.stage),
             code(&row.model),
             one.label.clone(),
+            thousands(one.starts.len().max(1)),
+            rate(evidence, &row.stage, &one.label, one.tokens_per_second),
+            single_starts(&one.starts),
             thousands(one.samples_s.len()),
             seconds_with_spread(one.ttft_s_mean, one.ttft_s_stdev),
             format_seconds(one.ttft_s_median),
@@ -83,17 +90,42 @@ fn prefill(evidence: &Evidence<'_>) -> Option<Section> {
             percentile_cell(one.ttft_s_p99, 100),
             format_seconds(one.ttft_s_min),
             format_seconds(one.ttft_s_max),
-            with_spread(one.tokens_per_second_mean, one.tokens_per_second_stdev),
         ]);
     }
-    let intro = "Time to the first token's logits (TTFT): one pass over the whole prompt on a synchronized device, \
-        after warm-up, tokenizing and sampling \
-                 outside of the clock; n passes.";
+    let intro = format!(
+        "Time to the first token's logits (TTFT): one pass over the whole prompt on a synchronized device, after warm-up, tokenizing and \
+         sampling outside of the clock. {STARTS}"
+    );
     let scored =
         "Where a label ends with `+nll`, the time is that to the negative log-likelihoods of all tokens of the prompt.";
-    let has_scored = evidence.prefills.iter().any(|row| row.result.scores);
-    let intro = if has_scored { format!("{intro} {scored}") } else { intro.to_owned() };
+    let has_scored = evidence.prefills.iter().any(|row| row.result.row.scores);
+    let intro = if has_scored { format!("{intro} {scored}") } else { intro };
     section("Prefill", &intro, &table, &[])
+}
+
+/// How speeds are told.
+const STARTS: &str = "Tokens/s is tokens / mean time over all starts, each a process of its own that loaded the model and took its share of the \
+                      samples, models taking turns. The interval comes from the spread between starts, pooled over the speeds of one kind and run \
+                      where their spreads agree; the spread of times beside it is that of single passes or tokens.";
+
+/// Returns a speed with the interval that its measure has.
+fn rate(evidence: &Evidence<'_>, stage: &str, label: &str, value: f64) -> String {
+    let is_it = |one: &&Measure| one.stage == stage && one.label == label && one.metric.ends_with("tokens_per_second");
+    with_interval(value, evidence.measures.iter().find(is_it).and_then(Measure::interval))
+}
+
+/// Returns the lowest and highest rate of single starts.
+fn single_starts(starts: &[StartResult]) -> String {
+    let rates: Vec<f64> = starts.iter().map(|start| start.tokens_per_second).collect();
+    match rates.as_slice() {
+        [] => "not kept".to_owned(),
+        [only] => significant(*only),
+        several => {
+            let (min, max) =
+                several.iter().fold((f64::INFINITY, 0.0f64), |(min, max), rate| (min.min(*rate), max.max(*rate)));
+            format!("{} to {}", significant(min), significant(max))
+        }
+    }
 }
 
 fn decode(evidence: &Evidence<'_>) -> Option<Section> {
@@ -101,6 +133,10 @@ fn decode(evidence: &Evidence<'_>) -> Option<Section> {
         "stage",
         "model",
         "label",
+        "starts",
+        "tokens/s [95 %]",
+        "of single starts",
+        "n sequences",
         "n tokens",
         "latency mean ± stdev",
         "median",
@@ -109,15 +145,17 @@ fn decode(evidence: &Evidence<'_>) -> Option<Section> {
         "p99",
         "min",
         "max",
-        "n sequences",
-        "tokens/s mean ± stdev",
     ]);
     for row in &evidence.decodes {
-        let one = &row.result;
+        let one = &row.result.row;
         table.row([
             code(&row.stage),
             code(&row.model),
             one.label.clone(),
+            thousands(one.starts.len().max(1)),
+            rate(evidence, &row.stage, &one.label, one.tokens_per_second),
+            single_starts(&one.starts),
+            thousands(one.n_sequences),
             thousands(one.samples_s.len()),
             seconds_with_spread(one.token_latency_s_mean, one.token_latency_s_stdev),
             format_seconds(one.token_latency_s_median),
@@ -126,13 +164,13 @@ fn decode(evidence: &Evidence<'_>) -> Option<Section> {
             percentile_cell(one.token_latency_s_p99, 100),
             format_seconds(one.token_latency_s_min),
             format_seconds(one.token_latency_s_max),
-            thousands(one.n_sequences),
-            with_spread(one.tokens_per_second, one.tokens_per_second_stdev),
         ]);
     }
-    let intro = "Latency of single tokens, generated one by one from a key-value cache, each timed after warm-up: on a synchronized \
-                 device where the clock is the host's; tokens/s is n_gen / sum of latencies, averaged over sequences.";
-    section("Decode", intro, &table, &[])
+    let intro = format!(
+        "Latency of single tokens, generated one by one from a key-value cache, each timed after warm-up: on a synchronized device where \
+         the clock is the host's. {STARTS}"
+    );
+    section("Decode", &intro, &table, &[])
 }
 
 fn perplexity(evidence: &Evidence<'_>) -> Option<Section> {

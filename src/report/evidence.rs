@@ -4,9 +4,10 @@ use super::markdown::code;
 use super::measure::{Measure, Source};
 use super::model::{Model, compared_models, measured_model};
 use super::request::{ReportError, ReportRequest};
+use super::speeds::{Spreads, Starts, Work};
 use crate::artifact::{
     DecodeRecord, DecodeResult, DiffRecord, DivergenceResult, MemoryFigures, ModuleDiff, PowerResult, PplRecord,
-    PplResult, PrefillRecord, PrefillResult,
+    PplResult, PrefillRecord, PrefillResult, StartResult,
 };
 use crate::inference::{LoadRecord, QuantizeRecord};
 use crate::stage::StageInput;
@@ -19,6 +20,13 @@ pub struct Row<T> {
     pub stage: String,
     pub model: String,
     pub result: T,
+}
+
+/// A row of a benchmark with its single starts.
+#[derive(Debug, Clone)]
+pub struct Timed<T> {
+    pub row: T,
+    pub starts: Starts,
 }
 
 /// A `diff` record.
@@ -47,8 +55,8 @@ pub struct Evidence<'a> {
     pub inputs: Vec<&'a Arc<StageInput>>,
     /// In order of first appearance, baselines first among those from one `load` stage.
     pub models: Vec<Model>,
-    pub prefills: Vec<Row<PrefillResult>>,
-    pub decodes: Vec<Row<DecodeResult>>,
+    pub prefills: Vec<Row<Timed<PrefillResult>>>,
+    pub decodes: Vec<Row<Timed<DecodeResult>>>,
     pub ppls: Vec<Row<PplResult>>,
     pub divergences: Vec<Diverged>,
     pub memories: Vec<Row<MemoryFigures>>,
@@ -99,7 +107,7 @@ impl<'a> Evidence<'a> {
                 let record: PrefillRecord = input.record.read()?;
                 self.memories.push(row(input, record.memory()));
                 self.powers.extend(rows(input, record.power.unwrap_or_default()));
-                self.prefills.extend(rows(input, record.results));
+                self.prefills.extend(rows(input, timed(input, Work::Prefill, record.results, |row| &row.starts)));
                 self.engines.insert(record.engine);
                 self.clocks.insert(record.clock);
             }
@@ -107,7 +115,7 @@ impl<'a> Evidence<'a> {
                 let record: DecodeRecord = input.record.read()?;
                 self.memories.push(row(input, record.memory()));
                 self.powers.extend(rows(input, record.power.unwrap_or_default()));
-                self.decodes.extend(rows(input, record.results));
+                self.decodes.extend(rows(input, timed(input, Work::Decode, record.results, |row| &row.starts)));
                 self.engines.insert(record.engine);
                 self.clocks.insert(record.clock);
             }
@@ -156,8 +164,8 @@ impl<'a> Evidence<'a> {
             }
         }
         measures.extend(self.memories.iter().flat_map(|row| row.source().memory(&row.result)));
-        measures.extend(self.prefills.iter().flat_map(|row| row.source().prefill(&row.result)));
-        measures.extend(self.decodes.iter().flat_map(|row| row.source().decode(&row.result)));
+        measures.extend(self.prefills.iter().flat_map(|row| row.source().prefill(&row.result.row, &row.result.starts)));
+        measures.extend(self.decodes.iter().flat_map(|row| row.source().decode(&row.result.row, &row.result.starts)));
         measures.extend(self.powers.iter().filter_map(|row| row.source().energy(&row.result)));
         measures.extend(self.ppls.iter().flat_map(|row| row.source().ppl(&row.result, &self.ppl_label(&row.result))));
         for diverged in &self.divergences {
@@ -170,6 +178,14 @@ impl<'a> Evidence<'a> {
             measures.extend(diff.rows.iter().flat_map(|row| source.module_diff(row, &diff.mode)));
         }
         self.measures = measures;
+        let spreads = Spreads::of(self.measures.iter());
+        let intervals: Vec<Option<(f64, f64)>> =
+            self.measures.iter().map(|measure| spreads.interval(measure.starts.as_ref()?)).collect();
+        for (measure, interval) in self.measures.iter_mut().zip(intervals) {
+            if measure.starts.is_some() {
+                measure.with_interval(interval);
+            }
+        }
     }
 
     /// Adds what the models' files hold; after unmeasured models are gone, for it is known of every model.
@@ -297,6 +313,14 @@ fn row<T>(input: &StageInput, result: T) -> Row<T> {
 fn rows<T>(input: &StageInput, results: Vec<T>) -> impl Iterator<Item = Row<T>> {
     let (stage, model) = (input.address.clone(), model_address(input));
     results.into_iter().map(move |result| Row { stage: stage.clone(), model: model.clone(), result })
+}
+
+fn timed<T>(input: &StageInput, work: Work, rows: Vec<T>, starts: fn(&T) -> &Vec<StartResult>) -> Vec<Timed<T>> {
+    let timed = |row: T| {
+        let starts = Starts::new(input, work, starts(&row).iter().map(|start| start.tokens_per_second));
+        Timed { row, starts }
+    };
+    rows.into_iter().map(timed).collect()
 }
 
 fn diff(input: &StageInput) -> Result<Diff<'_>, ReportError> {

@@ -6,7 +6,10 @@ use super::layer_findings::furthest_first;
 use super::markdown::{code, listed};
 use super::measure::Measure;
 use super::model::Model;
-use super::numbers::{mib, percent_change, significant, thousands, times, with_spread};
+use super::numbers::{
+    mib, percent_change, significant, thousands, times, times_with_interval, with_interval, with_spread,
+};
+use super::speeds::{NoVerdict, Spreads};
 use std::collections::BTreeSet;
 
 /// Most comparisons told one by one; above it only the extremes are.
@@ -73,13 +76,12 @@ fn against(evidence: &Evidence<'_>, model: &Model, baseline: &Model) -> Option<S
     }
     for (metric, verb) in [("prefill_tokens_per_second", "prefills"), ("decode_tokens_per_second", "decodes")] {
         if let Some((before, now)) = common(evidence, model, baseline, metric) {
-            let ratio = times(now.value / before.value);
+            let (ratio, note) = speed_ratio(evidence, before, now);
             clauses.push(format!(
-                "{verb} at {ratio} the speed ({}: {} instead of {} tokens/s, n = {})",
+                "{verb} at {ratio} the speed ({}: {} instead of {} tokens/s, {note})",
                 now.label,
                 significant(now.value),
                 significant(before.value),
-                thousands(now.n)
             ));
         }
     }
@@ -90,6 +92,27 @@ fn against(evidence: &Evidence<'_>, model: &Model, baseline: &Model) -> Option<S
     (!clauses.is_empty()).then(|| {
         format!("Against {}, {} {}.", evidence.named(&baseline.address), code(&model.address), listed(&clauses))
     })
+}
+
+/// Returns how many times as fast, with the 95 % interval where there is one, and what it is from.
+fn speed_ratio(evidence: &Evidence<'_>, before: &Measure, now: &Measure) -> (String, String) {
+    let ratio = times(now.value / before.value);
+    let starts = match (before.n, now.n) {
+        (1, 1) => "one start each".to_owned(),
+        (before, now) if before == now => format!("{now} starts each"),
+        (before, now) => format!("{now} and {before} starts"),
+    };
+    let (Some(first), Some(second)) = (&before.starts, &now.starts) else { return (ratio, starts) };
+    match Spreads::of(evidence.measures.iter()).ratio(first, second) {
+        Ok(found) if found.differs.is_some() => {
+            let ratio = times_with_interval(now.value / before.value, found.low, found.high);
+            (ratio, format!("95 %, {starts}"))
+        }
+        Ok(_) => (ratio, format!("{starts}, too few to tell how much of it is noise")),
+        Err(NoVerdict::OtherDay) => (ratio, format!("{starts}, measured on different days")),
+        Err(NoVerdict::OtherDevice) => (ratio, format!("{starts}, on different devices")),
+        Err(NoVerdict::NoSpread) => (ratio, format!("{starts}: their noise is not known")),
+    }
 }
 
 fn perplexity_clause(before: &Measure, now: &Measure) -> String {
@@ -150,15 +173,15 @@ fn extremes(evidence: &Evidence<'_>, pairs: &[(&Model, &Model)]) -> Vec<String> 
     };
     for (metric, verb) in [("decode_tokens_per_second", "decodes"), ("prefill_tokens_per_second", "prefills")] {
         let fastest = pair_of(metric).into_iter().max_by(|a, b| a.0.total_cmp(&b.0));
-        if let Some((ratio, before, now)) = fastest {
+        if let Some((_, before, now)) = fastest {
             sentences.push(format!(
-                "Of the quantized, {} {verb} fastest: {} tokens/s ({}, n = {}), {} the speed of {}.",
+                "Of the quantized, {} {verb} fastest: {} tokens/s ({}), {} the speed of {} ({}).",
                 code(&now.model),
-                significant(now.value),
+                with_interval(now.value, now.interval()),
                 now.label,
-                thousands(now.n),
-                times(ratio),
-                code(&before.model)
+                speed_ratio(evidence, before, now).0,
+                code(&before.model),
+                speed_ratio(evidence, before, now).1
             ));
         }
     }

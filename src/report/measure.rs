@@ -1,6 +1,7 @@
 //! Measures: every number of a report in one shape, with unit, n, spread and method.
 
 use super::numbers::thousands;
+use super::speeds::Starts;
 use crate::artifact::{
     DecodeResult, DivergenceResult, MemoryFigures, ModuleDiff, PowerResult, PplResult, PrefillResult, number,
 };
@@ -43,9 +44,17 @@ pub struct Measure {
     #[serde(with = "number::optional")]
     pub spread: Option<f64>,
     pub spread_kind: Option<SpreadKind>,
+    /// 95 % interval of the value; null where none is known.
+    #[serde(with = "number::optional")]
+    pub low: Option<f64>,
+    #[serde(with = "number::optional")]
+    pub high: Option<f64>,
     pub method: String,
     /// Address of the stage that measured it.
     pub stage: String,
+    /// Of a speed.
+    #[serde(skip)]
+    pub starts: Option<Starts>,
 }
 
 /// Names a model and the stage that measured it, for all measures of a record.
@@ -66,37 +75,46 @@ impl Source<'_> {
             n,
             spread: None,
             spread_kind: None,
+            low: None,
+            high: None,
             method: String::new(),
             stage: self.stage.to_owned(),
+            starts: None,
         }
     }
 
     /// Returns the speed and latency of a prefill, or of scoring a text in one pass.
-    pub fn prefill(&self, row: &PrefillResult) -> Vec<Measure> {
-        let n = row.samples_s.len();
+    pub fn prefill(&self, row: &PrefillResult, starts: &Starts) -> Vec<Measure> {
         let (metrics, end) = match row.scores {
             false => (["prefill_tokens_per_second", "ttft_s"], "the first token's logits"),
             true => (["scoring_tokens_per_second", "scoring_s"], "all tokens' negative log-likelihoods"),
         };
-        let rate = self.measure(metrics[0], &row.label, row.tokens_per_second_mean, "tokens/s", n);
-        let time = self.measure(metrics[1], &row.label, row.ttft_s_mean, "s", n);
+        let n_starts = row.starts.len().max(1);
+        let rate = self.measure(metrics[0], &row.label, row.tokens_per_second, "tokens/s", n_starts);
+        let time = self.measure(metrics[1], &row.label, row.ttft_s_mean, "s", n_starts);
+        let n_passes = row.samples_s.len();
         vec![
-            rate.spread(row.tokens_per_second_stdev, SpreadKind::Stdev)
-                .method(&format!("mean over passes of n_prompt / time to {end}")),
-            time.spread(row.ttft_s_stdev, SpreadKind::Stdev).method(&format!("mean time to {end} over passes")),
+            rate.method(&format!("n_prompt / mean time to {end} over {n_passes} passes; n starts")),
+            time.method(&format!("mean time to {end} over {n_passes} passes; n starts")),
         ]
+        .into_iter()
+        .map(|measure| measure.starts(starts))
+        .collect()
     }
 
     /// Returns the speed and latency of a decode.
-    pub fn decode(&self, row: &DecodeResult) -> Vec<Measure> {
-        let n_sequences = row.n_sequences;
-        let rate = self.measure("decode_tokens_per_second", &row.label, row.tokens_per_second, "tokens/s", n_sequences);
-        let latency = self.measure("token_latency_s", &row.label, row.token_latency_s_mean, "s", row.samples_s.len());
+    pub fn decode(&self, row: &DecodeResult, starts: &Starts) -> Vec<Measure> {
+        let n_starts = row.starts.len().max(1);
+        let rate = self.measure("decode_tokens_per_second", &row.label, row.tokens_per_second, "tokens/s", n_starts);
+        let latency = self.measure("token_latency_s", &row.label, row.token_latency_s_mean, "s", n_starts);
+        let (n_sequences, n_tokens) = (row.n_sequences, row.samples_s.len());
         vec![
-            rate.spread(row.tokens_per_second_stdev, SpreadKind::Stdev)
-                .method("mean over sequences of n_gen / sum of token latencies"),
-            latency.spread(row.token_latency_s_stdev, SpreadKind::Stdev).method("mean over single tokens"),
+            rate.method(&format!("1 / mean token latency over {n_sequences} sequences; n starts")),
+            latency.method(&format!("mean over {n_tokens} single tokens; n starts")),
         ]
+        .into_iter()
+        .map(|measure| measure.starts(starts))
+        .collect()
     }
 
     /// Returns the energy a token took, where the device told.
@@ -215,6 +233,28 @@ impl Measure {
         self.spread = spread;
         self.spread_kind = spread.map(|_| kind);
         self
+    }
+
+    fn starts(mut self, starts: &Starts) -> Measure {
+        self.starts = Some(starts.clone());
+        self
+    }
+
+    /// Returns its 95 % interval.
+    pub fn interval(&self) -> Option<(f64, f64)> {
+        self.low.zip(self.high)
+    }
+
+    /// Returns true where a larger value is a slower one.
+    fn is_time(&self) -> bool {
+        self.unit == "s"
+    }
+
+    /// Gives a speed, or a time, the interval that the spread between starts tells.
+    pub fn with_interval(&mut self, factors: Option<(f64, f64)>) {
+        let factors = factors.map(|(low, high)| if self.is_time() { (1.0 / high, 1.0 / low) } else { (low, high) });
+        self.low = factors.map(|(low, _)| self.value * low);
+        self.high = factors.map(|(_, high)| self.value * high);
     }
 
     fn method(mut self, method: &str) -> Measure {

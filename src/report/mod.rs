@@ -21,17 +21,19 @@ mod numbers;
 mod paths;
 pub mod plot;
 mod request;
+mod speeds;
 
 #[cfg(test)]
 mod testing;
 
-pub use compare::{Compared, Paired, Verdict, compare, measures};
+pub use compare::{Compared, Paired, SpeedBasis, SpeedRatio, Verdict, compare, measures};
 pub use evidence::{Evidence, window_label};
 pub use measure::Measure;
 pub use model::source_words;
 pub use request::{
     NoScatter, ReportError, ReportFile, ReportRequest, ScatterFailure, ScatterPoints, ScatterSource, formats, render,
 };
+pub use speeds::{NoVerdict, Spreads, Starts};
 
 /// A report format: its name in pipeline files, and what makes its files.
 #[derive(Clone, Copy)]

@@ -5,8 +5,8 @@ use crate::artifact::{
     DecodeRecord, DecodeResult, DiffRecord, ModuleDiff, PplRecord, PplResult, PrefillRecord, PrefillResult,
     QuantizeTotals, QuantizedModule, Record, RecordBody, RecordHead,
 };
+use crate::bench::{decode_result, prefill_result};
 use crate::inference::{LoadRecord, ModelInfo, ModelRecipe, ModelSource, QuantizeRecord, SourceAccount, StoredType};
-use crate::metrics::statistics;
 use crate::quantization::QuantizationConfig;
 use crate::stage::StageInput;
 use crate::units::DType;
@@ -159,49 +159,13 @@ pub fn quantize(
 }
 
 fn prefill_row(n_prompt: usize, seconds: &[f64]) -> PrefillResult {
-    let ttft = statistics(seconds).unwrap();
-    let rate = statistics(&seconds.iter().map(|second| n_prompt as f64 / second).collect::<Vec<_>>()).unwrap();
-    PrefillResult {
-        label: format!("pp{n_prompt}"),
-        n_prompt,
-        scores: false,
-        n_samples: ttft.n,
-        samples_s: seconds.to_vec(),
-        ttft_s_mean: ttft.mean,
-        ttft_s_stdev: ttft.stdev,
-        ttft_s_median: ttft.median,
-        ttft_s_p90: ttft.p90,
-        ttft_s_p95: ttft.p95,
-        ttft_s_p99: ttft.p99,
-        ttft_s_min: ttft.min,
-        ttft_s_max: ttft.max,
-        tokens_per_second_mean: rate.mean,
-        tokens_per_second_stdev: rate.stdev,
-    }
+    let starts: Vec<Vec<f64>> = seconds.iter().map(|second| vec![*second]).collect();
+    prefill_result(n_prompt, false, &starts).expect("samples")
 }
 
 fn decode_row(n_gen: usize, n_depth: usize, sequences: &[Vec<f64>]) -> DecodeResult {
-    let samples_s = sequences.concat();
-    let latency = statistics(&samples_s).unwrap();
-    let rates: Vec<f64> = sequences.iter().map(|sequence| n_gen as f64 / sequence.iter().sum::<f64>()).collect();
-    let rate = statistics(&rates).unwrap();
-    DecodeResult {
-        label: if n_depth == 0 { format!("tg{n_gen}") } else { format!("tg{n_gen} @ d{n_depth}") },
-        n_gen,
-        n_depth,
-        n_sequences: sequences.len(),
-        token_latency_s_mean: latency.mean,
-        token_latency_s_stdev: latency.stdev,
-        token_latency_s_median: latency.median,
-        token_latency_s_p90: latency.p90,
-        token_latency_s_p95: latency.p95,
-        token_latency_s_p99: latency.p99,
-        token_latency_s_min: latency.min,
-        token_latency_s_max: latency.max,
-        samples_s,
-        tokens_per_second: rate.mean,
-        tokens_per_second_stdev: rate.stdev,
-    }
+    let starts: Vec<Vec<Vec<f64>>> = sequences.iter().map(|sequence| vec![sequence.clone()]).collect();
+    decode_result(n_gen, n_depth, &starts).expect("sequences")
 }
 
 /// Returns a prefill-bench record of `model`.

@@ -8,13 +8,13 @@ use super::sources::{Sources, Stamps};
 use crate::artifact::{FORMAT_VERSION, Record, RecordHead};
 use crate::event::{Level, Progress};
 use crate::plan::{Key, KeyFields, PlanNode, Source};
-use crate::stage::{Stage, StageError, StageInput};
-use crate::store::{Artifact, ManifestDraft, Part, Store, StoreError};
+use crate::stage::{Stage, StageError, StageInput, StageOutput, Start};
+use crate::store::{Artifact, ManifestDraft, Part, Staging, Store, StoreError};
 use std::cell::Cell;
 use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 /// All that one stage's computation needs.
 pub struct Job<'a> {
@@ -36,15 +36,34 @@ pub struct Job<'a> {
     /// Name of the device.
     pub device: &'a str,
     pub runner: &'a dyn StageRunner,
-    pub progress: &'a StageProgress,
+    pub progress: StageProgress,
+}
+
+/// A stage whose key is claimed.
+pub enum Begun {
+    /// The artifact is there: another process may have computed it while this one waited.
+    Cached(Box<Artifact>),
+    Work(Box<Work>),
+}
+
+/// What a stage has done so far.
+pub struct Work {
+    staging: Staging,
+    /// Which commit of each input is read.
+    commits: Vec<(Key, String, String)>,
+    stamps: Stamps,
+    started_at: String,
+    /// Time that its starts took together.
+    pub took: Duration,
+    outputs: Vec<StageOutput>,
 }
 
 impl Job<'_> {
-    /// Returns the artifact, and whether it was in the cache: another process may have computed it while this one waited.
+    /// Claims the stage's key and checks what the stage will read. Waits while another process computes the same.
     ///
     /// # Errors
-    /// Whatever stopped the stage; nothing is committed then.
-    pub fn run(&self) -> Result<(Artifact, bool, String), JobError> {
+    /// What keeps the stage from being run.
+    pub fn begin(&self) -> Result<Begun, JobError> {
         let told = Cell::new(false);
         let keep_waiting = || {
             if !told.replace(true) {
@@ -56,25 +75,51 @@ impl Job<'_> {
         // Two stages of one run may have the same key: what the first computed serves the second also where all is computed anew.
         let serves = |artifact: &Artifact| !self.forced || artifact.record.head.produced_by_run == self.run_id;
         if let Some(artifact) = self.store.get(&self.key).filter(serves) {
-            return Ok((artifact, true, String::new()));
+            return Ok(Begun::Cached(Box::new(artifact)));
         }
         let commits = self.verify_inputs()?;
         let stamps = self.sources.verify(&self.reads)?;
-        let (started_at, start) = (timestamp(), Instant::now());
+        let (started_at, took) = (timestamp(), Duration::ZERO);
+        Ok(Begun::Work(Box::new(Work { staging, commits, stamps, started_at, took, outputs: Vec::new() })))
+    }
+
+    /// Runs one start; `session` as in [`StageTask::session`].
+    ///
+    /// # Errors
+    /// Whatever stopped it; nothing is to be committed then.
+    pub fn run_start(&self, work: &mut Work, start: Start, session: Option<u64>) -> Result<(), JobError> {
+        let begin = Instant::now();
+        self.progress.start(start);
         let task = StageTask {
             address: &self.node.stage.address,
             params: &self.node.stage.params,
             root: self.root,
             inputs: &self.inputs,
             missing_inputs: &self.missing,
-            out_dir: staging.dir(),
-            progress: self.progress,
+            out_dir: work.staging.dir(),
+            start,
+            session,
+            progress: &self.progress,
         };
-        let output = self.runner.run(self.stage.as_ref(), &task).map_err(|error| self.failure(error, &stamps))?;
+        let output = self.runner.run(self.stage.as_ref(), &task);
+        work.took += begin.elapsed();
+        work.outputs.push(output.map_err(|error| self.failure(error, &work.stamps))?);
         if self.progress.is_cancelled() {
             return Err(StageError::Cancelled.into());
         }
-        let duration_s = start.elapsed().as_secs_f64();
+        Ok(())
+    }
+
+    /// Commits what the starts gave; returns the artifact and its summary.
+    ///
+    /// # Errors
+    /// Where what the stage read has changed meanwhile, or the disk refuses.
+    pub fn finish(&self, work: Work) -> Result<(Artifact, String), JobError> {
+        let Work { staging, commits, stamps, started_at, took, mut outputs } = work;
+        let output = match outputs.pop() {
+            Some(only) if outputs.is_empty() => only,
+            last => self.stage.combine(outputs.into_iter().chain(last).collect())?,
+        };
         self.check_not_replaced(&commits)?;
         self.unchanged(&stamps)?;
         let computes = self.node.description.computes || self.node.description.measures;
@@ -88,14 +133,14 @@ impl Job<'_> {
             key: self.key.0.clone(),
             cached: false,
             started_at,
-            duration_s,
+            duration_s: took.as_secs_f64(),
             device: computes.then(|| self.device.to_owned()),
             params: self.node.stage.params.clone(),
         };
         let mut body = output.body;
         body.insert("summary".to_owned(), output.summary.clone().into());
         let draft = ManifestDraft { record: Record { head, body }, fields: self.fields.clone() };
-        Ok((staging.commit(draft)?, false, output.summary))
+        Ok((staging.commit(draft)?, output.summary))
     }
 
     /// Hashes those inputs that this process has neither committed nor verified yet: others than the plan knew of, or committed by

@@ -28,7 +28,7 @@ pub fn metrics_rows(results: &BTreeMap<String, Arc<StageInput>>, ts: &str) -> Re
                 let prefills = result.record.read::<PrefillRecord>()?.results.into_iter().filter(|row| !row.scores);
                 if let Some(longest) = prefills.max_by_key(|row| row.n_prompt) {
                     row.prompt_length = Some(longest.n_prompt as u64);
-                    row.avg_prefill_tps = Some(longest.tokens_per_second_mean);
+                    row.avg_prefill_tps = Some(longest.tokens_per_second);
                 }
             }
             "decode-bench" => {

@@ -1,12 +1,16 @@
 //! Runs a plan: who may run when, which model is loaded, what is committed, what the run leaves.
 //!
-//! `schedule` decides and waits, `job` does one stage, `residency` lends models. Nothing here prints.
+//! `schedule` decides and waits, `prepare`, `job` and `ending` bring one stage to its end, `group` several that measure, `residency` lends
+//! models. Nothing here prints.
 
+mod ending;
 mod environment;
 mod facts;
+mod group;
 mod inputs;
 mod job;
 mod metrics_rows;
+mod prepare;
 mod progress;
 mod repeat;
 mod residency;

@@ -1,6 +1,7 @@
 //! A stage's progress, told as events: at most twenty a second.
 
 use crate::event::{Event, EventSink, Level, Progress};
+use crate::stage::Start;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
@@ -21,11 +22,17 @@ struct State {
     total: Option<u64>,
     unit: String,
     told: Option<Instant>,
+    start: Option<Start>,
 }
 
 impl StageProgress {
     pub fn new(stage: &str, events: Arc<dyn EventSink>, cancel: Arc<AtomicBool>) -> StageProgress {
         StageProgress { stage: stage.to_owned(), events, cancel, state: Mutex::default() }
+    }
+
+    /// Says which of a stage's starts runs: the count of steps begins anew in each.
+    pub fn start(&self, start: Start) {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner).start = Some(start);
     }
 
     fn tell(&self, state: &mut State) {
@@ -42,7 +49,12 @@ impl StageProgress {
 impl Progress for StageProgress {
     fn begin(&self, total: Option<u64>, unit: &str) {
         let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
-        *state = State { done: 0, total, unit: unit.to_owned(), told: None };
+        let start = state.start;
+        let unit = match start.filter(|start| start.n > 1) {
+            Some(Start { idx, n }) => format!("{unit}, start {} of {n}", idx + 1),
+            None => unit.to_owned(),
+        };
+        *state = State { done: 0, total, unit, told: None, start };
         self.tell(&mut state);
     }
 

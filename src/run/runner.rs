@@ -4,11 +4,11 @@ use super::residency::Residency;
 use crate::artifact::QuantizedModule;
 use crate::event::Progress;
 use crate::inference::{Engine, EngineInfo, InferenceError, MemoryProbe, Model, ModelInfo, ModelRecipe};
-use crate::stage::{ModelLease, ModelPool, Params, Stage, StageContext, StageError, StageInput, StageOutput};
+use crate::stage::{ModelLease, ModelPool, Params, Stage, StageContext, StageError, StageInput, StageOutput, Start};
 use std::collections::BTreeMap;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 
 /// What a stage is asked to do.
 pub struct StageTask<'a> {
@@ -19,6 +19,10 @@ pub struct StageTask<'a> {
     pub missing_inputs: &'a [String],
     /// Staging folder.
     pub out_dir: &'a Path,
+    pub start: Start,
+    /// Stages of one session run in one process with one copy of the model; a session begins in a fresh process. Without one any process
+    /// will do.
+    pub session: Option<u64>,
     pub progress: &'a dyn Progress,
 }
 
@@ -45,17 +49,31 @@ pub trait StageRunner: Send + Sync {
 
     /// Drops the model that is held unless it is one of `needed`, or in use.
     fn retain(&self, needed: &[ModelRecipe]);
+
+    /// Returns true if the device is the host's processor.
+    fn is_host(&self) -> bool;
 }
 
 /// Runs every stage in this process.
 pub struct InProcess {
     engine: Arc<dyn Engine>,
     models: Residency,
+    /// The last one that began.
+    session: Mutex<Option<u64>>,
 }
 
 impl InProcess {
     pub fn new(engine: Arc<dyn Engine>) -> InProcess {
-        InProcess { models: Residency::new(Arc::clone(&engine)), engine }
+        InProcess { models: Residency::new(Arc::clone(&engine)), engine, session: Mutex::new(None) }
+    }
+
+    /// Drops the model where a session begins.
+    fn enter(&self, session: Option<u64>) {
+        let mut last = self.session.lock().unwrap_or_else(PoisonError::into_inner);
+        if session.is_some() && session != *last {
+            self.models.retain(&[]);
+            *last = session;
+        }
     }
 
     /// Adds the device's name and its free memory to a device failure. The model is dropped: a failed allocation may have left it
@@ -75,6 +93,7 @@ impl InProcess {
 
 impl StageRunner for InProcess {
     fn run(&self, stage: &dyn Stage, task: &StageTask<'_>) -> Result<StageOutput, RunnerError> {
+        self.enter(task.session);
         let result = run_here(stage, task, self.engine.as_ref(), &self.models);
         result.map_err(|error| match error {
             RunnerError::Stage(error) => RunnerError::Stage(self.device_failure(error)),
@@ -84,6 +103,10 @@ impl StageRunner for InProcess {
 
     fn retain(&self, needed: &[ModelRecipe]) {
         self.models.retain(needed);
+    }
+
+    fn is_host(&self) -> bool {
+        self.engine.info().is_host
     }
 }
 
@@ -108,6 +131,7 @@ fn run_here(
         inputs: task.inputs,
         missing_inputs: task.missing_inputs,
         out_dir: task.out_dir,
+        start: task.start,
         engine,
         models,
         progress: task.progress,

@@ -1,25 +1,21 @@
 //! The executor: walks the DAG with workers, gives a measuring stage its device alone, and lets what doesn't depend on a
 //! failed stage go on.
 
-use super::JobError;
-use super::job::Job;
-use super::progress::StageProgress;
 use super::run_file::RunFile;
 use super::runner::StageRunner;
-use super::show_as::show_as;
 use super::sources::Sources;
-use crate::artifact::{Record, StageStatus};
+use crate::artifact::StageStatus;
 use crate::event::{Event, EventSink, Level, Outcome};
 use crate::inference::ModelRecipe;
-use crate::plan::{InputKey, Key, Plan, PlanNode, Reason, resolve_key};
-use crate::stage::{Catalogue, StageError, StageInput};
-use crate::store::{ActiveRun, Artifact, Part, RunDir, Store, StoreError, take_notes};
+use crate::plan::Plan;
+use crate::stage::{Catalogue, StageInput};
+use crate::store::{ActiveRun, RunDir, Store, StoreError, take_notes};
 use petgraph::Direction;
 use petgraph::graph::NodeIndex;
-use petgraph::visit::EdgeRef;
-use std::collections::BTreeMap;
+use petgraph::visit::{Dfs, EdgeRef};
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
@@ -55,28 +51,50 @@ pub struct RunOutcome {
     pub duration_s: f64,
 }
 
-const NOT_SELECTED: &str = "not selected";
+pub const NOT_SELECTED: &str = "not selected";
 
-enum State {
+/// Models whose measurements are taken together at most.
+const MAX_GROUP_MODELS: usize = 8;
+
+/// What to start.
+enum Next {
+    One(NodeIndex),
+    /// Stages that measure, whose starts take turns.
+    Measure(Vec<NodeIndex>),
+}
+
+/// How a stage ended.
+pub struct Ended {
+    pub status: StageStatus,
+    pub state: State,
+    /// Of a failure.
+    pub exit_code: Option<u8>,
+}
+
+pub enum State {
     Pending,
     Running,
     Ended { outcome: Outcome, result: Option<Arc<StageInput>> },
 }
 
-struct Shared {
-    states: BTreeMap<NodeIndex, State>,
+pub struct Shared {
+    pub states: BTreeMap<NodeIndex, State>,
     statuses: BTreeMap<NodeIndex, StageStatus>,
     n_running: usize,
     is_measuring: bool,
+    /// Makes the model that a stage used last.
+    last_model: Option<NodeIndex>,
     exit_codes: Vec<u8>,
     run_file: RunFile,
 }
 
-struct Executor<'a> {
-    request: &'a RunRequest<'a>,
+pub struct Executor<'a> {
+    pub request: &'a RunRequest<'a>,
     shared: Mutex<Shared>,
     changed: Condvar,
     start: Instant,
+    /// Sessions so far, each a model's worker for one start.
+    n_sessions: AtomicU64,
 }
 
 /// Runs a plan to its end; failures of stages are in the outcome.
@@ -90,6 +108,7 @@ pub fn execute(request: &RunRequest<'_>) -> Result<RunOutcome, StoreError> {
         statuses: BTreeMap::new(),
         n_running: 0,
         is_measuring: false,
+        last_model: None,
         exit_codes: Vec::new(),
         run_file: request.run_file.clone(),
     };
@@ -101,7 +120,13 @@ pub fn execute(request: &RunRequest<'_>) -> Result<RunOutcome, StoreError> {
         n_stages: plan.graph.node_weights().filter(|node| node.selected || !node.runs).count(),
         n_cached,
     });
-    let executor = Executor { request, shared: Mutex::new(shared), changed: Condvar::new(), start: Instant::now() };
+    let executor = Executor {
+        request,
+        shared: Mutex::new(shared),
+        changed: Condvar::new(),
+        start: Instant::now(),
+        n_sessions: AtomicU64::new(0),
+    };
     executor.save(&mut executor.lock())?;
     std::thread::scope(|scope| {
         for worker_idx in 1..request.jobs.max(1) {
@@ -115,11 +140,16 @@ pub fn execute(request: &RunRequest<'_>) -> Result<RunOutcome, StoreError> {
 }
 
 impl Executor<'_> {
-    fn lock(&self) -> MutexGuard<'_, Shared> {
+    pub fn lock(&self) -> MutexGuard<'_, Shared> {
         self.shared.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn cancelled(&self) -> bool {
+    /// Returns a number for a session that has not begun.
+    pub fn new_session(&self) -> u64 {
+        self.n_sessions.fetch_add(1, Ordering::Relaxed)
+    }
+
+    pub fn cancelled(&self) -> bool {
         self.request.cancel.load(Ordering::Relaxed)
     }
 
@@ -132,34 +162,44 @@ impl Executor<'_> {
                 if !pending {
                     return;
                 }
-                match self.ready(&shared) {
-                    Some(node) if self.may_start(&shared, node) => break node,
-                    _ => shared = self.changed.wait(shared).unwrap_or_else(PoisonError::into_inner),
+                match self.next(&shared) {
+                    Some(next) => break next,
+                    None => shared = self.changed.wait(shared).unwrap_or_else(PoisonError::into_inner),
                 }
             };
-            let measures = self.measures(next);
-            shared.states.insert(next, State::Running);
+            let nodes = match &next {
+                Next::One(node) => std::slice::from_ref(node),
+                Next::Measure(group) => group.as_slice(),
+            };
+            shared.states.extend(nodes.iter().map(|node| (*node, State::Running)));
             shared.n_running += 1;
-            shared.is_measuring |= measures;
+            shared.is_measuring |= matches!(next, Next::Measure(_));
             drop(shared);
-            let (status, state, exit_code) = self.one(next);
+            match &next {
+                Next::One(node) => self.record(*node, self.one(*node)),
+                Next::Measure(group) => self.measure(group),
+            }
             let mut shared = self.lock();
             shared.n_running -= 1;
-            shared.is_measuring &= !measures;
-            shared.states.insert(next, state);
-            shared.statuses.insert(next, status);
-            shared.exit_codes.extend(exit_code);
-            self.request.runner.retain(&self.needed_models(&shared));
-            self.tell_notes();
-            if let Err(error) = self.save(&mut shared) {
-                self.request.events.emit(Event::Note {
-                    stage: None,
-                    level: Level::Warning,
-                    text: format!("failed to {error}"),
-                });
-            }
+            shared.is_measuring &= !matches!(next, Next::Measure(_));
             drop(shared);
             self.changed.notify_all();
+        }
+    }
+
+    /// Notes how a stage ended, on disk too.
+    pub fn record(&self, node: NodeIndex, ended: Ended) {
+        let Ended { status, state, exit_code } = ended;
+        let mut shared = self.lock();
+        shared.last_model = self.model_of(node).or(shared.last_model);
+        shared.states.insert(node, state);
+        shared.statuses.insert(node, status);
+        shared.exit_codes.extend(exit_code);
+        self.request.runner.retain(&self.needed_models(&shared));
+        self.tell_notes();
+        if let Err(error) = self.save(&mut shared) {
+            let text = format!("failed to {error}");
+            self.request.events.emit(Event::Note { stage: None, level: Level::Warning, text });
         }
     }
 
@@ -170,14 +210,43 @@ impl Executor<'_> {
         }
     }
 
-    /// Returns the first stage, in the plan's order, whose inputs have ended.
-    fn ready(&self, shared: &Shared) -> Option<NodeIndex> {
+    /// Returns what to start now: what measurements still wait for, then stages of the model that is loaded, then the plan's order. Measurements are taken together, and
+    /// only while nothing else runs: on the host they need the whole machine, elsewhere their device, which other stages use too.
+    fn next(&self, shared: &Shared) -> Option<Next> {
+        if shared.is_measuring {
+            return None;
+        }
+        let ready = self.ready(shared);
+        let waited_for = ready.iter().find(|node| !self.measures(**node) && self.is_waited_for(shared, **node));
+        let of_same_model =
+            || ready.iter().find(|node| shared.last_model.is_some() && self.model_of(**node) == shared.last_model);
+        let first = *waited_for.or_else(of_same_model).or(ready.first())?;
+        if !self.measures(first) {
+            return Some(Next::One(first));
+        }
+        (shared.n_running == 0).then(|| Next::Measure(self.group(&ready)))
+    }
+
+    /// Returns the stages, in the plan's order, whose inputs have ended.
+    fn ready(&self, shared: &Shared) -> Vec<NodeIndex> {
         let graph = &self.request.plan.graph;
         let ended = |node: NodeIndex| matches!(shared.states[&node], State::Ended { .. });
-        self.request.plan.order.iter().copied().find(|node| {
+        let is_ready = |node: &NodeIndex| {
             matches!(shared.states[node], State::Pending)
                 && graph.neighbors_directed(*node, Direction::Incoming).all(ended)
-        })
+        };
+        self.request.plan.order.iter().copied().filter(is_ready).collect()
+    }
+
+    /// Returns true if a measurement that has not ended needs the stage, directly or not.
+    fn is_waited_for(&self, shared: &Shared, node: NodeIndex) -> bool {
+        let mut later = Dfs::new(&self.request.plan.graph, node);
+        while let Some(consumer) = later.next(&self.request.plan.graph) {
+            if self.measures(consumer) && matches!(shared.states[&consumer], State::Pending) {
+                return true;
+            }
+        }
+        false
     }
 
     /// Returns true if a stage will take its device for itself.
@@ -186,9 +255,22 @@ impl Executor<'_> {
         data.description.measures && data.runs && data.selected
     }
 
-    /// On the host a measurement needs the whole machine; elsewhere its device, which other computing stages use too.
-    fn may_start(&self, shared: &Shared, node: NodeIndex) -> bool {
-        if self.measures(node) { shared.n_running == 0 } else { !shared.is_measuring }
+    /// Returns those measurements that are taken together: of the first few models, so that a kill loses no more than theirs.
+    fn group(&self, ready: &[NodeIndex]) -> Vec<NodeIndex> {
+        let mut models = BTreeSet::new();
+        let measuring = ready.iter().copied().filter(|node| self.measures(*node));
+        measuring
+            .take_while(|node| {
+                models.insert(self.model_of(*node));
+                models.len() <= MAX_GROUP_MODELS
+            })
+            .collect()
+    }
+
+    /// Returns the stage that makes a stage's model.
+    pub fn model_of(&self, node: NodeIndex) -> Option<NodeIndex> {
+        let edges = self.request.plan.graph.edges_directed(node, Direction::Incoming);
+        edges.into_iter().find(|edge| edge.weight().param == "model").map(|edge| edge.source())
     }
 
     fn needed_models(&self, shared: &Shared) -> Vec<ModelRecipe> {
@@ -205,237 +287,6 @@ impl Executor<'_> {
                 _ => None,
             })
             .collect()
-    }
-
-    /// Brings one stage to its end.
-    fn one(&self, node: NodeIndex) -> (StageStatus, State, Option<u8>) {
-        let data = &self.request.plan.graph[node];
-        let address = data.stage.address.clone();
-        let start = Instant::now();
-        let (inputs, missing, blocked_by) = self.inputs(node);
-        let mut status = StageStatus {
-            stage: address.clone(),
-            kind: data.stage.kind.clone(),
-            key: None,
-            outcome: None,
-            duration_s: None,
-            summary: None,
-            error: None,
-            record_blake3: None,
-        };
-        let blocked = match (&blocked_by, data.selected || !data.runs, self.cancelled()) {
-            (_, _, true) => Some((Outcome::Cancelled, "the run was stopped".to_owned())),
-            (_, false, _) => Some((Outcome::Skipped, NOT_SELECTED.to_owned())),
-            (Some(input), ..) => Some((Outcome::Skipped, format!("it needs {input}, which has no result"))),
-            _ => None,
-        };
-        if let Some((outcome, why)) = blocked {
-            return self.ended(status, outcome, None, start, why, None);
-        }
-        let own = &data.fields;
-        let lookup = |address: &str| {
-            let found = inputs.values().flatten().find(|(input, _)| input.address == address)?;
-            let shown = self.input_node(node, address).map(|input| input.shown.clone()).unwrap_or_default();
-            Some(InputKey { key: Key(found.0.key.clone()), digest: found.1.clone(), shown })
-        };
-        let (key, fields) = resolve_key(&data.stage, own, &lookup);
-        status.key = Some(key.0.clone());
-        let forced = matches!(data.reason, Reason::Forced | Reason::Remeasure);
-        let inputs: BTreeMap<String, Vec<Arc<StageInput>>> = inputs
-            .into_iter()
-            .map(|(param, list)| (param, list.into_iter().map(|(input, _)| input).collect()))
-            .collect();
-        match self.find(&address, &key, data.key.is_none(), forced) {
-            Err(error) => return self.failed(status, &error, start),
-            Ok(Some(artifact)) => {
-                self.request.store.note_use(&self.request.plan.pipeline, &address, &key, &fields);
-                return match self.keep(data, &artifact, true) {
-                    Ok((record, blake3)) => {
-                        status.record_blake3 = Some(blake3);
-                        self.cached(status, &artifact, record, inputs, start)
-                    }
-                    Err(error) => self.failed(status, &error.into(), start),
-                };
-            }
-            Ok(None) => {}
-        }
-        let Some(stage) = self.request.catalogue.get(&data.stage.kind) else {
-            let why = format!("there is no kind {}", data.stage.kind);
-            return self.ended(status, Outcome::Skipped, None, start, why, None);
-        };
-        self.request.events.emit(Event::StageStarted { stage: address.clone(), kind: data.stage.kind.clone() });
-        self.request.events.emit(Event::Note {
-            stage: Some(address.clone()),
-            level: Level::Debug,
-            text: format!("key {}; why: {}", key.short(), data.reason.explain()),
-        });
-        let progress = StageProgress::new(&address, Arc::clone(&self.request.events), Arc::clone(&self.request.cancel));
-        let job = Job {
-            node: data,
-            stage,
-            key,
-            fields,
-            inputs,
-            missing,
-            forced,
-            pipeline: &self.request.plan.pipeline,
-            run_id: &self.request.run_file.run_id,
-            root: self.request.root,
-            store: self.request.store,
-            reads: self.request.plan.reads(node),
-            sources: self.request.sources,
-            device: &self.request.run_file.device,
-            runner: self.request.runner.as_ref(),
-            progress: &progress,
-        };
-        let done = job.run().and_then(|(artifact, was_cached, summary)| {
-            Ok((self.keep(data, &artifact, was_cached)?, artifact, was_cached, summary))
-        });
-        match done {
-            Err(error) => self.failed(status, &error, start),
-            Ok(((record, blake3), artifact, true, _)) => {
-                status.record_blake3 = Some(blake3);
-                self.cached(status, &artifact, record, job.inputs, start)
-            }
-            Ok(((record, blake3), artifact, false, summary)) => {
-                status.record_blake3 = Some(blake3);
-                let result = input_of(&artifact, record, job.inputs);
-                self.ended(status, Outcome::Done, Some(result), start, summary, None)
-            }
-        }
-    }
-
-    /// Looks a key up in the cache. One that only became known now is listed first, so that gc leaves it, and its files are verified:
-    /// the plan could not.
-    fn find(&self, address: &str, key: &Key, is_new: bool, forced: bool) -> Result<Option<Artifact>, JobError> {
-        let _guard = self.request.active.add(key, &|| !self.cancelled())?;
-        if forced {
-            return Ok(None);
-        }
-        let store = self.request.store;
-        if is_new && store.get(key).is_some() {
-            let check = store.check(key, Part::All, &|| !self.cancelled()).ok_or(StageError::Cancelled)?;
-            if let Some(damage) = check.damage {
-                let text = format!("its artifact {} is damaged ({damage}): it is computed again", key.short());
-                let stage = Some(address.to_owned());
-                self.request.events.emit(Event::Note { stage, level: Level::Warning, text });
-            }
-        }
-        Ok(store.get(key))
-    }
-
-    fn input_node(&self, node: NodeIndex, address: &str) -> Option<&PlanNode> {
-        let graph = &self.request.plan.graph;
-        let inputs = graph.neighbors_directed(node, Direction::Incoming);
-        inputs.map(|input| &graph[input]).find(|input| input.stage.address == address)
-    }
-
-    /// Returns a stage's inputs with the digests of measurements, the addresses that are missing from gathering parameters,
-    /// and the input that keeps it from running, if one does.
-    #[expect(clippy::type_complexity, reason = "three answers of one walk over the edges")]
-    fn inputs(
-        &self,
-        node: NodeIndex,
-    ) -> (BTreeMap<String, Vec<(Arc<StageInput>, Option<String>)>>, Vec<String>, Option<String>) {
-        let graph = &self.request.plan.graph;
-        let shared = self.lock();
-        let by_address: BTreeMap<&str, NodeIndex> = graph
-            .edges_directed(node, Direction::Incoming)
-            .map(|edge| (graph[edge.source()].stage.address.as_str(), edge.source()))
-            .collect();
-        let result = |address: &str| match by_address.get(address).map(|input| &shared.states[input]) {
-            Some(State::Ended { result, .. }) => result.clone(),
-            _ => None,
-        };
-        let stage = &graph[node].stage;
-        let (mut inputs, mut missing, mut blocked_by) = (BTreeMap::new(), Vec::new(), None);
-        for (param, addresses) in &stage.inputs {
-            let mut found = Vec::new();
-            for address in addresses {
-                match result(address) {
-                    Some(input) => {
-                        let measures =
-                            by_address.get(address.as_str()).is_some_and(|input| graph[*input].description.measures);
-                        let digest = measures.then(|| self.digest(&input)).flatten();
-                        found.push((input, digest));
-                    }
-                    None if stage.gathers.contains(param) => missing.push(address.clone()),
-                    None => blocked_by = blocked_by.or(Some(address.clone())),
-                }
-            }
-            if found.is_empty() && !addresses.is_empty() {
-                blocked_by = blocked_by.or_else(|| addresses.first().cloned());
-            }
-            inputs.insert(param.clone(), found);
-        }
-        for address in stage.after.iter().filter(|address| result(address).is_none()) {
-            blocked_by = blocked_by.or(Some(address.clone()));
-        }
-        (inputs, missing, blocked_by)
-    }
-
-    fn digest(&self, input: &StageInput) -> Option<String> {
-        self.request.store.get(&Key(input.key.clone())).map(|artifact| artifact.manifest.digest)
-    }
-
-    /// Writes a stage's record into the run's results, as this stage shows it: another may have computed it under another name. Returns
-    /// it with the blake3 of its file.
-    fn keep(&self, node: &PlanNode, artifact: &Artifact, cached: bool) -> Result<(Record, String), StoreError> {
-        let mut record = artifact.record.clone();
-        show_as(&mut record, node);
-        record.head.pipeline.clone_from(&self.request.plan.pipeline);
-        record.head.run_id.clone_from(&self.request.run_file.run_id);
-        record.head.cached = cached;
-        let blake3 = self.request.run_dir.write_stage(&record, artifact)?;
-        Ok((record, blake3))
-    }
-
-    fn cached(
-        &self,
-        status: StageStatus,
-        artifact: &Artifact,
-        record: Record,
-        inputs: BTreeMap<String, Vec<Arc<StageInput>>>,
-        start: Instant,
-    ) -> (StageStatus, State, Option<u8>) {
-        let summary = record.body.get("summary").and_then(|summary| summary.as_str()).unwrap_or_default().to_owned();
-        self.ended(status, Outcome::Cached, Some(input_of(artifact, record, inputs)), start, summary, None)
-    }
-
-    fn failed(&self, status: StageStatus, error: &JobError, start: Instant) -> (StageStatus, State, Option<u8>) {
-        if error.is_cancelled() {
-            return self.ended(status, Outcome::Cancelled, None, start, "the run was stopped".to_owned(), None);
-        }
-        self.ended(status, Outcome::Failed, None, start, error.to_string(), Some(error.exit_code()))
-    }
-
-    fn ended(
-        &self,
-        mut status: StageStatus,
-        outcome: Outcome,
-        result: Option<Arc<StageInput>>,
-        start: Instant,
-        text: String,
-        exit_code: Option<u8>,
-    ) -> (StageStatus, State, Option<u8>) {
-        let duration_s = start.elapsed().as_secs_f64();
-        status.outcome = Some(outcome.name().to_owned());
-        status.duration_s = Some(duration_s);
-        match outcome {
-            Outcome::Done | Outcome::Cached => status.summary = Some(text.clone()),
-            Outcome::Failed | Outcome::Skipped | Outcome::Cancelled => status.error = Some(text.clone()),
-        }
-        // Nobody asked for what was not selected: the record lists it, the screen stays quiet.
-        if text != NOT_SELECTED {
-            self.request.events.emit(Event::StageFinished {
-                stage: status.stage.clone(),
-                kind: status.kind.clone(),
-                outcome,
-                duration_s,
-                summary: text,
-            });
-        }
-        (status, State::Ended { outcome, result }, exit_code)
     }
 
     /// Writes `run.json` as things stand.
@@ -489,15 +340,4 @@ impl Executor<'_> {
         let results = results.collect();
         Ok(RunOutcome { stages: self.statuses(&shared), results, exit_code, was_cancelled, duration_s })
     }
-}
-
-fn input_of(artifact: &Artifact, record: Record, inputs: BTreeMap<String, Vec<Arc<StageInput>>>) -> Arc<StageInput> {
-    Arc::new(StageInput {
-        address: record.head.stage.clone(),
-        kind: record.head.kind.clone(),
-        key: artifact.key.0.clone(),
-        dir: artifact.dir.clone(),
-        record,
-        inputs,
-    })
 }

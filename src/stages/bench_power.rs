@@ -41,13 +41,6 @@ impl Watch {
         }
     }
 
-    /// Returns the end of a case's summary: `, 1.53 J/token`.
-    pub fn summary(&self, label: &str) -> String {
-        let row = self.rows.iter().find(|row| row.label == label);
-        let energy = row.and_then(|row| row.energy_per_token_j);
-        energy.map_or_else(String::new, |joules| format!(", {} J/token", format_significant(joules)))
-    }
-
     /// Returns what was seen, and warns of other processes on the device.
     pub fn finish(self, progress: &dyn Progress) -> Watched {
         if let Some(OtherProcesses { n, bytes }) = self.others.filter(|others| others.n > 0) {
@@ -60,6 +53,13 @@ impl Watch {
         }
         Watched { power: self.probe.is_some().then_some(self.rows), others: self.others }
     }
+}
+
+/// Returns the end of a case's summary: `, 1.53 J/token`; nothing where it is not known.
+pub fn energy_words(power: Option<&[PowerResult]>, label: &str) -> String {
+    let row = power.into_iter().flatten().find(|row| row.label == label);
+    let energy = row.and_then(|row| row.energy_per_token_j);
+    energy.map_or_else(String::new, |joules| format!(", {} J/token", format_significant(joules)))
 }
 
 /// What a watch saw.

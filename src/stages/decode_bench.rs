@@ -1,14 +1,15 @@
 //! `decode-bench`: how fast tokens are generated one by one, each of them timed.
 
 use super::MODELS;
-use super::bench_power::Watch;
+use super::bench_power::{Watch, energy_words};
+use super::bench_starts::{STARTS, check, combine_power, combine_rows, largest, n_starts, rate_words, sample_plan};
 use super::bench_tokens::{size, sizes, tokens, too_long};
-use crate::artifact::{DecodeRecord, DecodeResult, RecordBody};
-use crate::bench::{SamplePlan, decode_label, decode_result, sample};
+use crate::artifact::{DecodeRecord, DecodeResult, PowerResult, RecordBody};
+use crate::bench::{combine_decodes, decode_label, decode_result, sample};
 use crate::event::Level;
 use crate::inference::{CHECKED_POSITIONS, ModelInfo, ModelRecipe, check_decode, decode_budget};
 use crate::stage::{
-    ParamDefault, ParamDesc, ParamType, Stage, StageContext, StageDescription, StageError, StageOutput,
+    ParamDefault, ParamDesc, ParamType, Params, Stage, StageContext, StageDescription, StageError, StageOutput,
 };
 
 /// The kind.
@@ -17,7 +18,7 @@ pub struct DecodeBench;
 static DESCRIPTION: StageDescription = StageDescription {
     kind: "decode-bench",
     summary: "Times greedy generation token by token, after contexts of given depths.",
-    version: 2,
+    version: 3,
     measures: true,
     computes: true,
     params: &[
@@ -46,15 +47,16 @@ static DESCRIPTION: StageDescription = StageDescription {
             name: "samples",
             ty: ParamType::Integer { min: 1, max: 100_000 },
             unit: Some("sequences"),
-            default: ParamDefault::Json("3"),
-            help: "sequences that count, for each depth",
+            default: ParamDefault::Json("5"),
+            help: "sequences that count, for each depth, over all starts",
         },
+        STARTS,
         ParamDesc {
             name: "warmup",
             ty: ParamType::Integer { min: 0, max: 100_000 },
             unit: Some("sequences"),
             default: ParamDefault::Json("1"),
-            help: "sequences before those",
+            help: "sequences before those, in each start",
         },
         ParamDesc {
             name: "text",
@@ -81,6 +83,14 @@ impl Stage for DecodeBench {
         &DESCRIPTION
     }
 
+    fn check(&self, params: &Params) -> Vec<(&'static str, String, Option<String>)> {
+        check(params).into_iter().collect()
+    }
+
+    fn n_starts(&self, params: &Params, is_host: bool) -> usize {
+        n_starts(params, is_host)
+    }
+
     fn run(&self, context: &StageContext<'_>) -> Result<StageOutput, StageError> {
         let recipe = context.recipe("model")?;
         let info = context.engine.inspect(&recipe)?;
@@ -90,7 +100,7 @@ impl Stage for DecodeBench {
             return Err(too_long(&format!("n_depth {deepest} + n_gen {n_gen}"), deepest + n_gen, &info));
         }
         let tokens = tokens(context, &info, deepest)?;
-        let plan = SamplePlan { warmup: size(context.params, "warmup"), samples: size(context.params, "samples") };
+        let plan = sample_plan(context);
         let mut model = context.models.acquire(&recipe, context.progress)?;
         model.reserve(deepest + n_gen)?;
         // Right before fast. The cache that it fills is emptied by the first prefill.
@@ -124,9 +134,8 @@ impl Stage for DecodeBench {
             )?;
             watch.case(&label, n_gen * sequences.len());
             probe.mark();
-            results.extend(decode_result(n_gen, n_depth, sequences));
+            results.extend(decode_result(n_gen, n_depth, &[sequences]));
         }
-        let summary: Vec<String> = results.iter().map(|row| summary(row, &watch)).collect();
         let (watched, memory, engine) = (watch.finish(context.progress), probe.finish(), context.engine.info());
         let record = DecodeRecord {
             results,
@@ -147,8 +156,45 @@ impl Stage for DecodeBench {
             engine: engine.backend,
             compute_dtype: model.info().compute_dtype,
         };
-        Ok(StageOutput { body: record.to_fields(), summary: summary.join(", ") })
+        Ok(output(&record))
     }
+
+    fn combine(&self, outputs: Vec<StageOutput>) -> Result<StageOutput, StageError> {
+        let starts: Vec<DecodeRecord> = outputs.into_iter().map(read).collect::<Result<_, _>>()?;
+        let rows =
+            combine_rows(&starts.iter().map(|start| start.results.clone()).collect::<Vec<_>>(), combine_decodes)?;
+        let power: Option<Vec<Vec<PowerResult>>> = starts.iter().map(|start| start.power.clone()).collect();
+        let power = power.map(|power| combine_rows(&power, combine_power)).transpose()?;
+        let memory = largest(starts.iter().map(DecodeRecord::memory));
+        let Some(first) = starts.first() else { return Ok(StageOutput::default()) };
+        Ok(output(&DecodeRecord {
+            results: rows,
+            power,
+            n_other_processes: starts.iter().filter_map(|start| start.n_other_processes).max(),
+            other_processes_bytes: starts.iter().filter_map(|start| start.other_processes_bytes).max(),
+            weights_bytes: memory.weights_bytes,
+            kv_cache_bytes: memory.kv_cache_bytes,
+            pool_peak_bytes: memory.pool_peak_bytes,
+            pool_peak_method: memory.pool_peak_method,
+            process_peak_bytes: memory.process_peak_bytes,
+            process_peak_method: memory.process_peak_method,
+            decode_check_relative_error_max: starts
+                .iter()
+                .map(|start| start.decode_check_relative_error_max)
+                .fold(0.0, f64::max),
+            ..first.clone()
+        }))
+    }
+}
+
+/// Reads what one start gave.
+fn read(start: StageOutput) -> Result<DecodeRecord, StageError> {
+    serde_json::from_value(start.body.into()).map_err(|error| StageError::Other(format!("combine the starts: {error}")))
+}
+
+fn output(record: &DecodeRecord) -> StageOutput {
+    let rows: Vec<String> = record.results.iter().map(|row| summary(row, record.power.as_deref())).collect();
+    StageOutput { body: record.to_fields(), summary: rows.join(", ") }
 }
 
 /// Returns true where a product quantizes what it is given, by this recipe or by the model's own files.
@@ -163,8 +209,8 @@ fn quantizes_activations(recipe: &ModelRecipe, info: &ModelInfo) -> bool {
     of_config || stored.into_iter().any(|spec| spec.outlier_threshold.is_some())
 }
 
-fn summary(row: &DecodeResult, watch: &Watch) -> String {
-    let spread = row.tokens_per_second_stdev.map(|stdev| format!(" ± {stdev:.1}")).unwrap_or_default();
-    let energy = watch.summary(&row.label);
-    format!("{} {:.1}{spread} t/s (n = {} × {}{energy})", row.label, row.tokens_per_second, row.n_sequences, row.n_gen)
+fn summary(row: &DecodeResult, power: Option<&[PowerResult]>) -> String {
+    let interval = row.tokens_per_second_low.zip(row.tokens_per_second_high);
+    let energy = energy_words(power, &row.label);
+    format!("{} {}{energy}", row.label, rate_words(row.tokens_per_second, interval, row.starts.len(), 1))
 }

@@ -1,10 +1,11 @@
 //! `prefill-bench`: how fast a prompt is read, in one pass to the first token's logits, or to all its tokens' likelihoods.
 
 use super::MODELS;
-use super::bench_power::Watch;
-use super::bench_tokens::{size, sizes, tokens, too_long};
-use crate::artifact::{PrefillRecord, PrefillResult, RecordBody};
-use crate::bench::{SamplePlan, prefill_label, prefill_result, sample};
+use super::bench_power::{Watch, energy_words};
+use super::bench_starts::{STARTS, check, combine_power, combine_rows, largest, n_starts, rate_words, sample_plan};
+use super::bench_tokens::{sizes, tokens, too_long};
+use crate::artifact::{PowerResult, PrefillRecord, PrefillResult, RecordBody};
+use crate::bench::{combine_prefills, prefill_label, prefill_result, sample};
 use crate::stage::{
     ParamDefault, ParamDesc, ParamType, Params, Stage, StageContext, StageDescription, StageError, StageOutput,
 };
@@ -16,7 +17,7 @@ pub struct PrefillBench;
 static DESCRIPTION: StageDescription = StageDescription {
     kind: "prefill-bench",
     summary: "Times whole prompts in one pass to the first token's logits, or to every token's likelihood.",
-    version: 3,
+    version: 4,
     measures: true,
     computes: true,
     params: &[
@@ -39,14 +40,15 @@ static DESCRIPTION: StageDescription = StageDescription {
             ty: ParamType::Integer { min: 1, max: 100_000 },
             unit: Some("passes"),
             default: ParamDefault::Json("5"),
-            help: "passes that count, for each length",
+            help: "passes that count, for each length, over all starts",
         },
+        STARTS,
         ParamDesc {
             name: "warmup",
             ty: ParamType::Integer { min: 0, max: 100_000 },
             unit: Some("passes"),
             default: ParamDefault::Json("2"),
-            help: "passes before those",
+            help: "passes before those, in each start",
         },
         ParamDesc {
             name: "score",
@@ -87,7 +89,12 @@ impl Stage for PrefillBench {
     fn check(&self, params: &Params) -> Vec<(&'static str, String, Option<String>)> {
         let is_short = scores(params) && sizes(params, "n_prompt").iter().any(|n| *n < 2);
         let message = "score needs prompts of two tokens at least: the first has nothing before it".to_owned();
-        if is_short { vec![("n_prompt", message, None)] } else { Vec::new() }
+        let too_short = is_short.then_some(("n_prompt", message, None));
+        too_short.into_iter().chain(check(params)).collect()
+    }
+
+    fn n_starts(&self, params: &Params, is_host: bool) -> usize {
+        n_starts(params, is_host)
     }
 
     fn run(&self, context: &StageContext<'_>) -> Result<StageOutput, StageError> {
@@ -100,7 +107,7 @@ impl Stage for PrefillBench {
         }
         let tokens = tokens(context, &info, longest)?;
         let scores = scores(context.params);
-        let plan = SamplePlan { warmup: size(context.params, "warmup"), samples: size(context.params, "samples") };
+        let plan = sample_plan(context);
         let mut model = context.models.acquire(&recipe, context.progress)?;
         // After loading: what quantizing took for a moment is not what running takes.
         let mut probe = context.engine.memory_probe();
@@ -128,9 +135,8 @@ impl Stage for PrefillBench {
             )?;
             watch.case(&label, n_prompt * samples_s.len());
             probe.mark();
-            results.extend(prefill_result(n_prompt, scores, samples_s));
+            results.extend(prefill_result(n_prompt, scores, &[samples_s]));
         }
-        let summary: Vec<String> = results.iter().map(|row| summary(row, &watch)).collect();
         let (watched, memory, engine) = (watch.finish(context.progress), probe.finish(), context.engine.info());
         let method = if scores { SCORE_METHOD } else { METHOD };
         let record = PrefillRecord {
@@ -149,8 +155,41 @@ impl Stage for PrefillBench {
             engine: engine.backend,
             compute_dtype: model.info().compute_dtype,
         };
-        Ok(StageOutput { body: record.to_fields(), summary: summary.join(", ") })
+        Ok(output(&record))
     }
+
+    fn combine(&self, outputs: Vec<StageOutput>) -> Result<StageOutput, StageError> {
+        let starts: Vec<PrefillRecord> = outputs.into_iter().map(read).collect::<Result<_, _>>()?;
+        let rows =
+            combine_rows(&starts.iter().map(|start| start.results.clone()).collect::<Vec<_>>(), combine_prefills)?;
+        let power: Option<Vec<Vec<PowerResult>>> = starts.iter().map(|start| start.power.clone()).collect();
+        let power = power.map(|power| combine_rows(&power, combine_power)).transpose()?;
+        let memory = largest(starts.iter().map(PrefillRecord::memory));
+        let Some(first) = starts.first() else { return Ok(StageOutput::default()) };
+        Ok(output(&PrefillRecord {
+            results: rows,
+            power,
+            n_other_processes: starts.iter().filter_map(|start| start.n_other_processes).max(),
+            other_processes_bytes: starts.iter().filter_map(|start| start.other_processes_bytes).max(),
+            weights_bytes: memory.weights_bytes,
+            kv_cache_bytes: memory.kv_cache_bytes,
+            pool_peak_bytes: memory.pool_peak_bytes,
+            pool_peak_method: memory.pool_peak_method,
+            process_peak_bytes: memory.process_peak_bytes,
+            process_peak_method: memory.process_peak_method,
+            ..first.clone()
+        }))
+    }
+}
+
+/// Reads what one start gave.
+fn read(start: StageOutput) -> Result<PrefillRecord, StageError> {
+    serde_json::from_value(start.body.into()).map_err(|error| StageError::Other(format!("combine the starts: {error}")))
+}
+
+fn output(record: &PrefillRecord) -> StageOutput {
+    let rows: Vec<String> = record.results.iter().map(|row| summary(row, record.power.as_deref())).collect();
+    StageOutput { body: record.to_fields(), summary: rows.join(", ") }
 }
 
 /// Returns true where every token of a prompt is scored.
@@ -158,8 +197,8 @@ fn scores(params: &Params) -> bool {
     params.get("score").and_then(Value::as_bool).unwrap_or(false)
 }
 
-fn summary(row: &PrefillResult, watch: &Watch) -> String {
-    let spread = row.tokens_per_second_stdev.map(|stdev| format!(" ± {stdev:.0}")).unwrap_or_default();
-    let energy = watch.summary(&row.label);
-    format!("{} {:.0}{spread} t/s (n = {}{energy})", row.label, row.tokens_per_second_mean, row.n_samples)
+fn summary(row: &PrefillResult, power: Option<&[PowerResult]>) -> String {
+    let interval = row.tokens_per_second_low.zip(row.tokens_per_second_high);
+    let energy = energy_words(power, &row.label);
+    format!("{} {}{energy}", row.label, rate_words(row.tokens_per_second, interval, row.starts.len(), 0))
 }

@@ -116,6 +116,9 @@ fn run(
             inputs: &inputs,
             missing_inputs: &task.missing_inputs,
             out_dir: &task.out_dir,
+            start: task.start,
+            // A worker holds one session's model: the parent starts another for another.
+            session: None,
             progress: &progress,
         },
     )

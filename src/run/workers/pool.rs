@@ -10,8 +10,8 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 
 /// Runs stages that compute in workers, and the others in this process.
 ///
-/// A model has a worker of its own, which runs all its stages, so that its memory is its own. There is one such worker at a time: a model
-/// and its baseline never share a device.
+/// A model has a worker of its own, which runs all its stages, so that its memory is its own; of stages that measure, all of one start.
+/// There is one such worker at a time: a model and its baseline never share a device.
 pub struct Workers {
     program: PathBuf,
     device: String,
@@ -24,7 +24,15 @@ pub struct Workers {
 
 struct Holder {
     model: ModelRecipe,
+    session: Option<u64>,
     worker: Worker,
+}
+
+impl Holder {
+    /// Returns true if a stage can run in it: any stage of its model, or one of the same session.
+    fn serves(&self, model: &ModelRecipe, session: Option<u64>) -> bool {
+        self.model == *model && (session.is_none() || session == self.session)
+    }
 }
 
 impl Workers {
@@ -65,22 +73,22 @@ impl Workers {
         if asked.progress.is_cancelled() {
             return Err(StageError::Cancelled.into());
         }
-        if holder.as_ref().is_some_and(|holder| holder.model != model) {
+        if holder.as_ref().is_some_and(|holder| !holder.serves(&model, asked.session)) {
             // The old model goes before the new one comes.
             *holder = None;
         }
-        let Holder { model, mut worker } = match holder.take() {
+        let Holder { model, session, mut worker } = match holder.take() {
             Some(held) => held,
             None => {
                 if let Ok(mut general) = self.general.try_lock() {
                     *general = None;
                 }
-                Holder { model, worker: self.start_one()? }
+                Holder { model, session: asked.session, worker: self.start_one()? }
             }
         };
         let result = worker.run(task, asked.progress);
         if is_usable(&result) {
-            *holder = Some(Holder { model, worker });
+            *holder = Some(Holder { model, session, worker });
         } else {
             worker.kill();
         }
@@ -125,6 +133,10 @@ impl StageRunner for Workers {
         {
             *holder = None;
         }
+    }
+
+    fn is_host(&self) -> bool {
+        self.greeting.info.is_host
     }
 }
 

@@ -4,7 +4,7 @@ use crate::artifact::{Record, RecordError};
 use crate::event::Level;
 use crate::inference::EngineInfo;
 use crate::run::runner::{RunnerError, StageTask};
-use crate::stage::{Params, StageError, StageInput};
+use crate::stage::{Params, StageError, StageInput, Start};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 use std::collections::BTreeMap;
@@ -30,6 +30,7 @@ pub struct Task {
     pub inputs: BTreeMap<String, Vec<Input>>,
     pub missing_inputs: Vec<String>,
     pub out_dir: PathBuf,
+    pub start: Start,
 }
 
 /// A committed artifact that the stage reads, with its own inputs.
@@ -106,6 +107,7 @@ impl Task {
                 .collect(),
             missing_inputs: task.missing_inputs.to_vec(),
             out_dir: task.out_dir.to_owned(),
+            start: task.start,
         }
     }
 }
