@@ -303,6 +303,7 @@ fn run_start(
         duration_s: 0.0,
         device: None,
         params: Map::new(),
+        read_files: BTreeMap::new(),
     };
     let load = StageInput {
         address: "base".to_owned(),

@@ -265,6 +265,17 @@ fn saved_metrics_have_a_row_per_model_measured() {
     assert_eq!(lines.len(), 2, "{csv}");
     assert!(lines[0].starts_with("ts,model,quant_method,load_8bit,load_4bit,quant_type,prompt_length"));
     assert!(lines[1].contains(",small,") && lines[1].contains("nf4"));
+    let mut reader = csv_rows(&csv);
+    let row = reader.pop().expect("a row");
+    let run_id = lab.run_json()["run_id"].as_str().expect("an id").to_owned();
+    let hash = "model_blake3";
+    assert_eq!((row["model_file"].as_str(), row["source_types"].as_str(), row[hash].len()), ("stories260k", "f32", 64));
+    assert!(row["run_id"] == run_id && row["device"].starts_with("cpu") && row["gpu_name"].is_empty(), "{row:?}");
+}
+
+/// Returns a CSV's rows by the names of its columns.
+fn csv_rows(text: &str) -> Vec<std::collections::BTreeMap<String, String>> {
+    csv::Reader::from_reader(text.as_bytes()).deserialize().map(|row| row.expect("a whole row")).collect()
 }
 
 #[test]

@@ -60,6 +60,9 @@ pub struct RecordHead {
     pub device: Option<String>,
     /// Canonical parameters, defaults filled in.
     pub params: Map<String, Value>,
+    /// Files outside the cache that it read, by name: blake3 of their content. Absent where there are none, and in older records.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub read_files: BTreeMap<String, String>,
 }
 
 /// A stage's record: head and body, one flat JSON object on disk.

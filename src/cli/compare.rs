@@ -256,7 +256,8 @@ impl Found {
     fn text(&self, a: &Run, b: &Run, all: bool) -> String {
         let about = |run: &Run| {
             let field = |name: &str| run.json[name].as_str().unwrap_or("?").to_owned();
-            format!("{} ({}, {}, {})", run.id(), field("pipeline"), field("started_at"), field("device"))
+            let load = load_words(&run.json).map_or_else(String::new, |load| format!(", {load}"));
+            format!("{} ({}, {}, {}{load})", run.id(), field("pipeline"), field("started_at"), field("device"))
         };
         let mut text = format!("A: {}\nB: {}\n", about(a), about(b));
         for (name, a, b) in &self.circumstances {
@@ -381,6 +382,15 @@ fn source_types(a: &StageInput, b: &StageInput) -> Result<Option<(String, Value,
     }
     let (one, other) = (words(a)?, words(b)?);
     Ok((one != other).then(|| (format!("{}: files store", a.address), json!(one), json!(other))))
+}
+
+/// Returns how busy the machine was before and after a run: `load 0.31 before, 1.98 after on 2 threads`.
+fn load_words(run: &Value) -> Option<String> {
+    let before = run.pointer("/environment/load_average_before")?.as_f64()?;
+    let after = run["load_average_after"].as_f64().map_or_else(String::new, |after| format!(", {after:.2} after"));
+    let n_threads = run.pointer("/environment/n_threads").and_then(Value::as_u64);
+    let threads = n_threads.map_or_else(String::new, |n| format!(" on {n} threads"));
+    Some(format!("load {before:.2} before{after}{threads}"))
 }
 
 fn short(value: &Value) -> String {

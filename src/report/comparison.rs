@@ -1,7 +1,7 @@
 //! The comparison table: a row for each model.
 
 use super::Evidence;
-use super::markdown::{Table, code};
+use super::markdown::{Table, code, plain};
 use super::measure::Measure;
 use super::model::Model;
 use super::numbers::{mib, significant, thousands, with_interval, with_spread};
@@ -17,7 +17,7 @@ pub fn comparison(evidence: &Evidence<'_>) -> (Table, Vec<String>) {
     if has_cells {
         header.push("cell".to_owned());
     }
-    header.extend(["model", "stored as", "weights", "bits/weight", "process peak"].map(str::to_owned));
+    header.extend(["model", "file", "stored as", "weights", "bits/weight", "process peak"].map(str::to_owned));
     header.extend(columns.prefill.iter().map(|label| format!("prefill {label} (tokens/s)")));
     header.extend(columns.decode.iter().map(|label| format!("decode {label} (tokens/s)")));
     header.extend(columns.energy.iter().map(|label| format!("energy {label} (J/token)")));
@@ -29,7 +29,7 @@ pub fn comparison(evidence: &Evidence<'_>) -> (Table, Vec<String>) {
         if has_cells {
             row.push(model.cell.clone().unwrap_or_else(|| "all".to_owned()));
         }
-        row.extend([code(&model.address), model.scheme.clone()]);
+        row.extend([code(&model.address), plain(&model.file_words()), model.scheme.clone()]);
         row.push(evidence.weights_bytes(&model.address).map_or_else(|| UNMEASURED.to_owned(), mib));
         row.push(bits(evidence, model));
         row.push(process_peak(evidence, model));
@@ -113,6 +113,7 @@ fn process_peak(evidence: &Evidence<'_>, model: &Model) -> String {
 
 fn notes(evidence: &Evidence<'_>, columns: &Columns<'_>) -> Vec<String> {
     let mut notes = vec![
+        "File: what the model was loaded from, with the first digits of its blake3 (of a folder, of its files' names and hashes).".to_owned(),
         "Weights: bytes of parameters as stored, tied weights once (1 MiB = 2²⁰ bytes). Bits per weight: 8 · bytes / \
          parameters, over all \
          parameters; in brackets over the linears that `quantize` went through."

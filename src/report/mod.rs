@@ -29,7 +29,7 @@ mod testing;
 pub use compare::{Compared, Paired, SpeedBasis, SpeedRatio, Verdict, compare, measures};
 pub use evidence::{Evidence, window_label};
 pub use measure::Measure;
-pub use model::source_words;
+pub use model::{Model, source_words};
 pub use request::{
     NoScatter, ReportError, ReportFile, ReportRequest, ScatterFailure, ScatterPoints, ScatterSource, formats, render,
 };

@@ -3,11 +3,13 @@
 use super::request::ReportError;
 use crate::artifact::{QuantizedModule, RecordError};
 use crate::inference::{
-    LoadRecord, ModelInfo, ModelRecipe, QuantizeRecord, StoredQuantization, StoredType, stored_words,
+    LoadRecord, ModelInfo, ModelRecipe, ModelSource, QuantizeRecord, StoredQuantization, StoredType, stored_words,
 };
 use crate::quantization::ALWAYS_KEPT;
 use crate::stage::StageInput;
 use labpipe_kernels::SchemeSpec;
+use std::collections::BTreeMap;
+use std::path::Path;
 use std::sync::Arc;
 
 /// A model that something was measured of, or that was reported on itself.
@@ -22,6 +24,10 @@ pub struct Model {
     pub is_quantized: bool,
     /// Address of the `load` stage that it comes from (its own, where it is one).
     pub loaded_by: String,
+    /// Name of the file or folder that it was loaded from, or its id on the hub.
+    pub file: String,
+    /// blake3 of that file; of a folder, of its files' names and hashes. Null where the `load` record does not say.
+    pub file_blake3: Option<String>,
     /// Number of all parameters, where the `load` stage recorded it.
     pub n_params: Option<u64>,
     /// Element types that the files store the weights in, largest share of bytes first; empty where the `load` record does not say.
@@ -34,8 +40,8 @@ impl Model {
     /// Reads who a model is from its stage.
     ///
     /// # Errors
-    /// [`ReportError::Record`] where its record, or that of the `load` stage, lacks what its kind promises.
-    pub fn read(stage: &StageInput) -> Result<Model, ReportError> {
+    /// Where its record, or that of the `load` stage, lacks what its kind promises.
+    pub fn read(stage: &StageInput) -> Result<Model, RecordError> {
         let load = load_stage(stage);
         let n_params = match load.address == stage.address {
             true => None,
@@ -55,6 +61,8 @@ impl Model {
         let (scheme, is_quantized) =
             info.stored_quantization.as_ref().map_or_else(|| describe(&recipe, &source_types), describe_stored);
         Ok(Model {
+            file: file_name(&recipe.source),
+            file_blake3: file_hash(&load.record.head.read_files),
             address: stage.address.clone(),
             cell: cell_of(&stage.address).map(str::to_owned),
             scheme,
@@ -84,11 +92,50 @@ impl Model {
         }
     }
 
+    /// Returns the variables of its cell, with their values.
+    pub fn variables(&self) -> impl Iterator<Item = (&str, &str)> {
+        self.cell.iter().flat_map(|cell| cell.split(',')).filter_map(|pair| pair.split_once('='))
+    }
+
+    /// Returns what it was loaded from, for tables: `stories260k 1a2b3c4d`.
+    pub fn file_words(&self) -> String {
+        let hash = self.file_blake3.as_deref().and_then(|hash| hash.get(..8));
+        hash.map_or_else(|| self.file.clone(), |hash| format!("{} {hash}", self.file))
+    }
+
     /// Returns bytes and parameters of the linears that the `quantize` stage went through, kept ones included.
     pub fn linears(&self) -> Option<(u64, u64)> {
         let bytes = self.modules.iter().map(|module| module.bytes).sum();
         let n_params = self.modules.iter().map(|module| module.n_params).sum();
         (n_params > 0).then_some((bytes, n_params))
+    }
+}
+
+fn file_name(source: &ModelSource) -> String {
+    let last = |path: &Path| {
+        path.file_name().map_or_else(|| path.display().to_string(), |name| name.to_string_lossy().into_owned())
+    };
+    match source {
+        ModelSource::Path(path) => last(path),
+        ModelSource::Hub(id) => id.clone(),
+        ModelSource::Random { config, seed } => format!("random weights, {} (seed {seed})", last(config)),
+    }
+}
+
+/// Returns the hash of a model's one file, or of all names and hashes where it has several.
+fn file_hash(files: &BTreeMap<String, String>) -> Option<String> {
+    match files.len() {
+        0 => None,
+        1 => files.values().next().cloned(),
+        _ => {
+            let mut hasher = blake3::Hasher::new();
+            for (name, hash) in files {
+                // The folder's own name is no part of what is in it.
+                let name = name.rsplit('/').next().unwrap_or(name);
+                hasher.update(format!("{name} {hash}\n").as_bytes());
+            }
+            Some(hasher.finalize().to_hex().to_string())
+        }
     }
 }
 
@@ -133,11 +180,11 @@ fn load_stage(stage: &StageInput) -> &StageInput {
 /// # Errors
 /// As [`Model::read`].
 pub fn source_words(load: &StageInput) -> Result<Option<String>, ReportError> {
-    source_types(load).map(|types| stored_words(&types))
+    Ok(source_types(load).map(|types| stored_words(&types))?)
 }
 
 /// Returns the element types of a model's files; none in records that were made without an account.
-fn source_types(load: &StageInput) -> Result<Vec<StoredType>, ReportError> {
+fn source_types(load: &StageInput) -> Result<Vec<StoredType>, RecordError> {
     if load.kind != "load" {
         // The lineage is not at hand: `compare` reads one record at a time.
         return Ok(Vec::new());
@@ -200,6 +247,20 @@ fn spec_words(spec: &SchemeSpec) -> Vec<String> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_folder_is_known_by_its_files_and_not_by_where_it_lies() {
+        let files = |dir: &str, hash: &str| {
+            BTreeMap::from([
+                (format!("{dir}/config.json"), "aa".to_owned()),
+                (format!("{dir}/model.safetensors"), hash.to_owned()),
+            ])
+        };
+        assert_eq!(file_hash(&files("models/a", "bb")), file_hash(&files("elsewhere/b", "bb")));
+        assert_ne!(file_hash(&files("models/a", "bb")), file_hash(&files("models/a", "cc")));
+        assert_eq!(file_hash(&BTreeMap::from([("m.gguf".to_owned(), "dd".to_owned())])).as_deref(), Some("dd"));
+        assert_eq!(file_hash(&BTreeMap::new()), None);
+    }
 
     #[test]
     fn a_cell_is_what_stands_in_brackets() {

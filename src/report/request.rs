@@ -180,7 +180,7 @@ mod tests {
         let files = rendered(&inputs, &["ppl[config=broken]".to_owned()], &["md"]).unwrap();
         let report = text_of(&files, "report.md");
         for part in [
-            "| config=int8 | `quantized[config=int8]` | int8 |",
+            "| config=int8 | `quantized[config=int8]` | x abababab | int8 |",
             "The smallest is `quantized[config=int4]`",
             "Perplexity changes least with `quantized[config=int8]` (+0.1 %)",
             "[lbl_analysis.md](diff-config=nf4/lbl_analysis.md)",
@@ -199,7 +199,9 @@ mod tests {
         let files = rendered(&[ppl("ppl", &fp16, 9.0)], &[], &["md"]).unwrap();
         let report = text_of(&files, "report.md");
         assert!(
-            report.contains("| `fp16` | f16 | not measured | n/a | not measured | 9.00 ± 0.19 (n_scored = 9,612) |"),
+            report.contains(
+                "| `fp16` | x abababab | f16 | not measured | n/a | not measured | 9.00 ± 0.19 (n_scored = 9,612) |"
+            ),
             "{report}"
         );
         assert!(!files.iter().any(|file| file.path.starts_with("images")));
@@ -217,8 +219,8 @@ mod tests {
             "`base` is no unquantized baseline: its file holds quantized weights",
             "Against `base` (from Q4_1 89 %, f32 11 %), `nf4` has",
             "| `diff` | `nf4` | `base` (from Q4_1 89 %, f32 11 %) |",
-            "| `base` | f32 from Q4_1 89 %, f32 11 % |",
-            "| `nf4` | nf4, block 64, from Q4_1 89 %, f32 11 % |",
+            "| `base` | x.gguf abababab | f32 from Q4_1 89 %, f32 11 % |",
+            "| `nf4` | x.gguf abababab | nf4, block 64, from Q4_1 89 %, f32 11 % |",
         ] {
             assert!(report.contains(part), "{part} in\n{report}");
         }

@@ -136,11 +136,18 @@ impl Job<'_> {
             duration_s: took.as_secs_f64(),
             device: computes.then(|| self.device.to_owned()),
             params: self.node.stage.params.clone(),
+            read_files: self.read_files(),
         };
         let mut body = output.body;
         body.insert("summary".to_owned(), output.summary.clone().into());
         let draft = ManifestDraft { record: Record { head, body }, fields: self.fields.clone() };
         Ok((staging.commit(draft)?, output.summary))
+    }
+
+    /// Returns the files that the stage reads, as its key names them.
+    fn read_files(&self) -> BTreeMap<String, String> {
+        let files = self.fields.iter().filter_map(|(field, hash)| Some((field.strip_prefix("files.")?, hash)));
+        files.map(|(name, hash)| (name.to_owned(), hash.clone())).collect()
     }
 
     /// Hashes those inputs that this process has neither committed nor verified yet: others than the plan knew of, or committed by

@@ -1,7 +1,8 @@
 //! Rows for `results/metrics.csv`: one a model that a run measured.
 
-use crate::artifact::{DecodeRecord, PplRecord, PrefillRecord, RecordError};
-use crate::inference::{LoadRecord, QuantizeRecord};
+use crate::artifact::{DecodeRecord, MemoryFigures, PplRecord, PrefillRecord, RecordError};
+use crate::inference::{LoadRecord, QuantizeRecord, stored_words};
+use crate::report::Model;
 use crate::stage::StageInput;
 use crate::store::MetricsRow;
 use std::collections::BTreeMap;
@@ -23,9 +24,15 @@ pub fn metrics_rows(results: &BTreeMap<String, Arc<StageInput>>, ts: &str) -> Re
             rows.insert(model.address.clone(), start(model, ts)?);
         }
         let Some(row) = rows.get_mut(&model.address) else { continue };
+        let head = &result.record.head;
+        row.run_id.clone_from(&head.run_id);
+        row.pipeline.clone_from(&head.pipeline);
+        row.device = head.device.clone().unwrap_or_default();
         match result.kind.as_str() {
             "prefill-bench" => {
-                let prefills = result.record.read::<PrefillRecord>()?.results.into_iter().filter(|row| !row.scores);
+                let record: PrefillRecord = result.record.read()?;
+                note_memory(row, &record.memory());
+                let prefills = record.results.into_iter().filter(|row| !row.scores);
                 if let Some(longest) = prefills.max_by_key(|row| row.n_prompt) {
                     row.prompt_length = Some(longest.n_prompt as u64);
                     row.avg_prefill_tps = Some(longest.tokens_per_second);
@@ -33,6 +40,7 @@ pub fn metrics_rows(results: &BTreeMap<String, Arc<StageInput>>, ts: &str) -> Re
             }
             "decode-bench" => {
                 let record: DecodeRecord = result.record.read()?;
+                note_memory(row, &record.memory());
                 row.avg_decode_tps = record.results.first().map(|row| row.tokens_per_second);
             }
             _ => row.perplexity = result.record.read::<PplRecord>()?.results.first().map(|row| row.perplexity),
@@ -42,6 +50,7 @@ pub fn metrics_rows(results: &BTreeMap<String, Arc<StageInput>>, ts: &str) -> Re
 }
 
 fn start(model: &StageInput, ts: &str) -> Result<MetricsRow, RecordError> {
+    let shown = Model::read(model)?;
     let (config, info) = if model.kind == "quantize" {
         let record: QuantizeRecord = model.record.read()?;
         (Some(record.config), record.model)
@@ -61,6 +70,23 @@ fn start(model: &StageInput, ts: &str) -> Result<MetricsRow, RecordError> {
         load_8bit: scheme.ends_with('8'),
         load_4bit: scheme.ends_with('4'),
         quant_type: scheme,
+        cell: shown.cell.clone().unwrap_or_default(),
+        model_file: shown.file.clone(),
+        model_blake3: shown.file_blake3.clone().unwrap_or_default(),
+        source_types: stored_words(&shown.source_types).unwrap_or_default(),
         ..MetricsRow::default()
     })
+}
+
+/// Notes a GPU's name and the memory that it took.
+fn note_memory(row: &mut MetricsRow, memory: &MemoryFigures) {
+    // `cuda:0: NVIDIA H200`; a CPU's name stands in `device` alone.
+    let Some((_, name)) = row.device.split_once(": ").filter(|(device, _)| *device != "cpu") else { return };
+    row.gpu_name = name.to_owned();
+    let bytes = memory.process_peak_bytes.or(memory.pool_peak_bytes);
+    let gb = bytes.map(|bytes| bytes as f64 / 1e9);
+    row.max_vram_gb = match (row.max_vram_gb, gb) {
+        (Some(one), Some(other)) => Some(one.max(other)),
+        (one, other) => one.or(other),
+    };
 }

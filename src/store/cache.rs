@@ -204,6 +204,7 @@ mod tests {
             duration_s: 0.5,
             device: None,
             params: Map::new(),
+            read_files: BTreeMap::new(),
         };
         ManifestDraft { record: Record { head, body: Map::new() }, fields: fields() }
     }

@@ -243,6 +243,7 @@ mod tests {
                 duration_s: 0.5,
                 device: None,
                 params: Map::new(),
+                read_files: std::collections::BTreeMap::new(),
             };
             let staging = self.store.begin(&key, &|| true).expect("a staging folder");
             fs::write(staging.dir().join("data"), [0; 1000]).expect("a file");
