@@ -4,6 +4,7 @@
 //! hold a model's recipe and stand in `inference`.
 
 mod bench;
+mod disturbance;
 mod layers;
 mod models;
 pub mod number;
@@ -12,6 +13,7 @@ mod record;
 mod run;
 
 pub use bench::{DecodeRecord, DecodeResult, MemoryFigures, PowerResult, PrefillRecord, PrefillResult, Statistics};
+pub use disturbance::{DeviceUse, DiscardedAttempt, Disturbance, HostFigures};
 pub use layers::{CaptureRecord, CapturedTensor, DiffRecord, ModuleDiff};
 pub use models::{QuantizeTotals, QuantizedModule, ReportRecord, ReportedFile, SavedFolder};
 pub use ppl::{DivergenceResult, KeptLogProbs, PplRecord, PplResult, TokenScoresFile};

@@ -60,6 +60,9 @@ pub struct Compared {
     /// The interval is that of token by token differences: both runs scored the same tokens.
     pub paired: bool,
     pub verdict: Verdict,
+    /// What else went on while each was measured; null if nothing that is known.
+    pub disturbance_a: Option<String>,
+    pub disturbance_b: Option<String>,
 }
 
 /// Half-width of a metric's difference, where the two runs' single values could be paired: by metric and label.
@@ -111,6 +114,8 @@ pub fn compare(a: &[Measure], b: &[Measure], same_subject: bool, paired: &Paired
             half_width: found.half_width,
             paired: by_token.is_some(),
             verdict,
+            disturbance_a: one.disturbance.clone(),
+            disturbance_b: other.disturbance.clone(),
         });
     }
     rows

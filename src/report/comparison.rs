@@ -63,7 +63,7 @@ impl<'a> Columns<'a> {
         let groups = [
             ("prefill_tokens_per_second", &self.prefill, "n"),
             ("decode_tokens_per_second", &self.decode, "n"),
-            ("energy_per_token_j", &self.energy, "n tokens"),
+            ("energy_per_token_j", &self.energy, "n"),
             ("perplexity", &self.perplexity, "n_scored"),
             ("kl_mean", &self.kl, "n_scored"),
         ];
@@ -77,7 +77,8 @@ impl<'a> Columns<'a> {
                     .map(|measure| {
                         let value = with_spread(measure.value, measure.spread);
                         let stage = if several { format!(", {}", code(&measure.stage)) } else { String::new() };
-                        format!("{value} ({n_name} = {}{stage})", thousands(measure.n))
+                        let mark = if measure.disturbance.is_some() { " †" } else { "" };
+                        format!("{value} ({n_name} = {}{stage}){mark}", thousands(measure.n))
                     })
                     .collect();
                 cells.push(if texts.is_empty() { UNMEASURED.to_owned() } else { texts.join("<br>") });
@@ -139,8 +140,15 @@ fn notes(evidence: &Evidence<'_>, columns: &Columns<'_>) -> Vec<String> {
     }
     if !columns.energy.is_empty() {
         notes.push(
-            "Energy: what the device's board used over the timed regions / the tokens in them; how, and the clocks, under \
-             [Energy and clocks](#energy-and-clocks)."
+            "Energy: mean ± standard deviation over n equal parts of a window of repeated work, what the device's board used / the \
+             tokens of that work; how, and the clocks, under [Energy and clocks](#energy-and-clocks)."
+                .to_owned(),
+        );
+    }
+    if evidence.measures.iter().any(|measure| measure.disturbance.is_some()) {
+        notes.push(
+            "†: something else disturbed the measurement, or its first attempt: under \
+             [Disturbed measurements](#disturbed-measurements)."
                 .to_owned(),
         );
     }
@@ -177,24 +185,28 @@ mod tests {
             label: "tg64".to_owned(),
             n_tokens: 192,
             energy_per_token_j: Some(1.5625),
-            energy_j: Some(300.0),
-            window_s: 1.0,
+            energy_per_token_j_stdev: Some(0.02),
+            energy_n_windows: 10,
+            energy_n_updates: 25,
+            energy_n_tokens: 384,
+            energy_window_s: Some(2.0),
+            energy_j: Some(600.0),
+            window_s: 0.25,
             power_w_mean: Some(300.0),
             power_limit_w: Some(700.0),
             sm_clock_mhz_min: Some(1755.0),
             sm_clock_mhz_median: Some(1980.0),
-            memory_clock_mhz_min: None,
-            memory_clock_mhz_median: None,
             n_samples: 20,
             throttle_reasons: vec!["sw_power_cap".to_owned()],
             energy_method: "counted by a test".to_owned(),
+            ..PowerResult::default()
         };
         let body = &mut Arc::make_mut(&mut stage).record.body;
         body.insert("power".to_owned(), json!([power]));
         let files = rendered(&[stage.clone()], &[], &["md", "csv"]).expect("a report");
         let text = text_of(&files, "report.md");
         assert!(text.contains("| energy tg64 (J/token) |"), "{text}");
-        assert!(text.contains("1.562 (n tokens = 192)"), "{text}");
+        assert!(text.contains("1.562 ± 0.020 (n = 10)"), "{text}");
         assert!(text.contains("300 W | 700 W | 1980 MHz (1755) | not told | 20 | sw_power_cap |"), "{text}");
         assert!(text.contains("Energy: counted by a test."), "{text}");
         Arc::make_mut(&mut stage).record.body.insert("power".to_owned(), json!(null));

@@ -8,8 +8,8 @@ use std::path::PathBuf;
 pub const EXPORTER: Exporter = Exporter { name: "csv", export };
 
 const FILE: &str = "report.csv";
-const HEADER: [&str; 10] =
-    ["model", "metric", "label", "value", "unit", "n", "spread", "spread_kind", "method", "stage"];
+const HEADER: [&str; 11] =
+    ["model", "metric", "label", "value", "unit", "n", "spread", "spread_kind", "method", "stage", "disturbance"];
 
 fn number(value: f64) -> String {
     non_finite(value).map_or_else(|| value.to_string(), str::to_owned)
@@ -31,6 +31,7 @@ fn export(evidence: &Evidence<'_>) -> Result<Vec<ReportFile>, ReportError> {
             measure.spread_kind.map(|kind| kind.name().to_owned()).unwrap_or_default(),
             measure.method.clone(),
             measure.stage.clone(),
+            measure.disturbance.clone().unwrap_or_default(),
         ];
         writer.write_record(row).map_err(|error| failed(error.to_string()))?;
     }

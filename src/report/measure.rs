@@ -2,7 +2,8 @@
 
 use super::numbers::thousands;
 use crate::artifact::{
-    DecodeResult, DivergenceResult, MemoryFigures, ModuleDiff, PowerResult, PplResult, PrefillResult, number,
+    DecodeResult, Disturbance, DivergenceResult, MemoryFigures, ModuleDiff, PowerResult, PplResult, PrefillResult,
+    number,
 };
 use crate::inference::StoredType;
 use serde::Serialize;
@@ -46,6 +47,8 @@ pub struct Measure {
     pub method: String,
     /// Address of the stage that measured it.
     pub stage: String,
+    /// What else went on: `disturbed: …`, `measured again, at first disturbed: …`; null if nothing that is known.
+    pub disturbance: Option<String>,
 }
 
 /// Names a model and the stage that measured it, for all measures of a record.
@@ -68,6 +71,7 @@ impl Source<'_> {
             spread_kind: None,
             method: String::new(),
             stage: self.stage.to_owned(),
+            disturbance: None,
         }
     }
 
@@ -82,8 +86,11 @@ impl Source<'_> {
         let time = self.measure(metrics[1], &row.label, row.ttft_s_mean, "s", n);
         vec![
             rate.spread(row.tokens_per_second_stdev, SpreadKind::Stdev)
-                .method(&format!("mean over passes of n_prompt / time to {end}")),
-            time.spread(row.ttft_s_stdev, SpreadKind::Stdev).method(&format!("mean time to {end} over passes")),
+                .method(&format!("mean over passes of n_prompt / time to {end}"))
+                .disturbance(row.disturbance.as_ref()),
+            time.spread(row.ttft_s_stdev, SpreadKind::Stdev)
+                .method(&format!("mean time to {end} over passes"))
+                .disturbance(row.disturbance.as_ref()),
         ]
     }
 
@@ -94,15 +101,22 @@ impl Source<'_> {
         let latency = self.measure("token_latency_s", &row.label, row.token_latency_s_mean, "s", row.samples_s.len());
         vec![
             rate.spread(row.tokens_per_second_stdev, SpreadKind::Stdev)
-                .method("mean over sequences of n_gen / sum of token latencies"),
-            latency.spread(row.token_latency_s_stdev, SpreadKind::Stdev).method("mean over single tokens"),
+                .method("mean over sequences of n_gen / sum of token latencies")
+                .disturbance(row.disturbance.as_ref()),
+            latency
+                .spread(row.token_latency_s_stdev, SpreadKind::Stdev)
+                .method("mean over single tokens")
+                .disturbance(row.disturbance.as_ref()),
         ]
     }
 
     /// Returns the energy a token took, where the device told.
     pub fn energy(&self, row: &PowerResult) -> Option<Measure> {
         let joules = row.energy_per_token_j?;
-        Some(self.measure("energy_per_token_j", &row.label, joules, "J/token", row.n_tokens).method(&row.energy_method))
+        // Records of earlier versions have no parts.
+        let n = if row.energy_n_windows > 0 { row.energy_n_windows } else { 1 };
+        let measure = self.measure("energy_per_token_j", &row.label, joules, "J/token", n);
+        Some(measure.spread(row.energy_per_token_j_stdev, SpreadKind::Stdev).method(&row.energy_method))
     }
 
     /// Returns a perplexity and its mean NLL.
@@ -214,6 +228,11 @@ impl Measure {
     fn spread(mut self, spread: Option<f64>, kind: SpreadKind) -> Measure {
         self.spread = spread;
         self.spread_kind = spread.map(|_| kind);
+        self
+    }
+
+    fn disturbance(mut self, seen: Option<&Disturbance>) -> Measure {
+        self.disturbance = seen.and_then(Disturbance::mark);
         self
     }
 

@@ -177,6 +177,7 @@ fn prefill_row(n_prompt: usize, seconds: &[f64]) -> PrefillResult {
         ttft_s_max: ttft.max,
         tokens_per_second_mean: rate.mean,
         tokens_per_second_stdev: rate.stdev,
+        disturbance: None,
     }
 }
 
@@ -201,6 +202,7 @@ fn decode_row(n_gen: usize, n_depth: usize, sequences: &[Vec<f64>]) -> DecodeRes
         samples_s,
         tokens_per_second: rate.mean,
         tokens_per_second_stdev: rate.stdev,
+        disturbance: None,
     }
 }
 

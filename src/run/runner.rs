@@ -51,11 +51,18 @@ pub trait StageRunner: Send + Sync {
 pub struct InProcess {
     engine: Arc<dyn Engine>,
     models: Residency,
+    accept_disturbed: bool,
 }
 
 impl InProcess {
     pub fn new(engine: Arc<dyn Engine>) -> InProcess {
-        InProcess { models: Residency::new(Arc::clone(&engine)), engine }
+        InProcess { models: Residency::new(Arc::clone(&engine)), engine, accept_disturbed: false }
+    }
+
+    /// Sets whether disturbed measurements are kept as they are.
+    #[must_use]
+    pub fn accepting_disturbed(self, accept_disturbed: bool) -> InProcess {
+        InProcess { accept_disturbed, ..self }
     }
 
     /// Adds the device's name and its free memory to a device failure. The model is dropped: a failed allocation may have left it
@@ -75,7 +82,7 @@ impl InProcess {
 
 impl StageRunner for InProcess {
     fn run(&self, stage: &dyn Stage, task: &StageTask<'_>) -> Result<StageOutput, RunnerError> {
-        let result = run_here(stage, task, self.engine.as_ref(), &self.models);
+        let result = run_here(stage, task, self.engine.as_ref(), &self.models, self.accept_disturbed);
         result.map_err(|error| match error {
             RunnerError::Stage(error) => RunnerError::Stage(self.device_failure(error)),
             other => other,
@@ -92,7 +99,7 @@ impl StageRunner for InProcess {
 /// # Errors
 /// Whatever stopped it.
 pub fn run_without_models(stage: &dyn Stage, task: &StageTask<'_>) -> Result<StageOutput, RunnerError> {
-    run_here(stage, task, &NoEngine, &NoEngine)
+    run_here(stage, task, &NoEngine, &NoEngine, false)
 }
 
 fn run_here(
@@ -100,6 +107,7 @@ fn run_here(
     task: &StageTask<'_>,
     engine: &dyn Engine,
     models: &dyn ModelPool,
+    accept_disturbed: bool,
 ) -> Result<StageOutput, RunnerError> {
     let context = StageContext {
         address: task.address,
@@ -111,6 +119,7 @@ fn run_here(
         engine,
         models,
         progress: task.progress,
+        accept_disturbed,
     };
     match catch_unwind(AssertUnwindSafe(|| stage.run(&context))) {
         Ok(output) => Ok(output?),

@@ -1,10 +1,10 @@
 //! `decode-bench`: how fast tokens are generated one by one, each of them timed.
 
 use super::MODELS;
-use super::bench_power::Watch;
 use super::bench_tokens::{size, sizes, tokens, too_long};
+use super::bench_watch::{Watch, Work};
 use crate::artifact::{DecodeRecord, DecodeResult, RecordBody};
-use crate::bench::{SamplePlan, decode_label, decode_result, sample};
+use crate::bench::{SamplePlan, decode_label, decode_result};
 use crate::event::Level;
 use crate::inference::{CHECKED_POSITIONS, ModelInfo, ModelRecipe, check_decode, decode_budget};
 use crate::stage::{
@@ -17,7 +17,7 @@ pub struct DecodeBench;
 static DESCRIPTION: StageDescription = StageDescription {
     kind: "decode-bench",
     summary: "Times greedy generation token by token, after contexts of given depths.",
-    version: 2,
+    version: 3,
     measures: true,
     computes: true,
     params: &[
@@ -103,31 +103,36 @@ impl Stage for DecodeBench {
         context.progress.note(Level::Debug, &told);
         // After loading: what quantizing took for a moment is not what running takes.
         let mut probe = context.engine.memory_probe();
-        let mut watch = Watch::start(context.engine);
+        let mut watch = Watch::start(context);
         context.progress.begin(Some((depths.len() * (plan.warmup + plan.samples)) as u64), "sequences");
         let mut results: Vec<DecodeResult> = Vec::new();
         for n_depth in depths {
             let (prompt, label) = (&tokens[..n_depth.max(1)], decode_label(n_gen, n_depth));
-            let sequences = sample(
-                plan,
-                context.progress,
-                || StageError::Cancelled,
-                |counts| {
-                    model.prefill(prompt).map_err(|error| error.in_case(&label))?;
-                    if counts {
-                        watch.begin();
-                    }
-                    let decoded = model.decode(n_gen).map_err(|error| error.in_case(&label));
-                    watch.end();
-                    Ok::<_, StageError>(decoded?.iter().map(|token| token.duration_s).collect::<Vec<f64>>())
-                },
-            )?;
-            watch.case(&label, n_gen * sequences.len());
+            let mean_s = |sequences: &[Vec<f64>]| {
+                sequences.iter().flatten().sum::<f64>() / sequences.iter().map(Vec::len).sum::<usize>() as f64
+            };
+            let mut case = watch.sample(&label, plan, mean_s, |counts, regions| {
+                model.prefill(prompt).map_err(|error| error.in_case(&label))?;
+                if counts {
+                    regions.begin();
+                }
+                let decoded = model.decode(n_gen).map_err(|error| error.in_case(&label));
+                regions.end();
+                Ok(decoded?.iter().map(|token| token.duration_s).collect::<Vec<f64>>())
+            })?;
+            watch.energy(&label, &mut case, n_gen, true, |work| {
+                model.prefill(prompt).map_err(|error| error.in_case(&label))?;
+                if work == Work::Whole {
+                    model.decode(n_gen).map_err(|error| error.in_case(&label))?;
+                }
+                Ok(())
+            })?;
             probe.mark();
-            results.extend(decode_result(n_gen, n_depth, sequences));
+            let row = decode_result(n_gen, n_depth, case.samples);
+            results.extend(row.map(|row| DecodeResult { disturbance: Some(case.disturbance), ..row }));
         }
         let summary: Vec<String> = results.iter().map(|row| summary(row, &watch)).collect();
-        let (watched, memory, engine) = (watch.finish(context.progress), probe.finish(), context.engine.info());
+        let (watched, memory, engine) = (watch.finish(), probe.finish(), context.engine.info());
         let record = DecodeRecord {
             results,
             decode_check_n_positions: check.n_positions,
@@ -163,8 +168,8 @@ fn quantizes_activations(recipe: &ModelRecipe, info: &ModelInfo) -> bool {
     of_config || stored.into_iter().any(|spec| spec.outlier_threshold.is_some())
 }
 
-fn summary(row: &DecodeResult, watch: &Watch) -> String {
+fn summary(row: &DecodeResult, watch: &Watch<'_>) -> String {
     let spread = row.tokens_per_second_stdev.map(|stdev| format!(" ± {stdev:.1}")).unwrap_or_default();
-    let energy = watch.summary(&row.label);
-    format!("{} {:.1}{spread} t/s (n = {} × {}{energy})", row.label, row.tokens_per_second, row.n_sequences, row.n_gen)
+    let rest = watch.summary(&row.label, row.disturbance.as_ref());
+    format!("{} {:.1}{spread} t/s (n = {} × {}{rest})", row.label, row.tokens_per_second, row.n_sequences, row.n_gen)
 }

@@ -1,10 +1,10 @@
 //! `prefill-bench`: how fast a prompt is read, in one pass to the first token's logits, or to all its tokens' likelihoods.
 
 use super::MODELS;
-use super::bench_power::Watch;
 use super::bench_tokens::{size, sizes, tokens, too_long};
+use super::bench_watch::Watch;
 use crate::artifact::{PrefillRecord, PrefillResult, RecordBody};
-use crate::bench::{SamplePlan, prefill_label, prefill_result, sample};
+use crate::bench::{SamplePlan, prefill_label, prefill_result};
 use crate::stage::{
     ParamDefault, ParamDesc, ParamType, Params, Stage, StageContext, StageDescription, StageError, StageOutput,
 };
@@ -16,7 +16,7 @@ pub struct PrefillBench;
 static DESCRIPTION: StageDescription = StageDescription {
     kind: "prefill-bench",
     summary: "Times whole prompts in one pass to the first token's logits, or to every token's likelihood.",
-    version: 3,
+    version: 4,
     measures: true,
     computes: true,
     params: &[
@@ -104,34 +104,34 @@ impl Stage for PrefillBench {
         let mut model = context.models.acquire(&recipe, context.progress)?;
         // After loading: what quantizing took for a moment is not what running takes.
         let mut probe = context.engine.memory_probe();
-        let mut watch = Watch::start(context.engine);
+        let mut watch = Watch::start(context);
         model.reserve(longest)?;
         context.progress.begin(Some((lengths.len() * (plan.warmup + plan.samples)) as u64), "passes");
         let mut results: Vec<PrefillResult> = Vec::new();
         for n_prompt in lengths {
             let (prompt, label) = (&tokens[..n_prompt], prefill_label(n_prompt, scores));
-            let samples_s = sample(
-                plan,
-                context.progress,
-                || StageError::Cancelled,
-                |counts| {
-                    // One region for all passes: they follow one another, and a counter of energy moves seldom.
-                    if counts {
-                        watch.begin();
-                    }
-                    let duration_s = match scores {
-                        false => model.prefill(prompt).map(|prefilled| prefilled.duration_s),
-                        true => model.score_timed(prompt, 1).map(|(duration_s, _)| duration_s),
-                    };
-                    Ok::<_, StageError>(duration_s.map_err(|error| error.in_case(&label))?)
-                },
-            )?;
-            watch.case(&label, n_prompt * samples_s.len());
+            let mut pass = || {
+                let duration_s = match scores {
+                    false => model.prefill(prompt).map(|prefilled| prefilled.duration_s),
+                    true => model.score_timed(prompt, 1).map(|(duration_s, _)| duration_s),
+                };
+                Ok::<_, StageError>(duration_s.map_err(|error| error.in_case(&label))?)
+            };
+            let mean_s = |samples_s: &[f64]| samples_s.iter().sum::<f64>() / samples_s.len() as f64;
+            let mut case = watch.sample(&label, plan, mean_s, |counts, regions| {
+                // One region for all passes: they follow one another, and a counter of energy moves seldom.
+                if counts {
+                    regions.begin();
+                }
+                pass()
+            })?;
+            watch.energy(&label, &mut case, n_prompt, false, |_| pass().map(|_| ()))?;
             probe.mark();
-            results.extend(prefill_result(n_prompt, scores, samples_s));
+            let row = prefill_result(n_prompt, scores, case.samples);
+            results.extend(row.map(|row| PrefillResult { disturbance: Some(case.disturbance), ..row }));
         }
         let summary: Vec<String> = results.iter().map(|row| summary(row, &watch)).collect();
-        let (watched, memory, engine) = (watch.finish(context.progress), probe.finish(), context.engine.info());
+        let (watched, memory, engine) = (watch.finish(), probe.finish(), context.engine.info());
         let method = if scores { SCORE_METHOD } else { METHOD };
         let record = PrefillRecord {
             results,
@@ -158,8 +158,8 @@ fn scores(params: &Params) -> bool {
     params.get("score").and_then(Value::as_bool).unwrap_or(false)
 }
 
-fn summary(row: &PrefillResult, watch: &Watch) -> String {
+fn summary(row: &PrefillResult, watch: &Watch<'_>) -> String {
     let spread = row.tokens_per_second_stdev.map(|stdev| format!(" ± {stdev:.0}")).unwrap_or_default();
-    let energy = watch.summary(&row.label);
-    format!("{} {:.0}{spread} t/s (n = {}{energy})", row.label, row.tokens_per_second_mean, row.n_samples)
+    let rest = watch.summary(&row.label, row.disturbance.as_ref());
+    format!("{} {:.0}{spread} t/s (n = {}{rest})", row.label, row.tokens_per_second_mean, row.n_samples)
 }
