@@ -36,12 +36,12 @@ fn a_disturbed_case_is_measured_once_more_and_the_quiet_attempt_is_kept() {
     let (seen, summary, notes, log) = shared(&[0.5, 0.0], false);
     assert_eq!((&seen["disturbed"], &seen["repeated"]), (&Value::Null, &json!(true)));
     let discarded = &seen["discarded"];
-    assert_eq!(discarded["disturbed"], "other processes took 1.00 of 2 processors");
+    assert_eq!(discarded["disturbed"], "others took 1.00 of 2 CPUs");
     assert_eq!((discarded["n_samples"].as_u64(), discarded["sample_s_mean"].as_f64()), (Some(2), Some(0.5)));
     assert_eq!(seen["host"]["others_cpu_share"].as_f64(), Some(0.0));
     assert_eq!(summary, "pp10 20 ± 0 t/s (n = 2, measured again, disturbed at first)");
-    let [(Level::Info, note)] = notes.as_slice() else { panic!("one note: {notes:?}") };
-    assert!(note.starts_with("pp10 was disturbed, measuring once more: other processes"), "{note}");
+    let [(Level::Debug, _), (Level::Info, note)] = notes.as_slice() else { panic!("two notes: {notes:?}") };
+    assert!(note.starts_with("measured again after a disturbance: pp10 (others took 1.00 of 2 CPUs)"), "{note}");
     assert_eq!(log, "prefill prefill wait prefill prefill");
 }
 
@@ -49,9 +49,9 @@ fn a_disturbed_case_is_measured_once_more_and_the_quiet_attempt_is_kept() {
 fn of_two_disturbed_attempts_the_less_disturbed_is_kept_with_a_warning() {
     for (others, kept) in [([0.5, 0.25], "0.50"), ([0.25, 0.5], "0.50")] {
         let (seen, summary, notes, log) = shared(&others, false);
-        let reason = format!("other processes took {kept} of 2 processors");
+        let reason = format!("others took {kept} of 2 CPUs");
         assert_eq!((seen["disturbed"].as_str(), &seen["repeated"]), (Some(reason.as_str()), &json!(true)));
-        assert_eq!(seen["discarded"]["disturbed"], "other processes took 1.00 of 2 processors");
+        assert_eq!(seen["discarded"]["disturbed"], "others took 1.00 of 2 CPUs");
         assert!(summary.contains(&format!(", disturbed: {reason}")), "{summary}");
         assert_eq!(notes.iter().filter(|(level, _)| *level == Level::Warning).count(), 1, "{notes:?}");
         assert_eq!(log, "prefill prefill wait prefill prefill", "no third attempt");
@@ -61,7 +61,7 @@ fn of_two_disturbed_attempts_the_less_disturbed_is_kept_with_a_warning() {
 #[test]
 fn an_accepted_disturbance_is_recorded_and_neither_repeated_nor_told() {
     let (seen, summary, notes, log) = shared(&[0.5, 0.0], true);
-    assert_eq!(seen["disturbed"], "other processes took 1.00 of 2 processors");
+    assert_eq!(seen["disturbed"], "others took 1.00 of 2 CPUs");
     assert_eq!((&seen["repeated"], &seen["discarded"]), (&json!(false), &Value::Null));
     assert!(notes.is_empty() && summary.contains("disturbed"), "{notes:?} {summary}");
     assert_eq!(log, "prefill prefill");
@@ -80,5 +80,5 @@ fn other_processes_on_the_device_disturb_and_are_told() {
     let seen = &output.body["results"][1]["disturbance"];
     assert_eq!(seen["disturbed"], "2 other process(es) used the device and held 3.00 MiB");
     assert_eq!((&seen["device"]["n_labpipe_processes"], &seen["repeated"]), (&json!(1), &json!(true)));
-    assert_eq!(notes.iter().filter(|(level, _)| *level == Level::Warning).count(), 2, "one a case: {notes:?}");
+    assert_eq!(notes.iter().filter(|(level, _)| *level == Level::Warning).count(), 1, "one a stage: {notes:?}");
 }

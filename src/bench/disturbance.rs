@@ -25,7 +25,7 @@ const LIMITS: [&str; 4] = ["applications_clocks_setting", "display_clock_setting
 /// Why a measurement counts as disturbed.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Reason {
-    /// In words: `other processes took 0.97 of 2 processors`. Several are joined by semicolons.
+    /// In words: `others took 0.97 of 2 CPUs`. Several are joined by semicolons.
     pub text: String,
     /// The most that a figure is above its bound, as a multiple: of two attempts the one with less is kept.
     pub severity: f64,
@@ -51,18 +51,18 @@ fn host_reasons(host: &HostFigures, is_host: bool) -> Vec<Reason> {
     };
     let others = host.others_cpu_share.filter(|_| is_host);
     let others = over(others, QUIET_CPUS / n_cpus, cpu_s, &|share| {
-        format!("other processes took {:.2} of {} processors", share * n_cpus, host.n_cpus)
+        format!("others took {:.2} of {} CPUs", share * n_cpus, host.n_cpus)
     });
     let waiting = over(host.waiting_share, WAITING_SHARE, host.window_s, &|share| {
-        format!("it waited for a processor {:.0} % of the time", share * 100.0)
+        format!("it waited for a CPU {:.0} % of the time", share * 100.0)
     });
     let steal = over(host.steal_share, STEAL_SHARE, cpu_s, &|share| {
-        format!("the hypervisor took {:.0} % of the processors' time", share * 100.0)
+        format!("the hypervisor took {:.0} % of the CPUs", share * 100.0)
     });
     let thermal = host
         .n_thermal_events
         .filter(|n| *n > 0 && is_host)
-        .map(|n| Reason { text: format!("the processor was slowed down by heat ({n} events)"), severity: 1.0 });
+        .map(|n| Reason { text: format!("the CPU was slowed down by heat ({n} events)"), severity: 1.0 });
     [others, waiting, steal, thermal].into_iter().flatten().collect()
 }
 
@@ -138,10 +138,7 @@ mod tests {
     #[test]
     fn others_on_the_processors_are_named_with_what_they_took() {
         let busy = HostFigures { others_cpu_share: Some(0.48), waiting_share: Some(0.6), ..host() };
-        assert_eq!(
-            of_host(&busy).as_deref(),
-            Some("other processes took 0.96 of 2 processors; it waited for a processor 60 % of the time")
-        );
+        assert_eq!(of_host(&busy).as_deref(), Some("others took 0.96 of 2 CPUs; it waited for a CPU 60 % of the time"));
         let severity = disturbance(Some(&busy), None, true).expect("a reason").severity;
         assert!((severity - 12.0).abs() < 1e-9, "the worse of 9.6 and 12 times: {severity}");
         // On a device the host only matters where it keeps the process waiting.
@@ -159,9 +156,9 @@ mod tests {
     #[test]
     fn steal_and_heat_are_reasons() {
         let stolen = HostFigures { steal_share: Some(0.08), ..host() };
-        assert_eq!(of_host(&stolen).as_deref(), Some("the hypervisor took 8 % of the processors' time"));
+        assert_eq!(of_host(&stolen).as_deref(), Some("the hypervisor took 8 % of the CPUs"));
         let hot = HostFigures { n_thermal_events: Some(3), ..host() };
-        assert_eq!(of_host(&hot).as_deref(), Some("the processor was slowed down by heat (3 events)"));
+        assert_eq!(of_host(&hot).as_deref(), Some("the CPU was slowed down by heat (3 events)"));
     }
 
     #[test]

@@ -2,18 +2,15 @@
 //!
 //! Files are read at the ends of timed regions alone: nothing samples on the processors that compute.
 
+use super::host_sums::{Snapshot, Sums};
 use super::proc_files::{CpuTime, cpu_list, cpu_times, field, pressure_s, process_s, relatives_in, schedstat_s};
 use crate::artifact::HostFigures;
 use crate::inference::{HostProbe, QUIET_CPUS};
-use crate::metrics::statistics;
-use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 /// Clocks of more processors are not read: on some machines each reading interrupts the processor.
 const MAX_CLOCKS: usize = 16;
-/// A thread that neither ran nor wanted to for this share of the window does not compute: it is a probe's, or idle.
-const COMPUTES_SHARE: f64 = 0.2;
 const QUIET_PERIOD: Duration = Duration::from_millis(200);
 const QUIET_TRIES: usize = 10;
 
@@ -27,50 +24,8 @@ pub struct ProcProbe {
     relatives: Vec<u32>,
     begun: Option<(Instant, Snapshot)>,
     sums: Sums,
-}
-
-/// Counters at one moment, in seconds.
-#[derive(Debug, Clone, Default, PartialEq)]
-struct Snapshot {
-    busy_s: Option<f64>,
-    steal_s: Option<f64>,
-    /// By thread: time that it ran, and time that it waited to.
-    threads: BTreeMap<u32, (f64, f64)>,
-    involuntary: Option<u64>,
-    relatives_s: f64,
-    pressure_s: Option<f64>,
-    n_thermal: Option<u64>,
-}
-
-/// What the regions since the last `take` add up to; null once a counter could not be read.
-struct Sums {
-    window_s: f64,
-    busy_s: Option<f64>,
-    steal_s: Option<f64>,
-    own_s: f64,
-    threads: BTreeMap<u32, (f64, f64)>,
-    involuntary: Option<u64>,
-    relatives_s: f64,
-    pressure_s: Option<f64>,
-    n_thermal: Option<u64>,
-    clocks_mhz: Vec<f64>,
-}
-
-impl Default for Sums {
-    fn default() -> Sums {
-        Sums {
-            window_s: 0.0,
-            busy_s: Some(0.0),
-            steal_s: Some(0.0),
-            own_s: 0.0,
-            threads: BTreeMap::new(),
-            involuntary: Some(0),
-            relatives_s: 0.0,
-            pressure_s: Some(0.0),
-            n_thermal: Some(0),
-            clocks_mhz: Vec::new(),
-        }
-    }
+    /// A wait ended without quiet: the next ones look once.
+    gave_up: bool,
 }
 
 impl ProcProbe {
@@ -85,7 +40,8 @@ impl ProcProbe {
         let stat = std::fs::read_to_string(proc.join("stat")).ok()?;
         let cpus: Vec<usize> = cpu_times(&stat).into_keys().filter(|cpu| allowed.contains(cpu)).collect();
         let (proc, sys) = (proc.to_owned(), sys.to_owned());
-        let probe = ProcProbe { proc, sys, cpus, relatives: Vec::new(), begun: None, sums: Sums::default() };
+        let probe =
+            ProcProbe { proc, sys, cpus, relatives: Vec::new(), begun: None, sums: Sums::default(), gave_up: false };
         (!probe.cpus.is_empty()).then_some(probe)
     }
 
@@ -170,7 +126,8 @@ impl HostProbe for ProcProbe {
     }
 
     fn wait_until_quiet(&mut self, keep_waiting: &dyn Fn() -> bool) {
-        for _ in 0..QUIET_TRIES {
+        let n_tries = if self.gave_up { 1 } else { QUIET_TRIES };
+        for _ in 0..n_tries {
             if !keep_waiting() {
                 return;
             }
@@ -180,57 +137,11 @@ impl HostProbe for ProcProbe {
             sums.add(start.elapsed().as_secs_f64(), &before, &self.snapshot());
             let others = sums.figures(self.cpus.len(), None).others_cpu_share;
             if others.is_none_or(|share| share * (self.cpus.len() as f64) < QUIET_CPUS) {
+                self.gave_up = false;
                 return;
             }
         }
-    }
-}
-
-impl Sums {
-    fn add(&mut self, window_s: f64, before: &Snapshot, after: &Snapshot) {
-        let gain = |sum: Option<f64>, before: Option<f64>, after: Option<f64>| Some(sum? + (after? - before?).max(0.0));
-        let count =
-            |sum: Option<u64>, before: Option<u64>, after: Option<u64>| Some(sum? + after?.saturating_sub(before?));
-        self.window_s += window_s;
-        self.busy_s = gain(self.busy_s, before.busy_s, after.busy_s);
-        self.steal_s = gain(self.steal_s, before.steal_s, after.steal_s);
-        self.pressure_s = gain(self.pressure_s, before.pressure_s, after.pressure_s);
-        self.involuntary = count(self.involuntary, before.involuntary, after.involuntary);
-        self.n_thermal = count(self.n_thermal, before.n_thermal, after.n_thermal);
-        self.relatives_s += (after.relatives_s - before.relatives_s).max(0.0);
-        for (thread, (ran, waited)) in &after.threads {
-            let (ran_before, waited_before) = before.threads.get(thread).copied().unwrap_or_default();
-            let sum = self.threads.entry(*thread).or_default();
-            sum.0 += ran - ran_before;
-            sum.1 += waited - waited_before;
-            self.own_s += ran - ran_before;
-        }
-    }
-
-    fn figures(&self, n_cpus: usize, load_average: Option<f64>) -> HostFigures {
-        let share = |seconds: Option<f64>, of_s: f64| seconds.filter(|_| of_s > 0.0).map(|seconds| seconds / of_s);
-        let cpu_s = self.window_s * n_cpus as f64;
-        // Without times of threads their own work can't be told from that of others.
-        let others_s = self.busy_s.filter(|_| !self.threads.is_empty());
-        let others_s = others_s.map(|busy_s| (busy_s - self.own_s - self.relatives_s).max(0.0));
-        let computing = self.threads.values().filter(|(ran, waited)| ran + waited >= COMPUTES_SHARE * self.window_s);
-        let waited_s = computing.map(|(_, waited)| *waited).reduce(f64::max);
-        let waited_s = waited_s.or((!self.threads.is_empty()).then_some(0.0));
-        let clocks = statistics(&self.clocks_mhz);
-        HostFigures {
-            window_s: self.window_s,
-            n_cpus,
-            others_cpu_share: share(others_s, cpu_s),
-            labpipe_cpu_share: share(Some(self.relatives_s), cpu_s),
-            steal_share: share(self.steal_s, cpu_s),
-            waiting_share: share(waited_s, self.window_s),
-            involuntary_switches_per_s: share(self.involuntary.map(|n| n as f64), self.window_s),
-            load_average,
-            cpu_pressure_share: share(self.pressure_s, self.window_s),
-            cpu_mhz_min: clocks.as_ref().map(|clocks| clocks.min),
-            cpu_mhz_median: clocks.as_ref().map(|clocks| clocks.median),
-            n_thermal_events: self.n_thermal,
-        }
+        self.gave_up = true;
     }
 }
 
@@ -350,25 +261,6 @@ mod tests {
         assert!(near(figures.others_cpu_share, 1.0 / (2.0 * window_s)), "two times half a second: {figures:?}");
         assert_eq!((figures.load_average, figures.n_thermal_events), (Some(1.25), Some(4)));
         assert_eq!(probe.take().window_s, 0.0, "a case begins anew");
-    }
-
-    #[test]
-    fn threads_that_hardly_run_do_not_count_as_waiting() {
-        let mut sums = Sums::default();
-        let after =
-            |probe: (f64, f64)| Snapshot { threads: [(1, (0.9, 0.01)), (2, probe)].into(), ..Snapshot::default() };
-        sums.add(
-            1.0,
-            &Snapshot { threads: [(1, (0.0, 0.0)), (2, (0.0, 0.0))].into(), ..Snapshot::default() },
-            &after((0.01, 0.15)),
-        );
-        assert!(near(sums.figures(2, None).waiting_share, 0.01));
-        sums.add(
-            1.0,
-            &after((0.01, 0.15)),
-            &Snapshot { threads: [(1, (1.8, 0.02)), (2, (0.01, 1.1))].into(), ..Snapshot::default() },
-        );
-        assert!(near(sums.figures(2, None).waiting_share, 0.55), "one that never ran waited all the time");
     }
 
     #[test]

@@ -21,6 +21,7 @@ mod forward;
 mod gpu;
 mod host_decode;
 mod host_load;
+mod host_sums;
 mod kv_cache;
 mod memory;
 mod model;

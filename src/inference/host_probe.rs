@@ -16,6 +16,7 @@ pub trait HostProbe: Send {
     /// Ends what was begun, returns what was seen since the last `take`, and forgets it.
     fn take(&mut self) -> HostFigures;
 
-    /// Waits until other processes leave the processors alone: for 2 s at most, and no longer than `keep_waiting` says.
+    /// Waits until other processes leave the processors alone: for 2 s at most, 0.2 s if an earlier wait was in vain,
+    /// and no longer than `keep_waiting` says.
     fn wait_until_quiet(&mut self, keep_waiting: &dyn Fn() -> bool);
 }

@@ -18,6 +18,9 @@ pub struct Watch<'a> {
     regions: Regions,
     rows: Vec<PowerResult>,
     others: Option<OtherProcesses>,
+    /// Cases that were measured again, with the reason: of the first attempt where the second was undisturbed, else of the one kept.
+    mended: Vec<String>,
+    disturbed: Vec<String>,
 }
 
 /// Begins and ends timed regions; does nothing where nothing can be watched.
@@ -74,7 +77,8 @@ impl Regions {
 impl<'a> Watch<'a> {
     pub fn start(context: &'a StageContext<'a>) -> Watch<'a> {
         let regions = Regions { host: context.engine.host_probe(), device: context.engine.device_probe() };
-        Watch { context, is_host: context.engine.info().is_host, regions, rows: Vec::new(), others: None }
+        let is_host = context.engine.info().is_host;
+        Watch { context, is_host, regions, rows: Vec::new(), others: None, mended: Vec::new(), disturbed: Vec::new() }
     }
 
     /// Samples a case. One that was disturbed is sampled once more, and the less disturbed attempt is kept; `mean_s` is what is noted
@@ -94,7 +98,7 @@ impl<'a> Watch<'a> {
         let (kept, discarded) = match first.reason.as_ref().filter(|_| !self.context.accept_disturbed) {
             None => (first, None),
             Some(reason) => {
-                progress.note(Level::Info, &format!("{label} was disturbed, measuring once more: {}", reason.text));
+                progress.note(Level::Debug, &format!("{label} was disturbed, measuring once more: {}", reason.text));
                 if let Some(host) = &mut self.regions.host {
                     host.wait_until_quiet(&|| !progress.is_cancelled());
                 }
@@ -103,9 +107,11 @@ impl<'a> Watch<'a> {
                 if severity(&second) <= severity(&first) { (second, Some(first)) } else { (first, Some(second)) }
             }
         };
-        if let (Some(reason), Some(_)) = (&kept.reason, &discarded) {
-            let text = format!("{label} was disturbed both times, the less disturbed is kept: {}", reason.text);
-            progress.note(Level::Warning, &text);
+        let of_case = |reason: &Reason| format!("{label} ({})", reason.text);
+        match (&kept.reason, discarded.as_ref().map(|attempt| &attempt.reason)) {
+            (Some(reason), Some(_)) => self.disturbed.push(of_case(reason)),
+            (None, Some(Some(reason))) => self.mended.push(of_case(reason)),
+            _ => {}
         }
         let others = kept.seen.as_ref().and_then(|seen| seen.others);
         self.others = self.others.max(others);
@@ -210,8 +216,16 @@ impl<'a> Watch<'a> {
         text
     }
 
-    /// Returns what was seen.
+    /// Returns what was seen, and tells of cases that were disturbed.
     pub fn finish(self) -> Watched {
+        let progress = self.context.progress;
+        if !self.mended.is_empty() {
+            progress.note(Level::Info, &format!("measured again after a disturbance: {}", self.mended.join(", ")));
+        }
+        if !self.disturbed.is_empty() {
+            let text = format!("disturbed, also when measured again: {}", self.disturbed.join(", "));
+            progress.note(Level::Warning, &text);
+        }
         Watched { power: self.regions.device.is_some().then_some(self.rows), others: self.others }
     }
 }
