@@ -50,7 +50,7 @@ pub struct HostFigures {
     pub window_s: f64,
     /// Processors that the process may use.
     pub n_cpus: usize,
-    /// Processor time of other processes.
+    /// Processor time of other processes, and of interrupts.
     #[serde(default, with = "number::optional")]
     pub others_cpu_share: Option<f64>,
     /// Processor time of labpipe's parent process and of its other workers; not in `others_cpu_share`.

@@ -226,7 +226,7 @@ impl Found {
         if !shown.is_empty() {
             text.push_str(&format!("\n{}\n", rows_table(&shown)));
         }
-        for line in disturbances(&self.rows) {
+        for line in disturbances(&shown) {
             text.push_str(&format!("{line}\n"));
         }
         text.push_str(&format!("\n{}\n", self.closing(all)));
@@ -282,8 +282,8 @@ fn rows_table(rows: &[&Compared]) -> String {
     table.to_string()
 }
 
-/// Returns what disturbed the measurements of either run, each once.
-fn disturbances(rows: &[Compared]) -> BTreeSet<String> {
+/// Returns what disturbed the measurements of either run that are shown, each once.
+fn disturbances(rows: &[&Compared]) -> BTreeSet<String> {
     let of = |run: &str, row: &Compared, mark: &Option<String>| {
         mark.as_ref().map(|mark| format!("{run}: {} {} {mark}", row.stage, row.label))
     };

@@ -50,7 +50,7 @@ impl ProcProbe {
     }
 
     fn snapshot(&self) -> Snapshot {
-        let stat = self.read("stat");
+        let (stat, at) = (self.read("stat"), Instant::now());
         let times = stat.as_deref().map(cpu_times);
         let sum = |of: fn(&CpuTime) -> f64| {
             let times = times.as_ref()?;
@@ -58,7 +58,8 @@ impl ProcProbe {
         };
         let relatives = self.relatives.iter().filter_map(|pid| self.read(&format!("{pid}/stat")));
         let mut snapshot = Snapshot {
-            busy_s: sum(|time| time.busy_s),
+            at: Some(at),
+            idle_s: sum(|time| time.idle_s),
             steal_s: sum(|time| time.steal_s),
             relatives_s: relatives.filter_map(|stat| process_s(&stat)).sum(),
             pressure_s: self.read("pressure/cpu").as_deref().and_then(pressure_s),
@@ -115,7 +116,7 @@ impl HostProbe for ProcProbe {
         let after = self.snapshot();
         let clocks: Vec<f64> = self.clocks_mhz().collect();
         self.sums.clocks_mhz.extend(clocks);
-        self.sums.add(window_s, &before, &after);
+        self.sums.add(window_s, self.cpus.len(), &before, &after);
     }
 
     fn take(&mut self) -> HostFigures {
@@ -134,7 +135,7 @@ impl HostProbe for ProcProbe {
             let (start, before) = (Instant::now(), self.snapshot());
             std::thread::sleep(QUIET_PERIOD);
             let mut sums = Sums::default();
-            sums.add(start.elapsed().as_secs_f64(), &before, &self.snapshot());
+            sums.add(start.elapsed().as_secs_f64(), self.cpus.len(), &before, &self.snapshot());
             let others = sums.figures(self.cpus.len(), None).others_cpu_share;
             if others.is_none_or(|share| share * (self.cpus.len() as f64) < QUIET_CPUS) {
                 self.gave_up = false;
@@ -179,9 +180,9 @@ mod tests {
             std::fs::write(path, text).expect("written");
         }
 
-        /// Writes counters: ticks of user and stolen time per processor, seconds that two threads ran and waited, switches.
-        fn counters(&self, user: [u64; 3], stolen: u64, threads: [(f64, f64); 2], switches: u64) {
-            let line = |cpu: usize| format!("cpu{cpu} {} 0 0 1000 0 7 7 {stolen} 0 0\n", user[cpu]);
+        /// Writes counters: ticks of idle and stolen time per processor, seconds that two threads ran and waited, switches.
+        fn counters(&self, idle: [u64; 3], stolen: u64, threads: [(f64, f64); 2], switches: u64) {
+            let line = |cpu: usize| format!("cpu{cpu} 5 6 7 {} 100 7 7 {stolen} 0 0\n", idle[cpu]);
             let lines: String = (0..3).map(line).collect();
             self.write("proc/stat", &format!("cpu  9 9 9 9 9 9 9 9 9 9\n{lines}intr 5\n"));
             for (idx, (ran, waited)) in threads.into_iter().enumerate() {
@@ -224,15 +225,19 @@ mod tests {
         assert_eq!(probe.cpus, [0, 1]);
         probe.begin();
         assert_eq!(probe.relatives, [30, 50], "a child that is another program is none of labpipe's");
-        // Both processors were busy for a second: 0.9 and 0.6 s are the process's, 0.2 s those of labpipe's other processes.
-        machine.counters([1100, 1100, 9000], 10, [(5.9, 0.05), (5.6, 0.4)], 15);
+        // Of two seconds 0.2 were idle and 0.2 stolen; 0.9 and 0.4 s were the process's, 0.2 s those of labpipe's other processes.
+        machine.counters([1010, 1010, 9000], 10, [(5.9, 0.05), (5.4, 0.4)], 15);
         machine.relatives([115, 105]);
         machine.write("proc/pressure/cpu", "some avg10=1.00 avg60=1.00 avg300=1.00 total=1250000\n");
+        let (start, before) = probe.begun.take().expect("begun");
+        let after = Snapshot { at: before.at.map(|at| at + Duration::from_secs(1)), ..probe.snapshot() };
+        probe.begun = Some((start, before.clone()));
         probe.end();
-        let mut sums = std::mem::take(&mut probe.sums);
-        sums.window_s = 1.0;
+        let clocks_mhz = std::mem::take(&mut probe.sums.clocks_mhz);
+        let mut sums = Sums { clocks_mhz, ..Sums::default() };
+        sums.add(1.0, 2, &before, &after);
         let figures = sums.figures(2, Some(1.25));
-        assert!(near(figures.others_cpu_share, 0.15), "{figures:?}");
+        assert!(near(figures.others_cpu_share, 0.05), "{figures:?}");
         assert!(near(figures.labpipe_cpu_share, 0.1) && near(figures.steal_share, 0.1), "{figures:?}");
         assert!(near(figures.waiting_share, 0.4) && near(figures.cpu_pressure_share, 0.25), "{figures:?}");
         assert!(near(figures.involuntary_switches_per_s, 10.0), "two threads: {figures:?}");
@@ -245,20 +250,20 @@ mod tests {
         let machine = Machine::new();
         machine.counters([0, 0, 0], 0, [(0.0, 0.0), (0.0, 0.0)], 0);
         let mut probe = machine.probe();
-        for busy in [100, 400] {
-            machine.write("sys/devices/system/cpu/cpu0/thermal_throttle/core_throttle_count", &format!("{busy}\n"));
-            machine.counters([busy, 0, 0], 0, [(0.0, 0.0), (0.0, 0.0)], 0);
+        for (before, gained) in [(10, 1), (40, 2)] {
+            let count = "sys/devices/system/cpu/cpu0/thermal_throttle/core_throttle_count";
+            machine.write(count, &format!("{before}\n"));
+            machine.counters([0, 0, 0], 0, [(0.0, 0.0), (0.0, 0.0)], before);
             probe.begin();
             probe.begin();
-            machine
-                .write("sys/devices/system/cpu/cpu0/thermal_throttle/core_throttle_count", &format!("{}\n", busy + 2));
-            machine.counters([busy + 50, 0, 0], 0, [(0.0, 0.0), (0.0, 0.0)], 0);
+            machine.write(count, &format!("{}\n", before + 2));
+            machine.counters([0, 0, 0], 0, [(0.0, 0.0), (0.0, 0.0)], before + gained);
             probe.end();
             probe.end();
         }
         let window_s = probe.sums.window_s;
         let figures = probe.take();
-        assert!(near(figures.others_cpu_share, 1.0 / (2.0 * window_s)), "two times half a second: {figures:?}");
+        assert!(near(figures.involuntary_switches_per_s, 6.0 / window_s), "two threads, 1 and 2 switches: {figures:?}");
         assert_eq!((figures.load_average, figures.n_thermal_events), (Some(1.25), Some(4)));
         assert_eq!(probe.take().window_s, 0.0, "a case begins anew");
     }

@@ -8,8 +8,8 @@ const TICKS_PER_S: f64 = 100.0;
 
 /// What a processor did since the machine started.
 pub struct CpuTime {
-    /// user, nice and system; what interrupts take is nobody's.
-    pub busy_s: f64,
+    /// Idle, or waiting for a disk.
+    pub idle_s: f64,
     pub steal_s: f64,
 }
 
@@ -20,7 +20,7 @@ pub fn cpu_times(stat: &str) -> BTreeMap<usize, CpuTime> {
         let cpu = words.next()?.parse().ok()?;
         let ticks: Vec<f64> = words.filter_map(|word| word.parse().ok()).collect();
         let at = |idx: usize| ticks.get(idx).copied().unwrap_or(0.0);
-        let time = CpuTime { busy_s: (at(0) + at(1) + at(2)) / TICKS_PER_S, steal_s: at(7) / TICKS_PER_S };
+        let time = CpuTime { idle_s: (at(3) + at(4)) / TICKS_PER_S, steal_s: at(7) / TICKS_PER_S };
         (ticks.len() >= 4).then_some((cpu, time))
     };
     // The line of all processors begins with `cpu `: the word after it is a time.

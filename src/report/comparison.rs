@@ -178,6 +178,23 @@ mod tests {
     use std::sync::Arc;
 
     #[test]
+    fn a_disturbed_measurement_is_marked_and_explained() {
+        let model = load("fp16");
+        let mut stage = decode("decode", &model, 0.001, 1000);
+        let seen = json!({
+            "disturbed": null, "repeated": true, "host": null, "device": null,
+            "discarded": { "disturbed": "others took 0.96 of 2 CPUs", "n_samples": 3, "sample_s_mean": 0.004 },
+        });
+        Arc::make_mut(&mut stage).record.body["results"][0]["disturbance"] = seen;
+        let files = rendered(&[stage], &[], &["md", "csv"]).expect("a report");
+        let (text, csv) = (text_of(&files, "report.md"), text_of(&files, "report.csv"));
+        assert_eq!(text.matches(" † |").count(), 1, "one of two depths: {text}");
+        let row = "| tg64 | measured again, at first disturbed: others took 0.96 of 2 CPUs | ";
+        assert!(text.contains(row) && text.contains("| 4.00 ms |"), "{text}");
+        assert!(csv.contains(",decode,\"measured again, at first disturbed"), "{csv}");
+    }
+
+    #[test]
     fn energy_has_a_column_and_a_table_where_a_device_told_of_it() {
         let model = load("fp16");
         let mut stage = decode("decode", &model, 0.001, 1000);

@@ -280,7 +280,8 @@ fn disturbances(evidence: &Evidence<'_>) -> Option<Section> {
         ]);
     }
     let intro = "Measurements during which something else used the processors or the device. Each was made once more unless that was \
-                 asked off (`--accept-disturbed`), and the less disturbed attempt kept; a pass, or a token, took it the mean time.";
+                 asked off (`--accept-disturbed`), and the less disturbed attempt kept. \
+                 Means are seconds per pass of a prefill and per token of a decode.";
     section("Disturbed measurements", intro, &table, &[])
 }
 
