@@ -7,13 +7,15 @@ mod account;
 mod decode_check;
 mod device_probe;
 mod error;
+mod host_probe;
 mod log_probs;
 mod records;
 
 pub use account::{AccountPart, SourceAccount, StoredType, stored_words};
 pub use decode_check::{CHECKED_POSITIONS, DecodeCheck, check_decode, decode_budget};
-pub use device_probe::{DeviceFigures, DeviceProbe, GpuIdentity, OtherProcesses};
+pub use device_probe::{DeviceFigures, DeviceProbe, EnergyWindow, GpuIdentity, OtherProcesses};
 pub use error::InferenceError;
+pub use host_probe::{HostProbe, QUIET_CPUS};
 pub use log_probs::{LogProbFormat, LogProbRows, LogProbSink, LogProbSource, argmax, diverge_logits, score_logits};
 pub use records::{HubRevision, LoadRecord, QuantizeRecord};
 
@@ -416,6 +418,11 @@ pub trait Engine: Send + Sync {
 
     /// Returns what watches the device's energy and clocks; nothing where the device tells of neither.
     fn device_probe(&self) -> Option<Box<dyn DeviceProbe>> {
+        None
+    }
+
+    /// Returns what watches the host's processors; `None` where the system has no figures of them.
+    fn host_probe(&self) -> Option<Box<dyn HostProbe>> {
         None
     }
 

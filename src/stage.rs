@@ -186,6 +186,8 @@ pub struct StageContext<'a> {
     pub engine: &'a dyn Engine,
     pub models: &'a dyn ModelPool,
     pub progress: &'a dyn Progress,
+    /// `--accept-disturbed`: a disturbed measurement is kept without a second attempt and without a warning.
+    pub accept_disturbed: bool,
 }
 
 impl StageContext<'_> {

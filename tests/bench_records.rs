@@ -1,355 +1,24 @@
-//! What benchmarks record beside their times, with a scripted engine: energy over the timed regions alone, who else used the device,
-//! what the allocator held, and the checks that come before and after.
+//! What benchmarks record beside their times, with a scripted engine: energy of work that is repeated for it, what the allocator held, and
+//! the checks that come before and after.
 
-use labpipe::artifact::{MemoryFigures, QuantizedModule, Record, RecordHead};
-use labpipe::event::{Level, Progress};
-use labpipe::inference::{
-    CaptureFilter, CaptureSink, Decoded, DeviceFigures, DeviceProbe, Engine, EngineInfo, InferenceError, MemoryProbe,
-    Model, ModelInfo, ModelRecipe, ModelSource, OtherProcesses, Prefilled, TakeLogits, TokenScore,
-};
-use labpipe::stage::{ModelLease, ModelPool, StageContext, StageError, StageInput, StageOutput, Start};
-use labpipe::units::DType;
-use serde_json::{Map, Value, json};
-use std::collections::BTreeMap;
-use std::ops::{Deref, DerefMut};
-use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex};
+#[path = "support/scripted_bench.rs"]
+mod scripted_bench;
 
-/// What happened, in order.
-#[derive(Default)]
-struct Log(Mutex<Vec<String>>);
-
-impl Log {
-    fn add(&self, what: &str) {
-        self.0.lock().expect("the log").push(what.to_owned());
-    }
-
-    /// Returns what happened as one line, and forgets it.
-    fn taken(&self) -> String {
-        std::mem::take(&mut *self.0.lock().expect("the log")).join(" ")
-    }
-}
-
-/// What is wrong with a fake model.
-#[derive(Clone, Copy, PartialEq)]
-enum Fault {
-    None,
-    /// Decode's logits are not prefill's.
-    Decode,
-    /// Decode goes wrong once the check is over.
-    NotFinite,
-}
-
-struct Script {
-    log: Arc<Log>,
-    /// What the board tells; nothing for a device without one.
-    figures: Option<DeviceFigures>,
-    fault: Fault,
-}
-
-struct FakeModel {
-    log: Arc<Log>,
-    info: ModelInfo,
-    fault: Fault,
-}
-
-/// Logits whose largest is token `n % 8`.
-fn logits(n: usize) -> Vec<f32> {
-    (0..8).map(|token| if token == n % 8 { 2.0 } else { 1.0 }).collect()
-}
-
-impl Model for FakeModel {
-    fn info(&self) -> &ModelInfo {
-        &self.info
-    }
-
-    fn weights_bytes(&self) -> u64 {
-        400
-    }
-
-    fn kv_cache_bytes(&self) -> u64 {
-        80
-    }
-
-    fn prefill(&mut self, tokens: &[u32]) -> Result<Prefilled, InferenceError> {
-        self.log.add("prefill");
-        Ok(Prefilled { duration_s: 0.5, next_token: tokens.len() as u32 % 8 })
-    }
-
-    fn reserve(&mut self, _n_ctx: usize) -> Result<(), InferenceError> {
-        Ok(())
-    }
-
-    fn decode(&mut self, n_gen: usize) -> Result<Vec<Decoded>, InferenceError> {
-        self.log.add("decode");
-        if self.fault == Fault::NotFinite {
-            return Err(InferenceError::NotFiniteResult { what: "logits".to_owned() });
-        }
-        Ok(vec![Decoded { token: 1, duration_s: 0.25 }; n_gen])
-    }
-
-    fn decode_keeping(&mut self, n_gen: usize, take: &mut TakeLogits<'_>) -> Result<Vec<Decoded>, InferenceError> {
-        self.log.add("check");
-        // The prompt of the check is one token, its answer the second.
-        (0..n_gen)
-            .map(|position| {
-                let mut row = logits(position + 2);
-                if self.fault == Fault::Decode && position == 2 {
-                    row[0] += 1.0;
-                }
-                take(&row)?;
-                Ok(Decoded { token: (position + 2) as u32 % 8, duration_s: 0.25 })
-            })
-            .collect()
-    }
-
-    fn last_logits(&mut self, tokens: &[u32]) -> Result<Vec<f32>, InferenceError> {
-        Ok(logits(tokens.len()))
-    }
-
-    fn score(&mut self, tokens: &[u32], first_target: usize) -> Result<Vec<TokenScore>, InferenceError> {
-        self.log.add(&format!("score{}", tokens.len()));
-        if self.fault == Fault::NotFinite {
-            return Err(InferenceError::NotFiniteResult { what: "logits".to_owned() });
-        }
-        Ok(vec![TokenScore { nll: 2.0, argmax: 1 }; tokens.len() - first_target])
-    }
-
-    fn score_timed(&mut self, tokens: &[u32], first_target: usize) -> Result<(f64, Vec<TokenScore>), InferenceError> {
-        Ok((0.25, self.score(tokens, first_target)?))
-    }
-
-    fn capture(
-        &mut self,
-        _tokens: &[u32],
-        _filter: &CaptureFilter,
-        _sink: &mut dyn CaptureSink,
-        _progress: &dyn Progress,
-    ) -> Result<(), InferenceError> {
-        Err(InferenceError::Unsupported("capture".to_owned()))
-    }
-}
-
-struct Board {
-    log: Arc<Log>,
-    figures: DeviceFigures,
-}
-
-impl DeviceProbe for Board {
-    fn begin(&mut self) {
-        self.log.add("begin");
-    }
-
-    fn end(&mut self) {
-        self.log.add("end");
-    }
-
-    fn take(&mut self) -> DeviceFigures {
-        self.log.add("take");
-        self.figures.clone()
-    }
-}
-
-/// An allocator that holds 100 bytes more whenever it is asked.
-#[derive(Default)]
-struct Pool(u64);
-
-impl MemoryProbe for Pool {
-    fn mark(&mut self) {
-        self.0 += 100;
-    }
-
-    fn finish(self: Box<Self>) -> MemoryFigures {
-        let pool_peak_method = Some("scripted".to_owned());
-        MemoryFigures { pool_peak_bytes: Some(self.0), pool_peak_method, ..MemoryFigures::default() }
-    }
-}
-
-impl Engine for Script {
-    fn info(&self) -> EngineInfo {
-        EngineInfo {
-            backend: "fake".to_owned(),
-            device: "fake device".to_owned(),
-            numerics_version: 1,
-            clock: "scripted".to_owned(),
-            is_host: false,
-            computed_with: BTreeMap::new(),
-        }
-    }
-
-    fn inspect(&self, _recipe: &ModelRecipe) -> Result<ModelInfo, InferenceError> {
-        Ok(ModelInfo {
-            family: "fake".to_owned(),
-            n_layers: 1,
-            hidden_size: 4,
-            n_heads: 1,
-            n_kv_heads: 1,
-            vocab_size: 8,
-            n_ctx_max: 64,
-            n_params: 100,
-            tied_embeddings: false,
-            dtype: DType::F16,
-            compute_dtype: DType::F16,
-            linears: Vec::new(),
-            tokenizer_dir: None,
-            bos_token_id: None,
-            stored_quantization: None,
-        })
-    }
-
-    fn open(&self, recipe: &ModelRecipe, _progress: &dyn Progress) -> Result<Box<dyn Model>, InferenceError> {
-        Ok(Box::new(FakeModel { log: Arc::clone(&self.log), info: self.inspect(recipe)?, fault: self.fault }))
-    }
-
-    fn survey(
-        &self,
-        _recipe: &ModelRecipe,
-        _progress: &dyn Progress,
-        _each: &mut dyn FnMut(QuantizedModule),
-    ) -> Result<(), InferenceError> {
-        Ok(())
-    }
-
-    fn memory_probe(&self) -> Box<dyn MemoryProbe> {
-        Box::new(Pool::default())
-    }
-
-    fn device_probe(&self) -> Option<Box<dyn DeviceProbe>> {
-        let figures = self.figures.clone()?;
-        Some(Box::new(Board { log: Arc::clone(&self.log), figures }))
-    }
-}
-
-struct Lease(Box<dyn Model>);
-
-impl Deref for Lease {
-    type Target = dyn Model + 'static;
-
-    fn deref(&self) -> &Self::Target {
-        self.0.as_ref()
-    }
-}
-
-impl DerefMut for Lease {
-    fn deref_mut(&mut self) -> &mut Self::Target {
-        self.0.as_mut()
-    }
-}
-
-struct Opens<'a>(&'a Script);
-
-impl ModelPool for Opens<'_> {
-    fn acquire(&self, recipe: &ModelRecipe, progress: &dyn Progress) -> Result<ModelLease<'_>, InferenceError> {
-        Ok(Box::new(Lease(self.0.open(recipe, progress)?)))
-    }
-}
-
-#[derive(Default)]
-struct Notes(Mutex<Vec<(Level, String)>>);
-
-impl Progress for Notes {
-    fn begin(&self, _total: Option<u64>, _unit: &str) {}
-    fn advance(&self, _n: u64) {}
-    fn note(&self, level: Level, text: &str) {
-        self.0.lock().expect("the notes").push((level, text.to_owned()));
-    }
-    fn is_cancelled(&self) -> bool {
-        false
-    }
-}
-
-fn script(figures: Option<DeviceFigures>, fault: Fault) -> Script {
-    Script { log: Arc::default(), figures, fault }
-}
-
-fn figures() -> DeviceFigures {
-    DeviceFigures {
-        window_s: 2.0,
-        energy_j: Some(600.0),
-        energy_method: "counted".to_owned(),
-        power_limit_w: Some(700.0),
-        sm_clock_mhz_min: Some(1755.0),
-        sm_clock_mhz_median: Some(1980.0),
-        n_samples: 40,
-        throttle_reasons: vec!["sw_power_cap".to_owned()],
-        others: Some(OtherProcesses { n: 2, bytes: Some(3 << 20) }),
-        ..DeviceFigures::default()
-    }
-}
-
-/// Runs a benchmark of the real catalogue in one start.
-fn run(kind: &str, params: Value, script: &Script) -> (Result<StageOutput, StageError>, Vec<(Level, String)>) {
-    run_start(kind, params, script, Start::ONLY)
-}
-
-fn run_start(
-    kind: &str,
-    params: Value,
-    script: &Script,
-    start: Start,
-) -> (Result<StageOutput, StageError>, Vec<(Level, String)>) {
-    let source = ModelSource::Random { config: PathBuf::from("c"), seed: 1 };
-    let recipe = ModelRecipe { source, dtype: None, compute_dtype: None, quantization: None };
-    let head = RecordHead {
-        format_version: 1,
-        pipeline: "fake".to_owned(),
-        run_id: "r".to_owned(),
-        produced_by_run: "r".to_owned(),
-        stage: "base".to_owned(),
-        kind: "load".to_owned(),
-        key: "0".repeat(64),
-        cached: false,
-        started_at: "2026-01-02T03:04:05Z".to_owned(),
-        duration_s: 0.0,
-        device: None,
-        params: Map::new(),
-        read_files: BTreeMap::new(),
-    };
-    let load = StageInput {
-        address: "base".to_owned(),
-        kind: "load".to_owned(),
-        key: head.key.clone(),
-        record: Record { head, body: Map::from_iter([("recipe".to_owned(), json!(recipe))]) },
-        dir: PathBuf::new(),
-        inputs: BTreeMap::new(),
-    };
-    let inputs = BTreeMap::from([("model".to_owned(), vec![Arc::new(load)])]);
-    let (notes, params) = (Notes::default(), params.as_object().cloned().expect("a mapping"));
-    let context = StageContext {
-        address: "bench",
-        params: &params,
-        root: Path::new("."),
-        inputs: &inputs,
-        missing_inputs: &[],
-        out_dir: Path::new("."),
-        start,
-        engine: script,
-        models: &Opens(script),
-        progress: &notes,
-    };
-    let catalogue = labpipe::stages::catalogue();
-    let result = catalogue.get(kind).expect("a benchmark").run(&context);
-    (result, notes.0.into_inner().expect("the notes"))
-}
-
-fn prefill(script: &Script) -> (Result<StageOutput, StageError>, Vec<(Level, String)>) {
-    run("prefill-bench", json!({"n_prompt": [10, 20], "samples": 3, "warmup": 1, "seed": 0}), script)
-}
-
-fn decode(script: &Script) -> (Result<StageOutput, StageError>, Vec<(Level, String)>) {
-    run("decode-bench", json!({"n_gen": 4, "n_depth": [0, 8], "samples": 2, "warmup": 1, "seed": 0}), script)
-}
-
-fn scoring(n_prompt: Value) -> Value {
-    json!({"n_prompt": n_prompt, "samples": 2, "warmup": 1, "seed": 0, "score": true})
-}
+use labpipe::event::Level;
+use labpipe::inference::{DeviceFigures, InferenceError};
+use labpipe::stage::{StageError, StageOutput, Start};
+use scripted_bench::{Fault, decode, figures, prefill, run, run_start, scoring, script, window};
+use serde_json::{Value, json};
 
 #[test]
 fn a_prefill_that_scores_times_passes_to_every_tokens_likelihood() {
     let script = script(Some(figures()), Fault::None);
     let (output, _) = run("prefill-bench", scoring(json!([10, 20])), &script);
     let output = output.expect("a record");
-    assert_eq!(script.log.taken(), "score10 begin score10 begin score10 take score20 begin score20 begin score20 take");
+    assert_eq!(
+        script.log.taken(),
+        "score10 begin score10 begin score10 end take energy score10 score10 score20 begin score20 begin score20 end take energy score20 score20"
+    );
     let row = &output.body["results"][1];
     assert_eq!((row["label"].as_str(), row["scores"].as_bool()), (Some("pp20+nll"), Some(true)));
     assert_eq!((row["samples_s"].clone(), row["tokens_per_second"].as_f64()), (json!([0.25, 0.25]), Some(80.0)));
@@ -377,8 +46,11 @@ fn samples_are_spread_over_starts_and_their_records_become_one() {
         let n_samples: Vec<u64> =
             row["starts"].as_array().into_iter().flatten().filter_map(|start| start["n_samples"].as_u64()).collect();
         assert_eq!(n_samples, [3, 2], "{kind}");
-        // Energy and tokens of both starts are added up.
-        assert_eq!(whole.body["power"][1]["energy_j"].as_f64(), Some(1200.0));
+        // Tokens of both starts are added up; energy is read in the first.
+        let power = &whole.body["power"][1];
+        assert_eq!(power["n_tokens"].as_u64(), Some(if kind == "prefill-bench" { 5 * 20 } else { 5 * 4 }), "{power}");
+        // The script's board takes as much for filling a context as for all of the work.
+        assert_eq!(power["energy_per_token_j"].is_number(), kind == "prefill-bench", "{power}");
         assert_eq!(whole.body["pool_peak_bytes"], 200);
         assert!(whole.summary.contains("t/s, 2 starts"), "{}", whole.summary);
     }
@@ -412,34 +84,43 @@ fn a_prefill_that_can_not_score_says_why() {
 }
 
 #[test]
-fn energy_is_told_for_each_case_over_its_tokens_with_clocks_limits_and_a_warning_of_others() {
-    let script = script(Some(figures()), Fault::None);
-    let (output, notes) = prefill(&script);
+fn energy_is_that_of_repeated_work_over_its_tokens() {
+    let (output, notes) = prefill(&script(Some(figures()), Fault::None));
     let output = output.expect("a record");
     let row = &output.body["power"][1];
     assert_eq!((row["label"].as_str(), row["n_tokens"].as_u64()), (Some("pp20"), Some(60)));
-    assert_eq!((row["energy_per_token_j"].as_f64(), row["power_w_mean"].as_f64()), (Some(10.0), Some(300.0)));
+    // Two passes in 2.5 s at 300 W.
+    assert_eq!((row["energy_per_token_j"].as_f64(), row["power_w_mean"].as_f64()), (Some(18.75), Some(300.0)));
+    assert_eq!((row["energy_j"].as_f64(), row["energy_n_tokens"].as_u64()), (Some(750.0), Some(40)));
+    assert_eq!((row["energy_n_windows"].as_u64(), row["energy_n_updates"].as_u64()), (Some(10), Some(23)));
+    assert!(row["energy_per_token_j_stdev"].as_f64().is_some_and(|stdev| stdev < 1e-9), "{row}");
+    assert_eq!((row["window_s"].as_f64(), row["energy_window_s"].as_f64()), (Some(0.2), Some(2.5)));
     assert_eq!((row["sm_clock_mhz_median"].as_f64(), row["power_limit_w"].as_f64()), (Some(1980.0), Some(700.0)));
     assert_eq!((&row["memory_clock_mhz_min"], &row["throttle_reasons"]), (&Value::Null, &json!(["sw_power_cap"])));
-    assert_eq!(
-        (&output.body["n_other_processes"], &output.body["other_processes_bytes"]),
-        (&json!(2), &json!(3 << 20))
-    );
     assert_eq!(output.body["pool_peak_bytes"], 200, "asked after each of two cases");
     assert_eq!(output.body["pool_peak_method"], "scripted");
-    assert!(output.summary.contains("pp10 20 t/s, 1 start, 20.000 J/token"), "{}", output.summary);
-    let [(Level::Warning, note)] = notes.as_slice() else { panic!("one warning: {notes:?}") };
-    assert!(note.starts_with("2 other process(es) used the device while it was measured and held 3.00 MiB"), "{note}");
+    assert!(output.summary.contains("pp10 20 t/s, 1 start, 37.500 J/token"), "{}", output.summary);
+    assert!(notes.is_empty(), "{notes:?}");
+}
+
+#[test]
+fn timed_passes_that_took_long_enough_are_not_repeated_for_their_energy() {
+    let script = script(Some(DeviceFigures { energy: Some(window(3.0)), ..figures() }), Fault::None);
+    let output = prefill(&script).0.expect("a record");
+    assert!(!script.log.taken().contains("energy"));
+    // Three passes of 20 tokens in 3 s at 300 W.
+    assert_eq!(output.body["power"][1]["energy_per_token_j"].as_f64(), Some(15.0));
 }
 
 #[test]
 fn prefills_are_one_region_and_what_fills_a_context_is_in_none() {
     let script = script(Some(figures()), Fault::None);
     prefill(&script).0.expect("a record");
-    let case = "prefill begin prefill begin prefill begin prefill take";
+    let case = "prefill begin prefill begin prefill begin prefill end take energy prefill prefill";
     assert_eq!(script.log.taken(), format!("{case} {case}"));
     decode(&script).0.expect("a record");
-    let case = "prefill decode end prefill begin decode end prefill begin decode end take";
+    let timed = "prefill decode end prefill begin decode end prefill begin decode end end take";
+    let case = format!("{timed} energy prefill decode prefill decode energy prefill prefill");
     assert_eq!(script.log.taken(), format!("prefill check {case} {case}"));
 }
 

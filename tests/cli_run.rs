@@ -409,3 +409,26 @@ fn a_prompt_goes_through_the_model_s_chat_template() {
     let (_, error) = lab.expect(2, &["run", "chat.yaml"]);
     assert!(error.contains("n_chars"), "{error}");
 }
+
+#[test]
+fn an_accepted_disturbance_is_in_no_key_and_nothing_is_measured_again_for_it() {
+    let lab = Lab::new();
+    lab.write("small.yaml", SMALL);
+    lab.expect(0, &["run", "small.yaml", "--until", "prefill", "--accept-disturbed"]);
+    let run = lab.run_json();
+    assert_eq!(run["selection"]["accept_disturbed"], true);
+    let record = lab.record("prefill");
+    for row in record["results"].as_array().expect("rows") {
+        let seen = &row["disturbance"];
+        assert_eq!((&seen["repeated"], &seen["discarded"]), (&Value::Bool(false), &Value::Null), "{seen}");
+        if cfg!(target_os = "linux") {
+            assert!(
+                seen["host"]["others_cpu_share"].is_number() && seen["host"]["waiting_share"].is_number(),
+                "{seen}"
+            );
+        }
+    }
+    lab.expect(0, &["run", "small.yaml", "--until", "prefill"]);
+    let cached = |stage: &Value| stage["stage"] != "prefill" || stage["outcome"] == "cached";
+    assert!(lab.run_json()["stages"].as_array().expect("stages").iter().all(cached));
+}

@@ -119,8 +119,21 @@ proptest! {
             "power_limit_w": null, "sm_clock_mhz_min": null, "sm_clock_mhz_median": ov, "memory_clock_mhz_min": null,
             "memory_clock_mhz_median": null, "n_samples": 0, "throttle_reasons": [], "energy_method": "m",
         });
+        let disturbance = json!({
+            "disturbed": "r", "repeated": true,
+            "discarded": { "disturbed": null, "n_samples": 1, "sample_s_mean": nv },
+            "host": {
+                "window_s": nv, "n_cpus": 2, "others_cpu_share": ov, "labpipe_cpu_share": nv, "steal_share": ov, "waiting_share": null,
+                "involuntary_switches_per_s": ov, "load_average": nv, "cpu_pressure_share": null, "cpu_mhz_min": ov,
+                "cpu_mhz_median": nv, "n_thermal_events": 1,
+            },
+            "device": {
+                "sm_clock_mhz_median": ov, "sm_clock_mhz_max": null, "n_samples": 1, "throttle_reasons": ["hw_slowdown"],
+                "n_other_processes": 1, "other_processes_bytes": null, "others_utilization": ov, "n_labpipe_processes": 0,
+            },
+        });
         let prefill = json!({
-            "label": "pp1", "n_prompt": 1, "scores": false, "n_samples": 2, "samples_s": [nv, number(m)], "ttft_s_mean": nv,
+            "disturbance": disturbance, "label": "pp1", "n_prompt": 1, "scores": false, "n_samples": 2, "samples_s": [nv, number(m)], "ttft_s_mean": nv,
             "ttft_s_stdev": ov, "ttft_s_median": nv, "ttft_s_p90": nv, "ttft_s_p95": ov, "ttft_s_p99": ov, "ttft_s_min": nv,
             "ttft_s_max": nv, "tokens_per_second": number(m), "tokens_per_second_low": ov, "tokens_per_second_high": nv,
             "starts": [{ "n_samples": 2, "tokens_per_second": number(m) }],

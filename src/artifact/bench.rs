@@ -1,5 +1,6 @@
 //! Records of the benchmarks.
 
+use super::disturbance::Disturbance;
 use super::number;
 use super::record::RecordBody;
 use crate::units::DType;
@@ -147,6 +148,9 @@ pub struct PrefillResult {
     /// Empty in records of versions up to 3.
     #[serde(default)]
     pub starts: Vec<StartResult>,
+    /// What else went on, in the most disturbed start; null in records of earlier versions.
+    #[serde(default)]
+    pub disturbance: Option<Disturbance>,
 }
 
 /// One start of a row: a process of its own that loaded the model and took its share of the samples.
@@ -157,6 +161,9 @@ pub struct StartResult {
     /// Tokens / time over this start's samples.
     #[serde(with = "number")]
     pub tokens_per_second: f64,
+    /// What disturbed it; null if nothing that is known.
+    #[serde(default)]
+    pub disturbance: Option<String>,
 }
 
 /// One row of a `decode-bench` record's `results`; times in seconds per token.
@@ -197,11 +204,15 @@ pub struct DecodeResult {
     /// Empty in records of versions up to 2.
     #[serde(default)]
     pub starts: Vec<StartResult>,
+    /// What else went on, in the most disturbed start; null in records of earlier versions.
+    #[serde(default)]
+    pub disturbance: Option<Disturbance>,
 }
 
-/// One row of a benchmark record's `power`: the device's board over the timed regions of the row of `results` that has the same
-/// label. Null where the board does not tell.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+/// One row of a benchmark record's `power`: the device's board over the row of `results` that has the same label. Clocks and limits are
+/// of the timed regions. Energy is of work that was repeated after them, unless they were long enough. Null where the board does not
+/// tell.
+#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
 pub struct PowerResult {
     /// `pp512`, `tg128 @ d512`.
     pub label: String,
@@ -209,12 +220,27 @@ pub struct PowerResult {
     pub n_tokens: usize,
     #[serde(default, with = "number::optional")]
     pub energy_per_token_j: Option<f64>,
+    /// Standard deviation over `energy_n_windows` equal parts of the energy window.
+    #[serde(default, with = "number::optional")]
+    pub energy_per_token_j_stdev: Option<f64>,
+    #[serde(default)]
+    pub energy_n_windows: usize,
+    /// Times that the counter was seen to move.
+    #[serde(default)]
+    pub energy_n_updates: usize,
+    /// Tokens read or generated in the energy window.
+    #[serde(default)]
+    pub energy_n_tokens: usize,
+    /// Duration of the work that `energy_j` is of.
+    #[serde(default, with = "number::optional")]
+    pub energy_window_s: Option<f64>,
+    /// energy_per_token_j · energy_n_tokens.
     #[serde(default, with = "number::optional")]
     pub energy_j: Option<f64>,
     /// Duration of the timed regions together.
     #[serde(with = "number")]
     pub window_s: f64,
-    /// energy_j / window_s.
+    /// energy_j / energy_window_s.
     #[serde(default, with = "number::optional")]
     pub power_w_mean: Option<f64>,
     #[serde(default, with = "number::optional")]

@@ -4,6 +4,7 @@
 //! hold a model's recipe and stand in `inference`.
 
 mod bench;
+mod disturbance;
 mod layers;
 mod models;
 pub mod number;
@@ -14,6 +15,7 @@ mod run;
 pub use bench::{
     DecodeRecord, DecodeResult, MemoryFigures, PowerResult, PrefillRecord, PrefillResult, StartResult, Statistics,
 };
+pub use disturbance::{DeviceUse, DiscardedAttempt, Disturbance, HostFigures};
 pub use layers::{CaptureRecord, CapturedTensor, DiffRecord, ModuleDiff};
 pub use models::{QuantizeTotals, QuantizedModule, ReportRecord, ReportedFile, SavedFolder};
 pub use ppl::{DivergenceResult, KeptLogProbs, PplRecord, PplResult, TokenScoresFile};

@@ -1,6 +1,12 @@
 //! The sampling loop: warm-up, then samples, each timed by whoever owns the clock. It knows no engine.
 
-use crate::artifact::{DecodeResult, PowerResult, PrefillResult, StartResult};
+mod disturbance;
+mod energy;
+
+pub use disturbance::{Reason, disturbance};
+pub use energy::{LONGEST_S, N_WINDOWS, NoEnergy, Repeated, TokenEnergy, is_enough, token_energy};
+
+use crate::artifact::{DecodeResult, DeviceUse, PowerResult, PrefillResult, StartResult};
 use crate::event::Progress;
 use crate::inference::DeviceFigures;
 use crate::metrics::{RateInterval, own_variance, rate_interval, statistics};
@@ -48,16 +54,17 @@ pub fn decode_label(n_gen: usize, n_depth: usize) -> String {
     if n_depth == 0 { format!("tg{n_gen}") } else { format!("tg{n_gen} @ d{n_depth}") }
 }
 
-/// Builds a power row of what was seen while `n_tokens` tokens were timed.
-pub fn power_result(label: &str, n_tokens: usize, seen: DeviceFigures) -> PowerResult {
-    let over = |divisor: f64| seen.energy_j.filter(|_| divisor > 0.0).map(|joules| joules / divisor);
-    PowerResult {
+/// Builds a power row of what was seen while `n_tokens` tokens were timed, and of the energy that the same work took.
+pub fn power_result(
+    label: &str,
+    n_tokens: usize,
+    seen: DeviceFigures,
+    energy: Result<TokenEnergy, NoEnergy>,
+) -> PowerResult {
+    let row = PowerResult {
         label: label.to_owned(),
         n_tokens,
-        energy_per_token_j: over(n_tokens as f64),
-        energy_j: seen.energy_j,
         window_s: seen.window_s,
-        power_w_mean: over(seen.window_s),
         power_limit_w: seen.power_limit_w,
         sm_clock_mhz_min: seen.sm_clock_mhz_min,
         sm_clock_mhz_median: seen.sm_clock_mhz_median,
@@ -65,7 +72,42 @@ pub fn power_result(label: &str, n_tokens: usize, seen: DeviceFigures) -> PowerR
         memory_clock_mhz_median: seen.memory_clock_mhz_median,
         n_samples: seen.n_samples,
         throttle_reasons: seen.throttle_reasons,
-        energy_method: seen.energy_method,
+        ..PowerResult::default()
+    };
+    match energy {
+        Err(reason) => PowerResult { energy_method: format!("not measured: {reason}"), ..row },
+        Ok(energy) => {
+            let energy_j = energy.joules_mean * energy.n_tokens as f64;
+            PowerResult {
+                energy_per_token_j: Some(energy.joules_mean),
+                energy_per_token_j_stdev: energy.joules_stdev,
+                energy_n_windows: N_WINDOWS,
+                energy_n_updates: energy.n_updates,
+                energy_n_tokens: energy.n_tokens,
+                energy_window_s: Some(energy.tokens_s),
+                energy_j: Some(energy_j),
+                power_w_mean: Some(energy_j / energy.tokens_s),
+                energy_method: energy.method,
+                ..row
+            }
+        }
+    }
+}
+
+/// Returns what a board's figures say of who used the device, and how.
+pub fn device_use(seen: &DeviceFigures) -> DeviceUse {
+    DeviceUse {
+        sm_clock_mhz_median: seen.sm_clock_mhz_median,
+        sm_clock_mhz_max: seen.sm_clock_mhz_max,
+        n_samples: seen.n_samples,
+        throttle_reasons: seen.throttle_reasons.clone(),
+        n_other_processes: seen.others.map(|others| others.n),
+        other_processes_bytes: seen.others.and_then(|others| others.bytes),
+        others_utilization: seen
+            .others
+            .and_then(|others| others.utilization_percent)
+            .map(|percent| f64::from(percent) / 1e2),
+        n_labpipe_processes: seen.others.map(|others| others.n_labpipe),
     }
 }
 
@@ -92,6 +134,7 @@ pub fn prefill_result(n_prompt: usize, scores: bool, starts_s: &[Vec<f64>]) -> O
         tokens_per_second_low: rates.low,
         tokens_per_second_high: rates.high,
         starts: rates.starts,
+        disturbance: None,
     })
 }
 
@@ -120,6 +163,7 @@ pub fn decode_result(n_gen: usize, n_depth: usize, starts_s: &[Vec<Vec<f64>>]) -
         tokens_per_second_low: rates.low,
         tokens_per_second_high: rates.high,
         starts: rates.starts,
+        disturbance: None,
     })
 }
 
@@ -140,7 +184,11 @@ impl Rates {
         }
         let starts: Vec<StartResult> = starts_s
             .iter()
-            .map(|samples_s| StartResult { n_samples: samples_s.len(), tokens_per_second: rate(samples_s) })
+            .map(|samples_s| StartResult {
+                n_samples: samples_s.len(),
+                tokens_per_second: rate(samples_s),
+                disturbance: None,
+            })
             .collect();
         let of_all = rate(&starts_s.concat());
         let logs: Vec<f64> = starts.iter().map(|start| start.tokens_per_second.ln()).collect();
@@ -193,12 +241,22 @@ mod tests {
     }
 
     #[test]
-    fn energy_a_token_is_that_of_the_timed_regions_over_their_tokens() {
-        let seen = DeviceFigures { window_s: 2.0, energy_j: Some(600.0), ..DeviceFigures::default() };
-        let row = power_result("tg128", 384, seen.clone());
-        assert_eq!((row.energy_per_token_j, row.power_w_mean), (Some(1.5625), Some(300.0)));
-        let silent = power_result("tg128", 384, DeviceFigures { energy_j: None, ..seen });
-        assert_eq!((silent.energy_per_token_j, silent.power_w_mean), (None, None));
+    fn a_power_row_has_the_energy_of_its_own_window_or_says_why_not() {
+        let seen = DeviceFigures { window_s: 0.2, n_samples: 4, ..DeviceFigures::default() };
+        let energy = TokenEnergy {
+            joules_mean: 1.5625,
+            joules_stdev: Some(0.01),
+            n_updates: 25,
+            n_tokens: 384,
+            tokens_s: 2.0,
+            method: "scripted".to_owned(),
+        };
+        let row = power_result("tg128", 128, seen.clone(), Ok(energy));
+        assert_eq!((row.energy_per_token_j, row.energy_j, row.power_w_mean), (Some(1.5625), Some(600.0), Some(300.0)));
+        assert_eq!((row.n_tokens, row.energy_n_tokens, row.window_s, row.energy_n_updates), (128, 384, 0.2, 25));
+        let silent = power_result("tg128", 128, seen, Err(NoEnergy::TooShort { n_updates: 3, covered_s: 0.25 }));
+        assert_eq!((silent.energy_per_token_j, silent.energy_j, silent.power_w_mean), (None, None, None));
+        assert!(silent.energy_method.starts_with("not measured: 3 movements"), "{}", silent.energy_method);
     }
 
     #[test]

@@ -106,6 +106,8 @@ pub enum Command {
     Worker {
         #[arg(long)]
         device: String,
+        #[arg(long)]
+        accept_disturbed: bool,
     },
     /// Print a completion script for a shell
     Completions { shell: clap_complete::Shell },
@@ -154,6 +156,10 @@ pub struct RunArgs {
     /// Stages that may run at once; a stage that measures has its device alone
     #[arg(long, value_name = "N", default_value = "2", value_parser = jobs)]
     pub jobs: usize,
+    /// Keep measurements that something else disturbed, without a second attempt and without a warning; records say so all the
+    /// same. For machines that are always shared
+    #[arg(long)]
+    pub accept_disturbed: bool,
 }
 
 #[derive(Debug, Clone, ClapArgs)]
@@ -170,6 +176,10 @@ pub struct RerunArgs {
     /// Stages that may run at once
     #[arg(long, value_name = "N", default_value = "2", value_parser = jobs)]
     pub jobs: usize,
+    /// Keep measurements that something else disturbed, without a second attempt and without a warning; records say so all the
+    /// same. For machines that are always shared
+    #[arg(long)]
+    pub accept_disturbed: bool,
 }
 
 #[derive(Debug, Clone, ClapArgs)]

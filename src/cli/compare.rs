@@ -11,7 +11,7 @@ use crate::store::{Part, Results, RunDir, Store, TokenScores, read_token_scores}
 use crate::ui::table;
 use crate::units::format_significant;
 use serde_json::{Value, json};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -273,6 +273,9 @@ impl Found {
         if !shown.is_empty() {
             text.push_str(&format!("\n{}\n", rows_table(&shown)));
         }
+        for line in disturbances(&shown) {
+            text.push_str(&format!("{line}\n"));
+        }
         text.push_str(&format!("\n{}\n", self.closing(all)));
         text
     }
@@ -326,7 +329,10 @@ fn rows_table(rows: &[&Compared]) -> String {
             format_significant(row.b),
             format_significant(row.difference),
             row.half_width.map_or_else(|| "–".to_owned(), |width| format!("{}{pairing}", format_significant(width))),
-            verdict_words(row),
+            match (&row.disturbance_a, &row.disturbance_b) {
+                (None, None) => verdict_words(row),
+                _ => format!("{} (disturbed)", verdict_words(row)),
+            },
         ]);
     }
     table.to_string()
@@ -336,6 +342,14 @@ fn verdict_words(row: &Compared) -> String {
     let relative_to = row.speed_ratio.as_ref().and_then(|ratio| ratio.relative_to.as_ref());
     let relative = relative_to.map_or_else(String::new, |stage| format!(", relative to {stage}"));
     format!("{}{relative}", row.verdict.words())
+}
+
+/// Returns what disturbed the measurements of either run that are shown, each once.
+fn disturbances(rows: &[&Compared]) -> BTreeSet<String> {
+    let of = |run: &str, row: &Compared, mark: &Option<String>| {
+        mark.as_ref().map(|mark| format!("{run}: {} {} {mark}", row.stage, row.label))
+    };
+    rows.iter().flat_map(|row| [of("A", row, &row.disturbance_a), of("B", row, &row.disturbance_b)]).flatten().collect()
 }
 
 /// Returns what may explain differences: pipeline, options, program, machine.

@@ -26,8 +26,8 @@ pub fn build(device: &str) -> Result<(Arc<dyn Engine>, String), InferenceError> 
 }
 
 /// Runs stages for the parent process until it closes stdin.
-pub fn work(device: &str) -> u8 {
-    serve(&catalogue(), device, || build(device))
+pub fn work(device: &str, accept_disturbed: bool) -> u8 {
+    serve(&catalogue(), device, accept_disturbed, || build(device))
 }
 
 /// Returns the machine's GPUs; nothing where this build or this machine has nobody to ask.

@@ -27,7 +27,8 @@ use std::thread::JoinHandle;
 pub fn run(global: &Global, args: &RunArgs) -> Result<u8, CliError> {
     let read = read(&args.pipeline.file, args.pipeline.options())?;
     let again = again(std::env::args_os(), None);
-    start(global, &args.pipeline.file, read, &args.select.selection(), args.jobs, &again)
+    let asked = Asked { selection: &args.select.selection(), jobs: args.jobs, accept_disturbed: args.accept_disturbed };
+    start(global, &args.pipeline.file, read, &asked, &again)
 }
 
 /// Runs part of an earlier run again, with the options that one had.
@@ -52,7 +53,8 @@ pub fn rerun(global: &Global, args: &RerunArgs) -> Result<u8, CliError> {
     let selection =
         Selection { from: args.from.clone(), rebuild_upstream: args.rebuild_upstream, ..Selection::default() };
     let again = again(std::env::args_os(), run["run_id"].as_str());
-    start(&global, &file, read, &selection, args.jobs, &again)
+    let asked = Asked { selection: &selection, jobs: args.jobs, accept_disturbed: args.accept_disturbed };
+    start(&global, &file, read, &asked, &again)
 }
 
 /// Returns the options that a run was started with; the environment is today's.
@@ -70,17 +72,17 @@ fn options(run: &Value) -> ParseOptions {
     }
 }
 
-fn start(
-    global: &Global,
-    file: &Path,
-    read: Read,
-    selection: &Selection,
+/// What the command line asks beside the pipeline.
+struct Asked<'a> {
+    selection: &'a Selection,
     jobs: usize,
-    again: &Again,
-) -> Result<u8, CliError> {
+    accept_disturbed: bool,
+}
+
+fn start(global: &Global, file: &Path, read: Read, asked: &Asked<'_>, again: &Again) -> Result<u8, CliError> {
     let events = sink(global.log_format(), global.level());
     download(&read, &global.root, &events)?;
-    let (planned, verified) = planned_and_verified(global, &read, selection, &events)?;
+    let (planned, verified) = planned_and_verified(global, &read, asked.selection, &events)?;
     let Planned { plan, store, sources, workers, guard } = planned;
     let results = Results::new(&global.results);
     let info = workers.info().clone();
@@ -94,8 +96,8 @@ fn start(
         pipeline_path: file.to_owned(),
         root: global.root.clone(),
         command: std::env::args_os().map(|arg| arg.to_string_lossy().into_owned()).collect(),
-        selection: asked(selection),
-        jobs,
+        selection: asked.to_json(),
+        jobs: asked.jobs,
         plan: planned_stages(&plan),
         files: external_files(&plan),
         inputs_verified: verified.to_json(),
@@ -129,10 +131,10 @@ fn start(
         sources: &sources,
         run_dir: &run_dir,
         run_file,
-        runner: Arc::new(workers),
+        runner: Arc::new(workers.accepting_disturbed(asked.accept_disturbed)),
         events,
         cancel: Arc::clone(&cancel),
-        jobs,
+        jobs: asked.jobs,
     };
     let outcome = execute(&request)?;
     // A signal that stopped the run has woken the thread too: its word comes before the last one.
@@ -157,20 +159,24 @@ fn warn(events: &Arc<dyn EventSink>, texts: Vec<String>) {
     }
 }
 
-fn asked(selection: &Selection) -> Value {
-    let remeasure = match &selection.remeasure {
-        Remeasure::No => Value::Null,
-        Remeasure::All => "all".into(),
-        Remeasure::Stages(stages) => json!(stages),
-    };
-    json!({
-        "only": selection.only,
-        "until": selection.until,
-        "from": selection.from,
-        "force": selection.force,
-        "remeasure": remeasure,
-        "rebuild_upstream": selection.rebuild_upstream,
-    })
+impl Asked<'_> {
+    fn to_json(&self) -> Value {
+        let selection = self.selection;
+        let remeasure = match &selection.remeasure {
+            Remeasure::No => Value::Null,
+            Remeasure::All => "all".into(),
+            Remeasure::Stages(stages) => json!(stages),
+        };
+        json!({
+            "only": selection.only,
+            "until": selection.until,
+            "from": selection.from,
+            "force": selection.force,
+            "remeasure": remeasure,
+            "rebuild_upstream": selection.rebuild_upstream,
+            "accept_disturbed": self.accept_disturbed,
+        })
+    }
 }
 
 /// The first Ctrl-C asks the run to stop, and says so; the second ends the process at once.

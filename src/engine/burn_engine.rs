@@ -5,6 +5,7 @@ use super::checkpoint::{Checkpoint, HEAD};
 use super::computed_with;
 use super::device::cpu_identity;
 use super::forward::Executor;
+use super::host_load::ProcProbe;
 use super::memory::{HostProbe, total_memory_bytes};
 use super::model::BurnModel;
 use super::save::save_model;
@@ -219,5 +220,9 @@ impl Engine for BurnEngine {
 
     fn memory_probe(&self) -> Box<dyn MemoryProbe> {
         Box::new(HostProbe::start())
+    }
+
+    fn host_probe(&self) -> Option<Box<dyn crate::inference::HostProbe>> {
+        Some(Box::new(ProcProbe::start()?))
     }
 }

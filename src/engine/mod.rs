@@ -11,6 +11,8 @@ mod burn_engine;
 mod checkpoint;
 mod computed_with;
 mod device;
+#[cfg(any(feature = "cuda", test))]
+mod energy_meter;
 mod families;
 #[cfg(any(feature = "cuda", feature = "wgpu", test))]
 mod footprint;
@@ -18,11 +20,14 @@ mod forward;
 #[cfg(any(feature = "cuda", feature = "wgpu"))]
 mod gpu;
 mod host_decode;
+mod host_load;
+mod host_sums;
 mod kv_cache;
 mod memory;
 mod model;
 #[cfg(feature = "cuda")]
 mod nvidia;
+mod proc_files;
 mod rope;
 mod save;
 mod score;

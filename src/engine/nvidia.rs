@@ -1,6 +1,7 @@
 //! An NVIDIA GPU as its management library (NVML) tells of it: identity, memory of this process, energy, clocks.
 
 use super::board::{Board, BoardSample};
+use super::proc_files::relatives;
 use crate::artifact::MemoryFigures;
 use crate::inference::{GpuIdentity, MemoryProbe, OtherProcesses};
 use labpipe_kernels::cube::nvidia::CudaParts;
@@ -12,7 +13,7 @@ use nvml_wrapper::{Device, Nvml};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread::JoinHandle;
-use std::time::Duration;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 /// Time between two samples.
 const PERIOD: Duration = Duration::from_millis(10);
@@ -184,18 +185,42 @@ impl Board for NvmlBoard {
         self.device()?.total_energy_consumption().ok()
     }
 
+    fn power_w(&self) -> Option<f64> {
+        self.device()?.power_usage().ok().map(|milliwatts| f64::from(milliwatts) / 1e3)
+    }
+
     fn sample(&self) -> BoardSample {
         let Some(device) = self.device() else { return BoardSample::default() };
         let watts = |milliwatts: u32| f64::from(milliwatts) / 1e3;
         BoardSample {
-            power_w: device.power_usage().ok().map(watts),
             power_limit_w: device.enforced_power_limit().ok().map(watts),
             sm_clock_mhz: device.clock_info(Clock::SM).ok().map(f64::from),
+            sm_clock_mhz_max: device.max_clock_info(Clock::SM).ok().map(f64::from),
             memory_clock_mhz: device.clock_info(Clock::Memory).ok().map(f64::from),
             throttle_reasons: device.current_throttle_reasons().map_or_else(|_| Vec::new(), throttle_names),
-            others: device.running_compute_processes().ok().and_then(|all| others(&all, std::process::id())),
+            others: device.running_compute_processes().ok().and_then(|all| {
+                let alone = all.iter().all(|process| process.pid == std::process::id());
+                let relatives = if alone { Vec::new() } else { relatives() };
+                let found = others(&all, std::process::id(), &relatives)?;
+                let utilization_percent = if found.n == 0 { None } else { utilization(&device, &relatives) };
+                Some(OtherProcesses { utilization_percent, ..found })
+            }),
         }
     }
+}
+
+/// Returns the share of the device's time, in percent, that other processes than labpipe's took over the last second; `None` where the
+/// driver has no such samples, or none of this process, as in a container with ids of its own.
+fn utilization(device: &Device<'_>, relatives: &[u32]) -> Option<u32> {
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).ok()?;
+    let since_us = u64::try_from((now.checked_sub(Duration::from_secs(1))?).as_micros()).ok()?;
+    let samples = device.process_utilization_stats(since_us).ok()?;
+    let own = std::process::id();
+    if samples.iter().all(|sample| sample.pid != own) {
+        return None;
+    }
+    let others = samples.iter().filter(|sample| sample.pid != own && !relatives.contains(&sample.pid));
+    Some(others.map(|sample| sample.sm_util).sum())
 }
 
 /// Names what lowers clocks. An idle device is not throttled.
@@ -213,18 +238,22 @@ fn throttle_names(reasons: ThrottleReasons) -> Vec<&'static str> {
     known.into_iter().filter(|(reason, _)| reasons.contains(*reason)).map(|(_, name)| name).collect()
 }
 
-/// Returns who computes on the device beside this process. Where no process has its id, as in a container with ids of its own, one
-/// of them is taken for this process, and what the others hold is not known; a single one tells nothing then.
-fn others(all: &[ProcessInfo], own_pid: u32) -> Option<OtherProcesses> {
+/// Returns who computes on the device beside this process; `relatives` are labpipe's own. Where no process has this one's id, as in a
+/// container with ids of its own, one of them is taken for it, and what the others hold is not known; a single one tells nothing then.
+fn others(all: &[ProcessInfo], own_pid: u32, relatives: &[u32]) -> Option<OtherProcesses> {
     let bytes = |process: &ProcessInfo| match process.used_gpu_memory {
         UsedGpuMemory::Used(bytes) => Some(bytes),
         UsedGpuMemory::Unavailable => None,
     };
-    let others: Vec<&ProcessInfo> = all.iter().filter(|process| process.pid != own_pid).collect();
-    if others.len() < all.len() {
-        return Some(OtherProcesses { n: others.len(), bytes: others.into_iter().map(bytes).sum() });
+    if all.iter().all(|process| process.pid != own_pid) {
+        let n = all.len().checked_sub(1).filter(|n| *n > 0)?;
+        return Some(OtherProcesses { n, ..OtherProcesses::default() });
     }
-    (all.len() > 1).then(|| OtherProcesses { n: all.len() - 1, bytes: None })
+    let beside = all.iter().filter(|process| process.pid != own_pid);
+    let (labpipe, others): (Vec<&ProcessInfo>, Vec<&ProcessInfo>) =
+        beside.partition(|process| relatives.contains(&process.pid));
+    let bytes = others.iter().map(|process| bytes(process)).sum();
+    Some(OtherProcesses { n: others.len(), utilization_percent: None, bytes, n_labpipe: labpipe.len() })
 }
 
 #[cfg(test)]
@@ -239,12 +268,14 @@ mod tests {
     #[test]
     fn other_processes_are_those_that_are_not_this_one() {
         let all = [process(7, Some(100)), process(8, Some(20)), process(9, Some(3))];
-        assert_eq!(others(&all, 7), Some(OtherProcesses { n: 2, bytes: Some(23) }));
-        assert_eq!(others(&all[..1], 7), Some(OtherProcesses { n: 0, bytes: Some(0) }));
-        assert_eq!(others(&[process(7, None), process(8, None)], 7), Some(OtherProcesses { n: 1, bytes: None }));
+        let found = |n, bytes, n_labpipe| Some(OtherProcesses { n, utilization_percent: None, bytes, n_labpipe });
+        assert_eq!(others(&all, 7, &[]), found(2, Some(23), 0));
+        assert_eq!(others(&all, 7, &[9, 10]), found(1, Some(20), 1), "another worker of this labpipe counts apart");
+        assert_eq!(others(&all[..1], 7, &[]), found(0, Some(0), 0));
+        assert_eq!(others(&[process(7, None), process(8, None)], 7, &[]), found(1, None, 0));
         // Ids of another namespace.
-        assert_eq!(others(&all, 1), Some(OtherProcesses { n: 2, bytes: None }));
-        assert_eq!((others(&all[..1], 1), others(&[], 1)), (None, None));
+        assert_eq!(others(&all, 1, &[]), found(2, None, 0));
+        assert_eq!((others(&all[..1], 1, &[]), others(&[], 1, &[])), (None, None));
     }
 
     #[test]

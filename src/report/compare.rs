@@ -69,6 +69,9 @@ pub struct Compared {
     /// Of a speed: b / a, with its 95 % interval.
     pub speed_ratio: Option<SpeedRatio>,
     pub verdict: Verdict,
+    /// What else went on while each was measured; null if nothing that is known.
+    pub disturbance_a: Option<String>,
+    pub disturbance_b: Option<String>,
 }
 
 /// How many times as fast.
@@ -159,6 +162,8 @@ pub fn compare(
             paired: by_token.is_some(),
             speed_ratio,
             verdict,
+            disturbance_a: one.disturbance.clone(),
+            disturbance_b: other.disturbance.clone(),
         });
     }
     rows

@@ -63,7 +63,7 @@ impl<'a> Columns<'a> {
         let groups = [
             ("prefill_tokens_per_second", &self.prefill, "starts"),
             ("decode_tokens_per_second", &self.decode, "starts"),
-            ("energy_per_token_j", &self.energy, "n tokens"),
+            ("energy_per_token_j", &self.energy, "n"),
             ("perplexity", &self.perplexity, "n_scored"),
             ("kl_mean", &self.kl, "n_scored"),
         ];
@@ -80,11 +80,12 @@ impl<'a> Columns<'a> {
                             interval => with_interval(measure.value, interval),
                         };
                         let stage = if several { format!(", {}", code(&measure.stage)) } else { String::new() };
+                        let mark = if measure.disturbance.is_some() { " †" } else { "" };
                         let n = thousands(measure.n);
                         match (n_name, measure.n) {
-                            ("starts", 1) => format!("{value} (1 start{stage})"),
-                            ("starts", _) => format!("{value} ({n} starts{stage})"),
-                            _ => format!("{value} ({n_name} = {n}{stage})"),
+                            ("starts", 1) => format!("{value} (1 start{stage}){mark}"),
+                            ("starts", _) => format!("{value} ({n} starts{stage}){mark}"),
+                            _ => format!("{value} ({n_name} = {n}{stage}){mark}"),
                         }
                     })
                     .collect();
@@ -148,8 +149,15 @@ fn notes(evidence: &Evidence<'_>, columns: &Columns<'_>) -> Vec<String> {
     }
     if !columns.energy.is_empty() {
         notes.push(
-            "Energy: what the device's board used over the timed regions / the tokens in them; how, and the clocks, under \
-             [Energy and clocks](#energy-and-clocks)."
+            "Energy: mean ± standard deviation over n equal parts of a window of repeated work, what the device's board used / the \
+             tokens of that work; how, and the clocks, under [Energy and clocks](#energy-and-clocks)."
+                .to_owned(),
+        );
+    }
+    if evidence.measures.iter().any(|measure| measure.disturbance.is_some()) {
+        notes.push(
+            "†: something else disturbed the measurement, or its first attempt: under \
+             [Disturbed measurements](#disturbed-measurements)."
                 .to_owned(),
         );
     }
@@ -179,6 +187,23 @@ mod tests {
     use std::sync::Arc;
 
     #[test]
+    fn a_disturbed_measurement_is_marked_and_explained() {
+        let model = load("fp16");
+        let mut stage = decode("decode", &model, 0.001, 1000);
+        let seen = json!({
+            "disturbed": null, "repeated": true, "host": null, "device": null,
+            "discarded": { "disturbed": "others took 0.96 of 2 CPUs", "n_samples": 3, "sample_s_mean": 0.004 },
+        });
+        Arc::make_mut(&mut stage).record.body["results"][0]["disturbance"] = seen;
+        let files = rendered(&[stage], &[], &["md", "csv"]).expect("a report");
+        let (text, csv) = (text_of(&files, "report.md"), text_of(&files, "report.csv"));
+        assert_eq!(text.matches(" † |").count(), 1, "one of two depths: {text}");
+        let row = "| tg64 | measured again, at first disturbed: others took 0.96 of 2 CPUs | ";
+        assert!(text.contains(row) && text.contains("| 4.00 ms |"), "{text}");
+        assert!(csv.contains(",\"measured again, at first disturbed"), "{csv}");
+    }
+
+    #[test]
     fn energy_has_a_column_and_a_table_where_a_device_told_of_it() {
         let model = load("fp16");
         let mut stage = decode("decode", &model, 0.001, 1000);
@@ -186,24 +211,28 @@ mod tests {
             label: "tg64".to_owned(),
             n_tokens: 192,
             energy_per_token_j: Some(1.5625),
-            energy_j: Some(300.0),
-            window_s: 1.0,
+            energy_per_token_j_stdev: Some(0.02),
+            energy_n_windows: 10,
+            energy_n_updates: 25,
+            energy_n_tokens: 384,
+            energy_window_s: Some(2.0),
+            energy_j: Some(600.0),
+            window_s: 0.25,
             power_w_mean: Some(300.0),
             power_limit_w: Some(700.0),
             sm_clock_mhz_min: Some(1755.0),
             sm_clock_mhz_median: Some(1980.0),
-            memory_clock_mhz_min: None,
-            memory_clock_mhz_median: None,
             n_samples: 20,
             throttle_reasons: vec!["sw_power_cap".to_owned()],
             energy_method: "counted by a test".to_owned(),
+            ..PowerResult::default()
         };
         let body = &mut Arc::make_mut(&mut stage).record.body;
         body.insert("power".to_owned(), json!([power]));
         let files = rendered(&[stage.clone()], &[], &["md", "csv"]).expect("a report");
         let text = text_of(&files, "report.md");
         assert!(text.contains("| energy tg64 (J/token) |"), "{text}");
-        assert!(text.contains("1.562 (n tokens = 192)"), "{text}");
+        assert!(text.contains("1.562 ± 0.020 (n = 10)"), "{text}");
         assert!(text.contains("300 W | 700 W | 1980 MHz (1755) | not told | 20 | sw_power_cap |"), "{text}");
         assert!(text.contains("Energy: counted by a test."), "{text}");
         Arc::make_mut(&mut stage).record.body.insert("power".to_owned(), json!(null));

@@ -14,7 +14,7 @@ pub const EXPORTER: Exporter = Exporter { name: "csv", export };
 
 const FILE: &str = "report.csv";
 /// Before a column for each variable of a matrix.
-const HEADER: [&str; 17] = [
+const HEADER: [&str; 18] = [
     "model",
     "metric",
     "label",
@@ -32,6 +32,7 @@ const HEADER: [&str; 17] = [
     "source_types",
     "device",
     "run_id",
+    "disturbance",
 ];
 
 fn number(value: f64) -> String {
@@ -79,6 +80,7 @@ fn export(evidence: &Evidence<'_>) -> Result<Vec<ReportFile>, ReportError> {
             model.and_then(|model| stored_words(&model.source_types)).unwrap_or_default(),
             head.and_then(|head| head.device.clone()).unwrap_or_default(),
             head.map(|head| head.produced_by_run.clone()).unwrap_or_default(),
+            measure.disturbance.clone().unwrap_or_default(),
         ];
         let row = row.into_iter().chain(variables.iter().map(|variable| value_of(variable)));
         writer.write_record(row).map_err(|error| failed(error.to_string()))?;

@@ -26,6 +26,7 @@ pub fn sections(evidence: &Evidence<'_>) -> Vec<Section> {
         divergence(evidence),
         memory(evidence),
         power(evidence),
+        disturbances(evidence),
         quantization(evidence),
     ];
     sections.into_iter().flatten().collect()
@@ -250,8 +251,9 @@ fn power(evidence: &Evidence<'_>) -> Option<Section> {
         "stage",
         "model",
         "label",
+        "J/token mean ± stdev",
+        "n parts (movements)",
         "n tokens",
-        "J/token",
         "energy",
         "over",
         "mean power",
@@ -268,15 +270,16 @@ fn power(evidence: &Evidence<'_>) -> Option<Section> {
     };
     for row in &evidence.powers {
         let one = &row.result;
-        let joules = |joules: Option<f64>| joules.map_or_else(|| "not measured".to_owned(), significant);
+        let unmeasured = || "not measured".to_owned();
         table.row([
             code(&row.stage),
             code(&row.model),
             one.label.clone(),
-            thousands(one.n_tokens),
-            joules(one.energy_per_token_j),
-            one.energy_j.map_or_else(|| "not measured".to_owned(), |energy| format!("{} J", significant(energy))),
-            format_seconds(one.window_s),
+            one.energy_per_token_j.map_or_else(unmeasured, |joules| with_spread(joules, one.energy_per_token_j_stdev)),
+            format!("{} ({})", thousands(one.energy_n_windows), thousands(one.energy_n_updates)),
+            thousands(one.energy_n_tokens),
+            one.energy_j.map_or_else(unmeasured, |energy| format!("{} J", significant(energy))),
+            one.energy_window_s.map_or_else(unmeasured, format_seconds),
             watts(one.power_w_mean),
             watts(one.power_limit_w),
             clock(one.sm_clock_mhz_median, one.sm_clock_mhz_min),
@@ -287,8 +290,37 @@ fn power(evidence: &Evidence<'_>) -> Option<Section> {
     }
     let methods: BTreeSet<&str> = evidence.powers.iter().map(|row| row.result.energy_method.as_str()).collect();
     let notes: Vec<String> = methods.into_iter().map(|method| format!("Energy: {method}.")).collect();
-    let intro = "What the device's board told over the timed regions of each measurement, warm-up left out.";
+    let intro = "Energy: of the same work repeated for at least 2 s and 20 movements of the counter, n equal parts. Clocks, limits and \
+                 throttling: over the timed regions of each measurement, warm-up left out.";
     section("Energy and clocks", intro, &table, &notes)
+}
+
+fn disturbances(evidence: &Evidence<'_>) -> Option<Section> {
+    let mut table = Table::new(["stage", "model", "label", "what", "kept mean", "other attempt's mean"]);
+    let prefills = evidence.prefills.iter().map(|row| {
+        let one = &row.result.row;
+        (&row.stage, &row.model, &one.label, one.ttft_s_mean, one.disturbance.as_ref())
+    });
+    let decodes = evidence.decodes.iter().map(|row| {
+        let one = &row.result.row;
+        (&row.stage, &row.model, &one.label, one.token_latency_s_mean, one.disturbance.as_ref())
+    });
+    for (stage, model, label, mean_s, seen) in prefills.chain(decodes) {
+        let Some((seen, mark)) = seen.and_then(|seen| Some((seen, seen.mark()?))) else { continue };
+        let discarded = seen.discarded.as_ref().map(|attempt| attempt.sample_s_mean);
+        table.row([
+            code(stage),
+            code(model),
+            label.clone(),
+            mark,
+            format_seconds(mean_s),
+            discarded.map_or_else(|| "none was made".to_owned(), format_seconds),
+        ]);
+    }
+    let intro = "Measurements during which something else used the processors or the device. Each was made once more unless that was \
+                 asked off (`--accept-disturbed`), and the less disturbed attempt kept. \
+                 Means are seconds per pass of a prefill and per token of a decode.";
+    section("Disturbed measurements", intro, &table, &[])
 }
 
 fn quantization(evidence: &Evidence<'_>) -> Option<Section> {

@@ -3,7 +3,8 @@
 use super::numbers::thousands;
 use super::speeds::Starts;
 use crate::artifact::{
-    DecodeResult, DivergenceResult, MemoryFigures, ModuleDiff, PowerResult, PplResult, PrefillResult, number,
+    DecodeResult, Disturbance, DivergenceResult, MemoryFigures, ModuleDiff, PowerResult, PplResult, PrefillResult,
+    number,
 };
 use crate::inference::StoredType;
 use serde::Serialize;
@@ -55,6 +56,8 @@ pub struct Measure {
     /// Of a speed.
     #[serde(skip)]
     pub starts: Option<Starts>,
+    /// What else went on: `disturbed: …`, `measured again, at first disturbed: …`; null if nothing that is known.
+    pub disturbance: Option<String>,
 }
 
 /// Names a model and the stage that measured it, for all measures of a record.
@@ -80,6 +83,7 @@ impl Source<'_> {
             method: String::new(),
             stage: self.stage.to_owned(),
             starts: None,
+            disturbance: None,
         }
     }
 
@@ -98,7 +102,7 @@ impl Source<'_> {
             time.method(&format!("mean time to {end} over {n_passes} passes; n starts")),
         ]
         .into_iter()
-        .map(|measure| measure.starts(starts))
+        .map(|measure| measure.starts(starts).disturbance(row.disturbance.as_ref()))
         .collect()
     }
 
@@ -113,14 +117,17 @@ impl Source<'_> {
             latency.method(&format!("mean over {n_tokens} single tokens; n starts")),
         ]
         .into_iter()
-        .map(|measure| measure.starts(starts))
+        .map(|measure| measure.starts(starts).disturbance(row.disturbance.as_ref()))
         .collect()
     }
 
     /// Returns the energy a token took, where the device told.
     pub fn energy(&self, row: &PowerResult) -> Option<Measure> {
         let joules = row.energy_per_token_j?;
-        Some(self.measure("energy_per_token_j", &row.label, joules, "J/token", row.n_tokens).method(&row.energy_method))
+        // Records of earlier versions have no parts.
+        let n = if row.energy_n_windows > 0 { row.energy_n_windows } else { 1 };
+        let measure = self.measure("energy_per_token_j", &row.label, joules, "J/token", n);
+        Some(measure.spread(row.energy_per_token_j_stdev, SpreadKind::Stdev).method(&row.energy_method))
     }
 
     /// Returns a perplexity and its mean NLL.
@@ -255,6 +262,11 @@ impl Measure {
         let factors = factors.map(|(low, high)| if self.is_time() { (1.0 / high, 1.0 / low) } else { (low, high) });
         self.low = factors.map(|(low, _)| self.value * low);
         self.high = factors.map(|(_, high)| self.value * high);
+    }
+
+    fn disturbance(mut self, seen: Option<&Disturbance>) -> Measure {
+        self.disturbance = seen.and_then(Disturbance::mark);
+        self
     }
 
     fn method(mut self, method: &str) -> Measure {

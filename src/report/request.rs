@@ -220,7 +220,7 @@ mod tests {
             "Against `base` (from Q4_1 89 %, f32 11 %), `nf4` has",
             "| `diff` | `nf4` | `base` (from Q4_1 89 %, f32 11 %) |",
             "| `base` | x.gguf abababab | f32 from Q4_1 89 %, f32 11 % |",
-            "| `nf4` | x.gguf abababab | nf4, block 64, from Q4_1 89 %, f32 11 % |",
+            "| `nf4` | x abababab | nf4, block 64, from Q4_1 89 %, f32 11 % |",
         ] {
             assert!(report.contains(part), "{part} in\n{report}");
         }

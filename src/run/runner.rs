@@ -60,11 +60,23 @@ pub struct InProcess {
     models: Residency,
     /// The last one that began.
     session: Mutex<Option<u64>>,
+    accept_disturbed: bool,
 }
 
 impl InProcess {
     pub fn new(engine: Arc<dyn Engine>) -> InProcess {
-        InProcess { models: Residency::new(Arc::clone(&engine)), engine, session: Mutex::new(None) }
+        InProcess {
+            models: Residency::new(Arc::clone(&engine)),
+            engine,
+            session: Mutex::new(None),
+            accept_disturbed: false,
+        }
+    }
+
+    /// Sets whether disturbed measurements are kept as they are.
+    #[must_use]
+    pub fn accepting_disturbed(self, accept_disturbed: bool) -> InProcess {
+        InProcess { accept_disturbed, ..self }
     }
 
     /// Drops the model where a session begins.
@@ -94,7 +106,7 @@ impl InProcess {
 impl StageRunner for InProcess {
     fn run(&self, stage: &dyn Stage, task: &StageTask<'_>) -> Result<StageOutput, RunnerError> {
         self.enter(task.session);
-        let result = run_here(stage, task, self.engine.as_ref(), &self.models);
+        let result = run_here(stage, task, self.engine.as_ref(), &self.models, self.accept_disturbed);
         result.map_err(|error| match error {
             RunnerError::Stage(error) => RunnerError::Stage(self.device_failure(error)),
             other => other,
@@ -115,7 +127,7 @@ impl StageRunner for InProcess {
 /// # Errors
 /// Whatever stopped it.
 pub fn run_without_models(stage: &dyn Stage, task: &StageTask<'_>) -> Result<StageOutput, RunnerError> {
-    run_here(stage, task, &NoEngine, &NoEngine)
+    run_here(stage, task, &NoEngine, &NoEngine, false)
 }
 
 fn run_here(
@@ -123,6 +135,7 @@ fn run_here(
     task: &StageTask<'_>,
     engine: &dyn Engine,
     models: &dyn ModelPool,
+    accept_disturbed: bool,
 ) -> Result<StageOutput, RunnerError> {
     let context = StageContext {
         address: task.address,
@@ -135,6 +148,7 @@ fn run_here(
         engine,
         models,
         progress: task.progress,
+        accept_disturbed,
     };
     match catch_unwind(AssertUnwindSafe(|| stage.run(&context))) {
         Ok(output) => Ok(output?),

@@ -1,10 +1,13 @@
 //! What both benchmarks do with starts: how many there are, what falls to each, and how their records become one.
 
 use super::bench_tokens::size;
-use crate::artifact::{MemoryFigures, PowerResult};
+use crate::artifact::{Disturbance, MemoryFigures, PowerResult, StartResult};
 use crate::bench::SamplePlan;
+use crate::metrics::percentile;
 use crate::stage::{ParamDefault, ParamDesc, ParamType, Params, StageContext, StageError};
+use crate::units::format_significant;
 use serde_json::Value;
+use std::collections::BTreeSet;
 
 /// Starts on a CPU and on a GPU where the pipeline names no number.
 const DEFAULT_STARTS: (u64, u64) = (5, 3);
@@ -67,43 +70,87 @@ pub fn largest(starts: impl Iterator<Item = MemoryFigures>) -> MemoryFigures {
     })
 }
 
-/// Makes one power row of those of the starts.
+/// Makes one power row of those of the starts: clocks of all, energy of the first one, which alone reads it.
 pub fn combine_power(rows: &[&PowerResult]) -> Option<PowerResult> {
     let first = rows.first()?;
-    let sum = |of: fn(&PowerResult) -> Option<f64>| rows.iter().map(|row| of(row)).sum::<Option<f64>>();
     let least = |of: fn(&PowerResult) -> Option<f64>| rows.iter().filter_map(|row| of(row)).reduce(f64::min);
     let median = |of: fn(&PowerResult) -> Option<f64>| {
         let mut values: Vec<f64> = rows.iter().filter_map(|row| of(row)).collect();
         values.sort_by(f64::total_cmp);
-        values.get(values.len() / 2).copied()
+        (!values.is_empty()).then(|| percentile(&values, 0.5))
     };
-    let (n_tokens, window_s) = (rows.iter().map(|row| row.n_tokens).sum(), rows.iter().map(|row| row.window_s).sum());
-    let energy_j = sum(|row| row.energy_j);
-    let mut throttle_reasons: Vec<String> = rows.iter().flat_map(|row| row.throttle_reasons.clone()).collect();
-    throttle_reasons.sort();
-    throttle_reasons.dedup();
+    let throttle_reasons: BTreeSet<&String> = rows.iter().flat_map(|row| &row.throttle_reasons).collect();
     Some(PowerResult {
-        label: first.label.clone(),
-        n_tokens,
-        energy_per_token_j: energy_j.map(|joules| joules / n_tokens as f64),
-        energy_j,
-        window_s,
-        power_w_mean: energy_j.map(|joules| joules / window_s),
-        power_limit_w: first.power_limit_w,
+        n_tokens: rows.iter().map(|row| row.n_tokens).sum(),
+        window_s: rows.iter().map(|row| row.window_s).sum(),
         sm_clock_mhz_min: least(|row| row.sm_clock_mhz_min),
         sm_clock_mhz_median: median(|row| row.sm_clock_mhz_median),
         memory_clock_mhz_min: least(|row| row.memory_clock_mhz_min),
         memory_clock_mhz_median: median(|row| row.memory_clock_mhz_median),
         n_samples: rows.iter().map(|row| row.n_samples).sum(),
-        throttle_reasons,
-        energy_method: first.energy_method.clone(),
+        throttle_reasons: throttle_reasons.into_iter().cloned().collect(),
+        ..(*first).clone()
     })
 }
 
-/// Returns a rate with its interval: `15374 [14950, 15811] t/s, 5 starts`.
-pub fn rate_words(rate: f64, interval: Option<(f64, f64)>, n_starts: usize, n_decimals: usize) -> String {
+/// Returns what was seen in the start that was disturbed, else in one that was measured again, else in the first; says how many were, and
+/// marks the starts.
+pub fn combine_disturbance(seen: &[Option<&Disturbance>], starts: &mut [StartResult]) -> Option<Disturbance> {
+    for (start, seen) in starts.iter_mut().zip(seen) {
+        start.disturbance = seen.and_then(Disturbance::mark);
+    }
+    let known: Vec<&Disturbance> = seen.iter().flatten().copied().collect();
+    let disturbed: Vec<&Disturbance> = known.iter().copied().filter(|one| one.disturbed.is_some()).collect();
+    let Some(worst) = disturbed.first() else {
+        return known.iter().find(|one| one.repeated).or(known.first()).map(|one| (*one).clone());
+    };
+    let reason = worst.disturbed.clone().unwrap_or_default();
+    let text = format!("{} of {} starts, {reason}", disturbed.len(), seen.len());
+    Some(Disturbance { disturbed: Some(text), ..(*worst).clone() })
+}
+
+/// Returns a case's summary: `pp128 15374 [14950, 15811] t/s, 5 starts, 1.53 J/token`, and what disturbed it.
+pub fn summary(
+    label: &str,
+    rate: f64,
+    interval: (Option<f64>, Option<f64>),
+    starts: &[StartResult],
+    power: Option<&[PowerResult]>,
+    disturbance: Option<&Disturbance>,
+    n_decimals: usize,
+) -> String {
+    let interval = interval.0.zip(interval.1);
     let interval =
         interval.map_or_else(String::new, |(low, high)| format!(" [{low:.n_decimals$}, {high:.n_decimals$}]"));
-    let starts = if n_starts == 1 { "1 start".to_owned() } else { format!("{n_starts} starts") };
-    format!("{rate:.n_decimals$}{interval} t/s, {starts}")
+    let n_starts = if starts.len() == 1 { "1 start".to_owned() } else { format!("{} starts", starts.len()) };
+    let row = power.into_iter().flatten().find(|row| row.label == label);
+    let energy = row.and_then(|row| row.energy_per_token_j);
+    let energy = energy.map_or_else(String::new, |joules| format!(", {} J/token", format_significant(joules)));
+    let disturbed = match disturbance.map(|seen| (seen.disturbed.as_deref(), seen.repeated)) {
+        Some((Some(reason), _)) => format!(", disturbed: {reason}"),
+        Some((None, true)) => ", measured again, disturbed at first".to_owned(),
+        _ => String::new(),
+    };
+    format!("{label} {rate:.n_decimals$}{interval} t/s, {n_starts}{energy}{disturbed}")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn one_disturbed_start_marks_the_row_and_itself() {
+        let quiet = Disturbance::default();
+        let again = Disturbance { repeated: true, ..Disturbance::default() };
+        let disturbed = Disturbance { disturbed: Some("others took 0.9 CPUs".to_owned()), ..Disturbance::default() };
+        let start = StartResult { n_samples: 1, tokens_per_second: 1.0, disturbance: None };
+        let mut starts = vec![start; 3];
+        let row = combine_disturbance(&[Some(&quiet), Some(&disturbed), Some(&again)], &mut starts).expect("figures");
+        assert_eq!(row.disturbed.as_deref(), Some("1 of 3 starts, others took 0.9 CPUs"));
+        let marked: Vec<bool> = starts.iter().map(|start| start.disturbance.is_some()).collect();
+        assert_eq!(marked, [false, true, false]);
+        let row = combine_disturbance(&[Some(&quiet), Some(&again)], &mut starts).expect("figures");
+        assert!(row.repeated && row.disturbed.is_none());
+        assert_eq!(combine_disturbance(&[None, None], &mut starts), None);
+    }
 }

@@ -1,11 +1,13 @@
 //! `decode-bench`: how fast tokens are generated one by one, each of them timed.
 
 use super::MODELS;
-use super::bench_power::{Watch, energy_words};
-use super::bench_starts::{STARTS, check, combine_power, combine_rows, largest, n_starts, rate_words, sample_plan};
+use super::bench_starts::{
+    STARTS, check, combine_disturbance, combine_power, combine_rows, largest, n_starts, sample_plan, summary,
+};
 use super::bench_tokens::{size, sizes, tokens, too_long};
-use crate::artifact::{DecodeRecord, DecodeResult, PowerResult, RecordBody};
-use crate::bench::{combine_decodes, decode_label, decode_result, sample};
+use super::bench_watch::{Watch, Work};
+use crate::artifact::{DecodeRecord, DecodeResult, Disturbance, PowerResult, RecordBody};
+use crate::bench::{combine_decodes, decode_label, decode_result};
 use crate::event::Level;
 use crate::inference::{CHECKED_POSITIONS, ModelInfo, ModelRecipe, check_decode, decode_budget};
 use crate::stage::{
@@ -113,30 +115,35 @@ impl Stage for DecodeBench {
         context.progress.note(Level::Debug, &told);
         // After loading: what quantizing took for a moment is not what running takes.
         let mut probe = context.engine.memory_probe();
-        let mut watch = Watch::start(context.engine);
+        let mut watch = Watch::start(context);
         context.progress.begin(Some((depths.len() * (plan.warmup + plan.samples)) as u64), "sequences");
         let mut results: Vec<DecodeResult> = Vec::new();
         for n_depth in depths {
             let (prompt, label) = (&tokens[..n_depth.max(1)], decode_label(n_gen, n_depth));
-            let sequences = sample(
-                plan,
-                context.progress,
-                || StageError::Cancelled,
-                |counts| {
-                    model.prefill(prompt).map_err(|error| error.in_case(&label))?;
-                    if counts {
-                        watch.begin();
-                    }
-                    let decoded = model.decode(n_gen).map_err(|error| error.in_case(&label));
-                    watch.end();
-                    Ok::<_, StageError>(decoded?.iter().map(|token| token.duration_s).collect::<Vec<f64>>())
-                },
-            )?;
-            watch.case(&label, n_gen * sequences.len());
+            let mean_s = |sequences: &[Vec<f64>]| {
+                sequences.iter().flatten().sum::<f64>() / sequences.iter().map(Vec::len).sum::<usize>() as f64
+            };
+            let mut case = watch.sample(&label, plan, mean_s, |counts, regions| {
+                model.prefill(prompt).map_err(|error| error.in_case(&label))?;
+                if counts {
+                    regions.begin();
+                }
+                let decoded = model.decode(n_gen).map_err(|error| error.in_case(&label));
+                regions.end();
+                Ok(decoded?.iter().map(|token| token.duration_s).collect::<Vec<f64>>())
+            })?;
+            watch.energy(&label, &mut case, n_gen, true, |work| {
+                model.prefill(prompt).map_err(|error| error.in_case(&label))?;
+                if work == Work::Whole {
+                    model.decode(n_gen).map_err(|error| error.in_case(&label))?;
+                }
+                Ok(())
+            })?;
             probe.mark();
-            results.extend(decode_result(n_gen, n_depth, &[sequences]));
+            let row = decode_result(n_gen, n_depth, &[case.samples]);
+            results.extend(row.map(|row| DecodeResult { disturbance: Some(case.disturbance), ..row }));
         }
-        let (watched, memory, engine) = (watch.finish(context.progress), probe.finish(), context.engine.info());
+        let (watched, memory, engine) = (watch.finish(), probe.finish(), context.engine.info());
         let record = DecodeRecord {
             results,
             decode_check_n_positions: check.n_positions,
@@ -162,7 +169,7 @@ impl Stage for DecodeBench {
     fn combine(&self, outputs: Vec<StageOutput>) -> Result<StageOutput, StageError> {
         let starts: Vec<DecodeRecord> = outputs.into_iter().map(read).collect::<Result<_, _>>()?;
         let rows =
-            combine_rows(&starts.iter().map(|start| start.results.clone()).collect::<Vec<_>>(), combine_decodes)?;
+            combine_rows(&starts.iter().map(|start| start.results.clone()).collect::<Vec<_>>(), combine_decode_starts)?;
         let power: Option<Vec<Vec<PowerResult>>> = starts.iter().map(|start| start.power.clone()).collect();
         let power = power.map(|power| combine_rows(&power, combine_power)).transpose()?;
         let memory = largest(starts.iter().map(DecodeRecord::memory));
@@ -187,13 +194,35 @@ impl Stage for DecodeBench {
     }
 }
 
+/// Makes one row of those of its starts.
+fn combine_decode_starts(rows: &[&DecodeResult]) -> Option<DecodeResult> {
+    let mut row = combine_decodes(rows)?;
+    let seen: Vec<Option<&Disturbance>> = rows.iter().map(|row| row.disturbance.as_ref()).collect();
+    row.disturbance = combine_disturbance(&seen, &mut row.starts);
+    Some(row)
+}
+
 /// Reads what one start gave.
 fn read(start: StageOutput) -> Result<DecodeRecord, StageError> {
     serde_json::from_value(start.body.into()).map_err(|error| StageError::Other(format!("combine the starts: {error}")))
 }
 
 fn output(record: &DecodeRecord) -> StageOutput {
-    let rows: Vec<String> = record.results.iter().map(|row| summary(row, record.power.as_deref())).collect();
+    let rows: Vec<String> = record
+        .results
+        .iter()
+        .map(|row| {
+            summary(
+                &row.label,
+                row.tokens_per_second,
+                (row.tokens_per_second_low, row.tokens_per_second_high),
+                &row.starts,
+                record.power.as_deref(),
+                row.disturbance.as_ref(),
+                1,
+            )
+        })
+        .collect();
     StageOutput { body: record.to_fields(), summary: rows.join(", ") }
 }
 
@@ -207,10 +236,4 @@ fn quantizes_activations(recipe: &ModelRecipe, info: &ModelInfo) -> bool {
     });
     let stored = info.stored_quantization.iter().flat_map(|stored| &stored.schemes);
     of_config || stored.into_iter().any(|spec| spec.outlier_threshold.is_some())
-}
-
-fn summary(row: &DecodeResult, power: Option<&[PowerResult]>) -> String {
-    let interval = row.tokens_per_second_low.zip(row.tokens_per_second_high);
-    let energy = energy_words(power, &row.label);
-    format!("{} {}{energy}", row.label, rate_words(row.tokens_per_second, interval, row.starts.len(), 1))
 }

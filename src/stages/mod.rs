@@ -1,8 +1,8 @@
 //! The kinds of stage, one file each and one line in [`catalogue`]. Stages talk to the inference port, never to an engine.
 
-mod bench_power;
 mod bench_starts;
 mod bench_tokens;
+mod bench_watch;
 mod capture_activations;
 mod chat;
 mod decode_bench;

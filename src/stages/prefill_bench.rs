@@ -1,11 +1,13 @@
 //! `prefill-bench`: how fast a prompt is read, in one pass to the first token's logits, or to all its tokens' likelihoods.
 
 use super::MODELS;
-use super::bench_power::{Watch, energy_words};
-use super::bench_starts::{STARTS, check, combine_power, combine_rows, largest, n_starts, rate_words, sample_plan};
+use super::bench_starts::{
+    STARTS, check, combine_disturbance, combine_power, combine_rows, largest, n_starts, sample_plan, summary,
+};
 use super::bench_tokens::{sizes, tokens, too_long};
-use crate::artifact::{PowerResult, PrefillRecord, PrefillResult, RecordBody};
-use crate::bench::{combine_prefills, prefill_label, prefill_result, sample};
+use super::bench_watch::Watch;
+use crate::artifact::{Disturbance, PowerResult, PrefillRecord, PrefillResult, RecordBody};
+use crate::bench::{combine_prefills, prefill_label, prefill_result};
 use crate::stage::{
     ParamDefault, ParamDesc, ParamType, Params, Stage, StageContext, StageDescription, StageError, StageOutput,
 };
@@ -111,33 +113,33 @@ impl Stage for PrefillBench {
         let mut model = context.models.acquire(&recipe, context.progress)?;
         // After loading: what quantizing took for a moment is not what running takes.
         let mut probe = context.engine.memory_probe();
-        let mut watch = Watch::start(context.engine);
+        let mut watch = Watch::start(context);
         model.reserve(longest)?;
         context.progress.begin(Some((lengths.len() * (plan.warmup + plan.samples)) as u64), "passes");
         let mut results: Vec<PrefillResult> = Vec::new();
         for n_prompt in lengths {
             let (prompt, label) = (&tokens[..n_prompt], prefill_label(n_prompt, scores));
-            let samples_s = sample(
-                plan,
-                context.progress,
-                || StageError::Cancelled,
-                |counts| {
-                    // One region for all passes: they follow one another, and a counter of energy moves seldom.
-                    if counts {
-                        watch.begin();
-                    }
-                    let duration_s = match scores {
-                        false => model.prefill(prompt).map(|prefilled| prefilled.duration_s),
-                        true => model.score_timed(prompt, 1).map(|(duration_s, _)| duration_s),
-                    };
-                    Ok::<_, StageError>(duration_s.map_err(|error| error.in_case(&label))?)
-                },
-            )?;
-            watch.case(&label, n_prompt * samples_s.len());
+            let mut pass = || {
+                let duration_s = match scores {
+                    false => model.prefill(prompt).map(|prefilled| prefilled.duration_s),
+                    true => model.score_timed(prompt, 1).map(|(duration_s, _)| duration_s),
+                };
+                Ok::<_, StageError>(duration_s.map_err(|error| error.in_case(&label))?)
+            };
+            let mean_s = |samples_s: &[f64]| samples_s.iter().sum::<f64>() / samples_s.len() as f64;
+            let mut case = watch.sample(&label, plan, mean_s, |counts, regions| {
+                // One region for all passes: they follow one another, and a counter of energy moves seldom.
+                if counts {
+                    regions.begin();
+                }
+                pass()
+            })?;
+            watch.energy(&label, &mut case, n_prompt, false, |_| pass().map(|_| ()))?;
             probe.mark();
-            results.extend(prefill_result(n_prompt, scores, &[samples_s]));
+            let row = prefill_result(n_prompt, scores, &[case.samples]);
+            results.extend(row.map(|row| PrefillResult { disturbance: Some(case.disturbance), ..row }));
         }
-        let (watched, memory, engine) = (watch.finish(context.progress), probe.finish(), context.engine.info());
+        let (watched, memory, engine) = (watch.finish(), probe.finish(), context.engine.info());
         let method = if scores { SCORE_METHOD } else { METHOD };
         let record = PrefillRecord {
             results,
@@ -160,8 +162,10 @@ impl Stage for PrefillBench {
 
     fn combine(&self, outputs: Vec<StageOutput>) -> Result<StageOutput, StageError> {
         let starts: Vec<PrefillRecord> = outputs.into_iter().map(read).collect::<Result<_, _>>()?;
-        let rows =
-            combine_rows(&starts.iter().map(|start| start.results.clone()).collect::<Vec<_>>(), combine_prefills)?;
+        let rows = combine_rows(
+            &starts.iter().map(|start| start.results.clone()).collect::<Vec<_>>(),
+            combine_prefill_starts,
+        )?;
         let power: Option<Vec<Vec<PowerResult>>> = starts.iter().map(|start| start.power.clone()).collect();
         let power = power.map(|power| combine_rows(&power, combine_power)).transpose()?;
         let memory = largest(starts.iter().map(PrefillRecord::memory));
@@ -182,23 +186,39 @@ impl Stage for PrefillBench {
     }
 }
 
+/// Makes one row of those of its starts.
+fn combine_prefill_starts(rows: &[&PrefillResult]) -> Option<PrefillResult> {
+    let mut row = combine_prefills(rows)?;
+    let seen: Vec<Option<&Disturbance>> = rows.iter().map(|row| row.disturbance.as_ref()).collect();
+    row.disturbance = combine_disturbance(&seen, &mut row.starts);
+    Some(row)
+}
+
 /// Reads what one start gave.
 fn read(start: StageOutput) -> Result<PrefillRecord, StageError> {
     serde_json::from_value(start.body.into()).map_err(|error| StageError::Other(format!("combine the starts: {error}")))
 }
 
 fn output(record: &PrefillRecord) -> StageOutput {
-    let rows: Vec<String> = record.results.iter().map(|row| summary(row, record.power.as_deref())).collect();
+    let rows: Vec<String> = record
+        .results
+        .iter()
+        .map(|row| {
+            summary(
+                &row.label,
+                row.tokens_per_second,
+                (row.tokens_per_second_low, row.tokens_per_second_high),
+                &row.starts,
+                record.power.as_deref(),
+                row.disturbance.as_ref(),
+                0,
+            )
+        })
+        .collect();
     StageOutput { body: record.to_fields(), summary: rows.join(", ") }
 }
 
 /// Returns true where every token of a prompt is scored.
 fn scores(params: &Params) -> bool {
     params.get("score").and_then(Value::as_bool).unwrap_or(false)
-}
-
-fn summary(row: &PrefillResult, power: Option<&[PowerResult]>) -> String {
-    let interval = row.tokens_per_second_low.zip(row.tokens_per_second_high);
-    let energy = energy_words(power, &row.label);
-    format!("{} {}{energy}", row.label, rate_words(row.tokens_per_second, interval, row.starts.len(), 0))
 }

@@ -15,7 +15,7 @@ use crate::engine::survey::survey;
 use crate::engine::weights::{WeightReader, has_compute_dtype};
 use crate::event::Progress;
 use crate::inference::{
-    DeviceProbe, Engine, EngineInfo, InferenceError, MemoryProbe, Model, ModelInfo, ModelRecipe, SavedModel,
+    DeviceProbe, Engine, EngineInfo, HostProbe, InferenceError, MemoryProbe, Model, ModelInfo, ModelRecipe, SavedModel,
     SourceAccount,
 };
 use crate::units::DType;
@@ -177,6 +177,10 @@ impl Engine for GpuEngine {
 
     fn device_probe(&self) -> Option<Box<dyn DeviceProbe>> {
         (self.senses.device)()
+    }
+
+    fn host_probe(&self) -> Option<Box<dyn HostProbe>> {
+        self.host.host_probe()
     }
 
     fn free_bytes(&self) -> Option<u64> {

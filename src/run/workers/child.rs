@@ -18,10 +18,12 @@ const PERIOD: Duration = Duration::from_millis(50);
 /// How long a stage may take to stop once the parent is gone.
 const GRACE: Duration = Duration::from_millis(1500);
 
-/// Runs what the parent sends until it closes stdin. `build` makes the engine.
+/// Runs what the parent sends until it closes stdin. `build` makes the engine; `accept_disturbed` keeps disturbed measurements as they
+/// are.
 pub fn serve(
     catalogue: &Catalogue,
     device: &str,
+    accept_disturbed: bool,
     build: impl FnOnce() -> Result<(Arc<dyn Engine>, String), InferenceError>,
 ) -> u8 {
     ignore_interrupts();
@@ -39,7 +41,7 @@ pub fn serve(
         }
     };
     tell(&FromWorker::Ready { info: engine.info(), reason });
-    let runner = InProcess::new(engine);
+    let runner = InProcess::new(engine).accepting_disturbed(accept_disturbed);
     while let Ok(task) = tasks.recv() {
         let result = run(catalogue, &runner, task, &cancel);
         for text in take_notes() {

@@ -16,6 +16,7 @@ pub struct Workers {
     program: PathBuf,
     device: String,
     greeting: Greeting,
+    accept_disturbed: bool,
     /// Lent to one stage at a time.
     holder: Mutex<Option<Holder>>,
     /// For `load` and `quantize`; it ends when a model's worker starts.
@@ -41,9 +42,17 @@ impl Workers {
     /// # Errors
     /// `Spawn`, `Lost`, `Device`.
     pub fn start(program: PathBuf, device: &str) -> Result<Workers, WorkerError> {
-        let (worker, greeting) = Worker::start(&program, device)?;
+        let (worker, greeting) = Worker::start(&program, device, false)?;
         let general = Mutex::new(Some(worker));
-        Ok(Workers { program, device: device.to_owned(), greeting, holder: Mutex::new(None), general })
+        let (device, holder) = (device.to_owned(), Mutex::new(None));
+        Ok(Workers { program, device, greeting, accept_disturbed: false, holder, general })
+    }
+
+    /// Sets whether workers that are started from here on keep disturbed measurements as they are. The first worker holds no model and
+    /// measures nothing.
+    #[must_use]
+    pub fn accepting_disturbed(self, accept_disturbed: bool) -> Workers {
+        Workers { accept_disturbed, ..self }
     }
 
     pub fn info(&self) -> &EngineInfo {
@@ -56,7 +65,7 @@ impl Workers {
     }
 
     fn start_one(&self) -> Result<Worker, RunnerError> {
-        match Worker::start(&self.program, &self.device) {
+        match Worker::start(&self.program, &self.device, self.accept_disturbed) {
             Ok((worker, _)) => Ok(worker),
             Err(WorkerError::Device(error)) => Err(StageError::from(error).into()),
             Err(error) => Err(StageError::Other(error.to_string()).into()),

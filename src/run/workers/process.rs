@@ -56,9 +56,10 @@ impl Worker {
     ///
     /// # Errors
     /// `Spawn`, `Lost`; `Device` where the device can't be used.
-    pub fn start(program: &Path, device: &str) -> Result<(Worker, Greeting), WorkerError> {
+    pub fn start(program: &Path, device: &str, accept_disturbed: bool) -> Result<(Worker, Greeting), WorkerError> {
         let mut command = Command::new(program);
         command.args(["worker", "--device", device]);
+        command.args(accept_disturbed.then_some("--accept-disturbed"));
         command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
         let spawn = |source| WorkerError::Spawn { program: program.display().to_string(), source };
         let mut child = command.spawn().map_err(spawn)?;
