@@ -4,6 +4,7 @@
 //! hold a model's recipe and stand in `inference`.
 
 mod bench;
+mod interval;
 mod layers;
 mod models;
 pub mod number;
@@ -12,8 +13,9 @@ mod record;
 mod run;
 
 pub use bench::{DecodeRecord, DecodeResult, MemoryFigures, PowerResult, PrefillRecord, PrefillResult, Statistics};
+pub use interval::BlockInterval;
 pub use layers::{CaptureRecord, CapturedTensor, DiffRecord, ModuleDiff};
 pub use models::{QuantizeTotals, QuantizedModule, ReportRecord, ReportedFile, SavedFolder};
-pub use ppl::{DivergenceResult, KeptLogProbs, PplRecord, PplResult, TokenScoresFile};
+pub use ppl::{DivergenceResult, KeptLogProbs, PplRecord, PplResult, TokenScores, TokenScoresFile};
 pub use record::{FORMAT_VERSION, Key, KeyFields, Record, RecordBody, RecordError, RecordHead, key_of};
 pub use run::StageStatus;

@@ -8,8 +8,8 @@ use std::path::PathBuf;
 pub const EXPORTER: Exporter = Exporter { name: "csv", export };
 
 const FILE: &str = "report.csv";
-const HEADER: [&str; 10] =
-    ["model", "metric", "label", "value", "unit", "n", "spread", "spread_kind", "method", "stage"];
+const HEADER: [&str; 12] =
+    ["model", "metric", "label", "value", "unit", "n", "spread", "spread_kind", "low", "high", "method", "stage"];
 
 fn number(value: f64) -> String {
     non_finite(value).map_or_else(|| value.to_string(), str::to_owned)
@@ -29,6 +29,8 @@ fn export(evidence: &Evidence<'_>) -> Result<Vec<ReportFile>, ReportError> {
             measure.n.to_string(),
             measure.spread.map(number).unwrap_or_default(),
             measure.spread_kind.map(|kind| kind.name().to_owned()).unwrap_or_default(),
+            measure.low.map(number).unwrap_or_default(),
+            measure.high.map(number).unwrap_or_default(),
             measure.method.clone(),
             measure.stage.clone(),
         ];
