@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
 # Measures how often the 95 % intervals of 500 draws from a long text cover the whole text's value, for mean NLL, ln perplexity ratio, KL
 # and top-1 agreement of NF4 against its base: contiguous draws of 4,000 tokens, the same number in eight stretches from all over the
-# text, and draws of whole documents.
+# text, and draws of 10 and 20 whole documents.
 # Usage: .ci/extended/interval_coverage.sh [WIKI_TEST_RAW]; LP names the binary. Without a file only TinyStories is measured (some 3
-# minutes on two cores); with WikiText-2's wiki.test.raw some 20 minutes more. tests/fixtures/README.md and docs/definitions.md have results.
+# minutes on two cores); with WikiText-2's wiki.test.raw some 20 minutes more. docs/definitions.md has results.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 project=$PWD
@@ -24,7 +24,7 @@ stages:
   ppl-base: { kind: ppl, model: base, text: $1, max_length: 512, stride: 512, keep_log_probs: f16 }
   ppl-nf4:  { kind: ppl, model: nf4, base: ppl-base }
 Y
-  (cd "$work" && "$LP" run coverage.yaml -q)
+  (cd "$work" && "$LP" run coverage.yaml -q >/dev/null)
   local scores
   scores=$(cd "$work" && "$LP" show ppl-nf4 --json | python3 -c 'import json, sys; print(json.load(sys.stdin)["key"])')
   LABPIPE_TOKEN_SCORES="$work/cache/$scores/tokens-strided-512-512.parquet" \

@@ -46,11 +46,13 @@ impl Pairs<'_> {
         mean_interval(&by_document(&values, self.document_idx))
     }
 
-    /// Returns the standard error of a percentile of KL, from the interval of the share of tokens that lie at or below it.
-    fn kl_quantile_stderr(&self, sorted: &[f64], p: f64) -> Option<f64> {
+    /// Returns the standard error of a percentile, and how the percentile moves with its share: from the interval of the share of tokens
+    /// that lie at or below it.
+    fn quantile_stderr(&self, of: impl Fn(&TokenPair) -> f64, sorted: &[f64], p: f64) -> Option<(f64, f64)> {
         let quantile = percentile(sorted, p);
-        let share = self.interval(|pair| f64::from(u8::from(pair.kl <= quantile)))?;
-        quantile_stderr(sorted, p, share.stderr)
+        let share = self.interval(|pair| f64::from(u8::from(of(pair) <= quantile)))?;
+        let stderr = quantile_stderr(sorted, p, share.stderr)?;
+        Some((stderr, stderr / share.stderr))
     }
 
     /// Returns the interval of the share of tokens with the same first choice. Where they never differ nothing is known of its spread.
@@ -59,20 +61,65 @@ impl Pairs<'_> {
         self.interval(|pair| f64::from(u8::from(pair.same_top))).filter(|_| differ).map(|found| found.within(0.0, 1.0))
     }
 
-    /// Returns the standard error of Pearson's correlation `r` of the two NLLs: that of the mean of its influence function,
-    /// z₁z₂ − r(z₁² + z₂²)/2 in standardized values (Devlin, Gnanadesikan and Kettenring, Biometrika 62, 1975), which unlike
+    /// Returns the influence of each token on Pearson's correlation `r` of the two NLLs, z₁z₂ − r(z₁² + z₂²)/2 in standardized values
+    /// (Devlin, Gnanadesikan and Kettenring, Biometrika 62, 1975). The standard error of its mean is that of r, and unlike
     /// (1 − r²)/√n asks for no normal distribution.
-    fn correlation_stderr(&self, r: f64) -> Option<f64> {
+    fn correlation_influence(&self, r: f64) -> impl Fn(&TokenPair) -> f64 {
         let (base_mean, own_mean) = (self.mean(|pair| pair.base_nll), self.mean(|pair| pair.nll));
-        let base_variance = self.mean(|pair| (pair.base_nll - base_mean).powi(2));
-        let own_variance = self.mean(|pair| (pair.nll - own_mean).powi(2));
-        let influence = |pair: &TokenPair| {
-            let base = (pair.base_nll - base_mean) / base_variance.sqrt();
-            let own = (pair.nll - own_mean) / own_variance.sqrt();
+        let base_stdev = self.mean(|pair| (pair.base_nll - base_mean).powi(2)).sqrt();
+        let own_stdev = self.mean(|pair| (pair.nll - own_mean).powi(2)).sqrt();
+        move |pair: &TokenPair| {
+            let base = (pair.base_nll - base_mean) / base_stdev;
+            let own = (pair.nll - own_mean) / own_stdev;
             base * own - r * (base * base + own * own) / 2.0
-        };
-        self.interval(influence).map(|interval| interval.stderr)
+        }
     }
+}
+
+/// A figure by name, as its value and as a series over the tokens whose mean has that figure's error: the tokens' own values where it is a
+/// mean, else its value and the influence of each token on it.
+pub type LinearFigure = (&'static str, Vec<f64>);
+
+/// Returns the figures of a divergence as series over tokens, so that those of two models on the same tokens can be paired. A figure
+/// without an error is left out.
+pub fn linear_figures(pairs: &[TokenPair], document_idx: &[u32]) -> Vec<LinearFigure> {
+    let tokens = Pairs { pairs, document_idx };
+    let series = |of: &dyn Fn(&TokenPair) -> f64| -> Vec<f64> { pairs.iter().map(of).collect() };
+    let mut found: Vec<LinearFigure> = vec![
+        ("kl_mean", series(&|pair| pair.kl)),
+        ("delta_p_mean", series(&TokenPair::delta_p)),
+        ("ln_ppl_ratio", series(&|pair| pair.nll - pair.base_nll)),
+        ("top1_agreement", series(&|pair| f64::from(u8::from(pair.same_top)))),
+    ];
+    let kl = |pair: &TokenPair| pair.kl;
+    let quantiles: [(&str, fn(&TokenPair) -> f64, f64); 8] = [
+        ("kl_median", kl, 50.0),
+        ("kl_p90", kl, 90.0),
+        ("kl_p95", kl, 95.0),
+        ("kl_p99", kl, 99.0),
+        ("kl_p99_9", kl, 99.9),
+        ("delta_p_p01", TokenPair::delta_p, 1.0),
+        ("delta_p_median", TokenPair::delta_p, 50.0),
+        ("delta_p_p99", TokenPair::delta_p, 99.0),
+    ];
+    for (name, of, p) in quantiles {
+        let sorted = tokens.sorted(of);
+        let quantile = percentile(&sorted, p);
+        let slope = tokens.quantile_stderr(of, &sorted, p).map(|(_, slope)| slope).filter(|slope| slope.is_finite());
+        found.extend(slope.map(|slope| {
+            let is_below = |pair: &TokenPair| f64::from(u8::from(of(pair) <= quantile));
+            (name, series(&|pair| quantile + (p / 100.0 - is_below(pair)) * slope))
+        }));
+    }
+    let rms = tokens.mean(|pair| pair.delta_p().powi(2)).sqrt();
+    if rms > 0.0 {
+        found.push(("delta_p_rms", series(&|pair| rms + (pair.delta_p().powi(2) - rms * rms) / (2.0 * rms))));
+    }
+    if let Some(r) = correlation(pairs) {
+        let influence = tokens.correlation_influence(r);
+        found.push(("nll_correlation", series(&|pair| r + influence(pair))));
+    }
+    found
 }
 
 /// Returns the statistics of all tokens, in text order; `None` for none. Errors and intervals rest on blocks of text
@@ -95,7 +142,7 @@ pub fn divergence(pairs: &[TokenPair], document_idx: &[u32]) -> Option<Divergenc
     let ratio = ln_ratio.as_ref().and_then(BlockInterval::exp);
     let correlation = correlation(pairs);
     let kl_tail = |p: f64, n_needed: usize| (n >= n_needed).then(|| percentile(&kl, p));
-    let kl_stderr = |p: f64| tokens.kl_quantile_stderr(&kl, p);
+    let kl_stderr = |p: f64| tokens.quantile_stderr(|pair| pair.kl, &kl, p).map(|(stderr, _)| stderr);
     let ln_ppl_ratio = tokens.mean(|pair| pair.nll - pair.base_nll);
     Some(DivergenceResult {
         n_scored: n,
@@ -141,7 +188,7 @@ pub fn divergence(pairs: &[TokenPair], document_idx: &[u32]) -> Option<Divergenc
         ppl_ratio_stderr: stderr(&ratio),
         ppl_ratio_interval: ratio,
         nll_correlation: correlation,
-        nll_correlation_stderr: correlation.and_then(|r| tokens.correlation_stderr(r)),
+        nll_correlation_stderr: correlation.and_then(|r| stderr(&tokens.interval(tokens.correlation_influence(r)))),
         ..DivergenceResult::default()
     })
 }
@@ -216,6 +263,34 @@ mod tests {
         assert!((agreement.stderr - 0.1).abs() < 1e-9 && agreement.high == 1.0 && agreement.n_documents == 10);
         let ratio = found.ppl_ratio_interval.expect("an interval");
         assert!((ratio.value - 2.0).abs() < 1e-12 && (ratio.low - 2.0).abs() < 1e-9, "{ratio:?}");
+    }
+
+    #[test]
+    fn series_of_figures_have_their_errors() {
+        let mut normal = Normal(3);
+        let pairs: Vec<TokenPair> = (0..4000)
+            .map(|_| {
+                let base_nll = normal.next().exp();
+                let nll = base_nll * (1.0 + 0.2 * normal.next());
+                TokenPair { base_nll, nll, kl: normal.next().exp(), same_top: normal.next() < 1.0 }
+            })
+            .collect();
+        let row = divergence(&pairs, &[]).expect("statistics");
+        let series = linear_figures(&pairs, &[]);
+        for (name, value, stderr) in [
+            ("kl_mean", row.kl_mean, row.kl_mean_stderr),
+            ("kl_p90", row.kl_p90, row.kl_p90_stderr),
+            ("delta_p_rms", row.delta_p_rms, row.delta_p_rms_stderr),
+            ("top1_agreement", row.top1_agreement, row.top1_agreement_stderr),
+            ("nll_correlation", row.nll_correlation.expect("it varies"), row.nll_correlation_stderr),
+        ] {
+            let (_, values) = series.iter().find(|(one, _)| *one == name).expect("a series");
+            let found = mean_interval(&[values]).expect("an interval");
+            let stderr = stderr.expect("an error");
+            assert!((found.value - value).abs() < 0.01 * stderr, "{name}: {} and {value}", found.value);
+            assert!((found.stderr / stderr - 1.0).abs() < 1e-6, "{name}: {} and {stderr}", found.stderr);
+        }
+        assert_eq!(series.len(), 14);
     }
 
     /// Numbers of a normal distribution: sums of twelve uniform ones less six.

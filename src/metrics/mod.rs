@@ -10,7 +10,7 @@ mod statistics;
 
 pub use activation::ActivationDiff;
 pub use difference::{Difference, Estimate, difference};
-pub use divergence::{TokenPair, divergence};
+pub use divergence::{TokenPair, divergence, linear_figures};
 pub use intervals::{MIN_BLOCK_TOKENS, by_document, mean_interval, paired_interval};
 pub use perplexity::{
     Convention, Cut, PerplexitySum, TextUnits, Window, half_windows, rolling_windows, short_text_note, windows,

@@ -44,7 +44,7 @@ pub fn with_spread(value: f64, spread: Option<f64>) -> String {
     }
 }
 
-/// Formats `value [low, high]` with as many decimals as two leading digits of half the width need; without an interval the value alone.
+/// Formats `value [low, high]` with as many decimals as three leading digits of half the width need; without an interval the value alone.
 pub fn with_interval(value: f64, interval: Option<&BlockInterval>) -> String {
     interval.map_or_else(|| significant(value), |found| with_ends(value, found.low, found.high))
 }
@@ -58,7 +58,7 @@ pub fn with_ends(value: f64, low: f64, high: f64) -> String {
     if half_width < 1e-5 {
         return format!("{value:.2e} [{low:.2e}, {high:.2e}]");
     }
-    let n_decimals = (1.0 - half_width.log10().floor()).clamp(0.0, 6.0) as usize;
+    let n_decimals = (2.0 - half_width.log10().floor()).clamp(0.0, 6.0) as usize;
     format!("{value:.n_decimals$} [{low:.n_decimals$}, {high:.n_decimals$}]")
 }
 
@@ -140,7 +140,7 @@ mod tests {
         assert_eq!(percent_change_within(1.01, Some((0.98, 1.04))), "+1.0 % [−2.0, +4.0]");
         assert_eq!(percent_change_within(1.0012, Some((1.0008, 1.0016))), "+0.120 % [+0.080, +0.160]");
         assert_eq!(percent_change_within(1.01, None), "+1.0 %");
-        assert_eq!(with_ends(9.0614, 8.521, 9.634), "9.06 [8.52, 9.63]");
+        assert_eq!(with_ends(9.0614, 8.521, 9.634), "9.061 [8.521, 9.634]");
         assert_eq!(with_ends(2.614e-6, 2.4e-6, 2.8e-6), "2.61e-6 [2.40e-6, 2.80e-6]");
         assert_eq!([with_ends(1.0, 1.0, 1.0), with_ends(f64::INFINITY, 1.0, 2.0)], ["1.000", "inf"]);
         assert_eq!([times(0.3141), times(12.34)], ["0.31x", "12.3x"]);

@@ -3,7 +3,7 @@
 use super::evidence::{Evidence, Row, window_label};
 use super::model::Model;
 use crate::artifact::{BlockInterval, DivergenceResult, PplRecord, PplResult, TokenScores};
-use crate::metrics::{Convention, Estimate, difference, paired_interval};
+use crate::metrics::{Convention, Estimate, TokenPair, difference, linear_figures, paired_interval};
 use crate::stage::StageInput;
 use std::collections::BTreeMap;
 
@@ -109,32 +109,36 @@ fn of_log_likelihoods(row: &PplResult, other: &PplResult, nll: &BlockInterval) -
     found.into_iter().filter_map(|(metric, interval)| Some((metric, interval?))).collect()
 }
 
-/// Returns the differences of two divergences from a base.
+/// Returns the differences of two divergences from a base; none where it was kept in another precision.
 fn of_divergence(
     (first, ours): (&DivergenceResult, &TokenScores),
     (second, theirs): (&DivergenceResult, &TokenScores),
 ) -> Vec<(&'static str, BlockInterval)> {
-    let of = |first: &[f64], second: &[f64]| {
-        let is_whole = first.len() == ours.nll.len() && !first.is_empty();
-        paired_interval(first, second, &ours.document_idx).filter(|_| is_whole)
+    let (Some(first_pairs), Some(second_pairs)) = (pairs_of(ours), pairs_of(theirs)) else { return Vec::new() };
+    if first.base_log_probs != second.base_log_probs {
+        return Vec::new();
+    }
+    let other_series = linear_figures(&second_pairs, &theirs.document_idx);
+    let mut found = Vec::new();
+    for (metric, series) in linear_figures(&first_pairs, &ours.document_idx) {
+        let other = other_series.iter().find(|(other, _)| *other == metric);
+        let interval = other.and_then(|(_, other)| paired_interval(&series, other, &ours.document_idx));
+        found.extend(interval.map(|interval| (metric, interval)));
+    }
+    found
+}
+
+/// Returns what both models say of each token; `None` for scores without a base, and those of labpipe 0.1's ppl up to version 4.
+fn pairs_of(scores: &TokenScores) -> Option<Vec<TokenPair>> {
+    let n = scores.nll.len();
+    let is_whole = n > 0 && [scores.kl.len(), scores.base_nll.len(), scores.same_top.len()] == [n; 3];
+    let pair = |i: usize| TokenPair {
+        base_nll: scores.base_nll[i],
+        nll: scores.nll[i],
+        kl: scores.kl[i],
+        same_top: scores.same_top[i],
     };
-    let delta_p = |scores: &TokenScores| -> Vec<f64> {
-        scores.base_nll.iter().zip(&scores.nll).map(|(base, own)| (-own).exp() - (-base).exp()).collect()
-    };
-    let ln_ratio = |scores: &TokenScores| -> Vec<f64> {
-        scores.base_nll.iter().zip(&scores.nll).map(|(base, own)| own - base).collect()
-    };
-    let same_top =
-        |scores: &TokenScores| -> Vec<f64> { scores.same_top.iter().map(|same| f64::from(u8::from(*same))).collect() };
-    let found = [
-        ("kl_mean", of(&ours.kl, &theirs.kl)),
-        ("delta_p_mean", of(&delta_p(ours), &delta_p(theirs))),
-        ("ln_ppl_ratio", of(&ln_ratio(ours), &ln_ratio(theirs))),
-        ("top1_agreement", of(&same_top(ours), &same_top(theirs))),
-    ];
-    // Divergences of other precision are not those of the same thing.
-    let is_comparable = first.base_log_probs == second.base_log_probs;
-    found.into_iter().filter(|_| is_comparable).filter_map(|(metric, interval)| Some((metric, interval?))).collect()
+    is_whole.then(|| (0..n).map(pair).collect())
 }
 
 /// How the mean NLL of a model differs from that of its baseline, under one label.

@@ -204,7 +204,7 @@ mod tests {
         let report = text_of(&files, "report.md");
         assert!(
             report.contains(
-                "| `fp16` | f16 | not measured | n/a | not measured | 9.00 [8.63, 9.39] (n_scored = 9,612) |"
+                "| `fp16` | f16 | not measured | n/a | not measured | 9.000 [8.630, 9.386] (n_scored = 9,612) |"
             ),
             "{report}"
         );
@@ -286,7 +286,7 @@ mod tests {
             report.contains("| inf (n_scored = 9,612) |") && report.contains("| nan (n_scored = 9,612) |"),
             "{report}"
         );
-        assert!(report.contains("| 12485.0 [12480.0, 12490.0] | inf |"), "{report}");
+        assert!(report.contains("| 12485.00 [12480.00, 12490.00] | inf |"), "{report}");
         assert!(report.contains("Left out, because their perplexity is not finite: `lost` and `void`."), "{report}");
         let csv = text_of(&files, "report.csv");
         assert!(csv.contains("lost,perplexity,hf-strided 512/256,inf,1,9612,inf,stderr,inf,inf,"), "{csv}");
