@@ -21,7 +21,8 @@ pub struct BlockInterval {
     /// Documents that the tokens belong to.
     pub n_documents: usize,
     pub n_blocks: usize,
-    /// Tokens per block: the last one of a document is longer, documents that are shorter are put together.
+    /// Tokens per block: the last one of a document is longer, documents that are shorter are put together; the mean where blocks are whole
+    /// documents.
     pub block_tokens: usize,
     /// Lag-1 correlation of neighbouring blocks that was left; null where blocks do not differ.
     #[serde(default, with = "number::optional")]
