@@ -86,7 +86,8 @@ fn every_record_has_the_fields_of_the_contract() {
             "tokenizer_hash",
             "nll_mean",
             "perplexity",
-            "stderr",
+            "nll_interval",
+            "perplexity_interval",
         ],
     );
     has_fields(&ppl, &["scoring_s", "scoring_tokens_per_second", "scoring_method"]);

@@ -64,7 +64,15 @@ fn every_convention_agrees_with_its_reference_on_both_texts() {
         let found = row(&record, "results", "llama-cpp");
         assert_eq!((&found["n_scored"], &found["n_windows"]), (&halves["n_scored"], &halves["chunks"]));
         close(&found["perplexity"], &halves["ppl"], 1e-4);
-        close(&found["stderr"], &halves["stderr"], 1e-4);
+        close(&found["llama_cpp_stderr"], &halves["stderr"], 1e-4);
+        // Blocks of text are fewer than its tokens: the interval is wider than llama.cpp's own ± makes it.
+        let interval = &found["perplexity_interval"];
+        assert!(number(&interval["stderr"]) > number(&halves["stderr"]), "{interval}");
+        assert!(
+            number(&interval["low"]) < number(&halves["ppl"]) && number(&halves["ppl"]) < number(&interval["high"])
+        );
+        assert_eq!(interval["n_tokens"], halves["n_scored"]);
+        assert!(row(&record, "results", "hf-strided")["llama_cpp_stderr"].is_null());
 
         let strided = reference[name]["strided"].as_array().expect("rows");
         let narrow = lab.record("narrow");
@@ -85,7 +93,9 @@ fn every_convention_agrees_with_its_reference_on_both_texts() {
             }
             for figure in ["word_perplexity", "byte_perplexity", "bits_per_byte"] {
                 close(&found[figure], &expected[figure], 1e-4);
-                assert!(number(&found[format!("{figure}_stderr")]) > 0.0);
+                let interval = &found[format!("{figure}_interval")];
+                close(&interval["value"], &found[figure], 1e-12);
+                assert!(number(&interval["low"]) < number(&interval["high"]), "{interval}");
             }
         }
     }
@@ -134,11 +144,22 @@ fn texts_come_from_files_lists_documents_parquet_and_the_hubs_cache() {
     );
     let output = lab.command(&["run", "texts.yaml"]).env("HF_HUB_CACHE", lab.path("hub")).output().expect("it starts");
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
-    let file = lab.record("file")["results"][0].clone();
-    for stage in ["list", "parquet", "remote"] {
-        let found = lab.record(stage)["results"][0].clone();
+    let row_of = |stage: &str| {
+        let mut row = lab.record(stage)["results"][0].clone();
+        row.as_object_mut().expect("a row").remove("perplexity_interval");
+        let interval = row["nll_interval"].take();
+        (row, interval)
+    };
+    let (file, whole) = row_of("file");
+    // Blank rows are no documents of their own.
+    let n_rows = rows.iter().filter(|row| !row.trim().is_empty()).count();
+    for (stage, n_documents) in [("list", 2), ("parquet", n_rows), ("remote", n_rows)] {
+        let (found, interval) = row_of(stage);
         assert_eq!(found, file, "{stage}");
+        assert_eq!((&interval["value"], &interval["n_tokens"]), (&whole["value"], &whole["n_tokens"]));
+        assert_eq!(interval["n_documents"], n_documents, "{stage}");
     }
+    assert_eq!(whole["n_documents"], 1);
     let expected = &fixture("lm_eval.json")["add_bos_token_false"]["wiki_first_20000_chars_by_blank_line"];
     let found = lab.record("documents")["results"][0].clone();
     for count in ["n_scored", "n_documents", "n_words", "n_bytes"] {
@@ -220,7 +241,14 @@ fn divergence_of_nf4_agrees_with_bitsandbytes_however_much_is_kept_of_the_base()
     let cost = number(&lab.record("ppl-base")["log_probs"][0]["bytes_per_token"]);
     assert!(cost > 0.0 && cost < 48.0 * 8.0 + 40.0, "{cost}");
     let report = std::fs::read_to_string(lab.path("results/latest/report/report.md")).expect("a report");
-    for part in ["## Divergence", "| `nf4` | `base` | llama-cpp 512 | 4,590 |", "diverges from it by", "top-48"] {
+    for part in [
+        "## Divergence",
+        "| `nf4` | `base` | llama-cpp 512 | 4,590 |",
+        "diverges from it by",
+        "top-48",
+        "(95 %, paired, 4,590 tokens in ",
+        "llama.cpp's own ±",
+    ] {
         assert!(report.contains(part), "{part} in\n{report}");
     }
 }
@@ -364,7 +392,7 @@ fn run_json_holds_what_repeating_the_run_takes() {
     let ppl = plan.iter().find(|stage| stage["stage"] == "ppl").expect("the stage");
     assert_eq!(ppl["params"]["text"]["n_chars"], 5000);
     assert_eq!(ppl["inputs"]["model"][0], "small");
-    assert_eq!(ppl["stage_version"], 4);
+    assert_eq!(ppl["stage_version"], 5);
     let environment = &run["environment"];
     for field in ["labpipe_version", "engine", "cpu", "n_threads", "memory_bytes", "kernel", "os_name", "variables"] {
         assert!(!environment[field].is_null(), "{field} in {environment}");

@@ -1,8 +1,8 @@
 //! Records are read as they are written: infinite, NaN and null included, and what can't be read is named.
 
 use labpipe::artifact::{
-    CaptureRecord, CapturedTensor, DecodeRecord, DecodeResult, DiffRecord, DivergenceResult, ModuleDiff, PowerResult,
-    PplRecord, PplResult, PrefillRecord, PrefillResult, QuantizedModule, Record, RecordBody, ReportRecord,
+    BlockInterval, CaptureRecord, CapturedTensor, DecodeRecord, DecodeResult, DiffRecord, DivergenceResult, ModuleDiff,
+    PowerResult, PplRecord, PplResult, PrefillRecord, PrefillResult, QuantizedModule, Record, RecordBody, ReportRecord,
     ReportedFile,
 };
 use labpipe::inference::{LoadRecord, QuantizeRecord};
@@ -45,6 +45,21 @@ fn memory(fields: Value) -> Value {
     all
 }
 
+fn interval(n: f64, o: Option<f64>) -> Option<BlockInterval> {
+    o.map(|end| BlockInterval {
+        value: n,
+        low: end,
+        high: n,
+        stderr: end,
+        n_tokens: 1,
+        n_documents: 1,
+        n_blocks: 2,
+        block_tokens: 128,
+        lag1_correlation: None,
+        method: "m".to_owned(),
+    })
+}
+
 fn ppl_row(n: f64, o: Option<f64>) -> PplResult {
     PplResult {
         convention: "hf-strided".to_owned(),
@@ -58,17 +73,18 @@ fn ppl_row(n: f64, o: Option<f64>) -> PplResult {
         tokenizer_hash: "b".to_owned(),
         nll_mean: n,
         perplexity: n,
-        stderr: o,
-        nll_stderr: o,
+        nll_interval: interval(n, o),
+        perplexity_interval: interval(n, o),
+        llama_cpp_stderr: o,
         n_documents: None,
         n_words: Some(0),
         n_bytes: None,
         word_perplexity: o,
-        word_perplexity_stderr: None,
+        word_perplexity_interval: None,
         byte_perplexity: o,
-        byte_perplexity_stderr: o,
+        byte_perplexity_interval: interval(n, o),
         bits_per_byte: o,
-        bits_per_byte_stderr: o,
+        bits_per_byte_interval: interval(n, o),
     }
 }
 
@@ -151,7 +167,7 @@ proptest! {
         }));
         let prefill: PrefillRecord = filled(memory(json!({ "results": list(prefill) })));
         let decode: DecodeRecord = filled(checks);
-        let diverged = DivergenceResult { kl_mean: n, kl_mean_stderr: o, ppl_ratio: m, kl_p99: o, ..DivergenceResult::default() };
+        let diverged = DivergenceResult { kl_mean: n, kl_mean_interval: interval(n, o), ppl_ratio: m, kl_p99: o, ..DivergenceResult::default() };
         let ppl = ppl(vec![ppl_row(n, o); rows], o.map(|_| vec![diverged; rows]), m);
         let module = ModuleDiff {
             module: "lm_head".to_owned(), layer_idx: None, op: "lm_head".to_owned(), n_tokens: 1, mse: n, cosine: m,
@@ -172,7 +188,7 @@ proptest! {
         }
         // Null is what could not be measured, and nothing else.
         let text = serde_json::to_string(&ppl.to_fields()).expect("JSON");
-        prop_assert_eq!(text.contains("\"stderr\":null"), rows > 0 && o.is_none());
+        prop_assert_eq!(text.contains("\"nll_interval\":null"), rows > 0 && o.is_none());
         prop_assert_eq!(number(n).is_null(), false);
         let again: PplResult = serde_json::from_value(json!(ppl_row(n, o))).expect("a row");
         prop_assert!(again.perplexity.to_bits() == n.to_bits() || (n.is_nan() && again.perplexity.is_nan()));
@@ -249,9 +265,9 @@ fn a_null_of_an_earlier_version_is_nan_and_a_missing_optional_is_null() {
     let read = |text: &str| serde_json::from_str::<PplResult>(text);
     let mut row = json!(ppl_row(1.0, Some(2.0)));
     row["perplexity"] = Value::Null;
-    row.as_object_mut().expect("an object").remove("nll_stderr");
+    row.as_object_mut().expect("an object").remove("nll_interval");
     let row = read(&row.to_string()).expect("a row");
-    assert!(row.perplexity.is_nan() && row.nll_stderr.is_none() && row.stderr == Some(2.0));
+    assert!(row.perplexity.is_nan() && row.nll_interval.is_none() && row.llama_cpp_stderr == Some(2.0));
 }
 
 #[test]

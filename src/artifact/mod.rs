@@ -5,6 +5,7 @@
 
 mod bench;
 mod disturbance;
+mod interval;
 mod layers;
 mod models;
 pub mod number;
@@ -16,8 +17,9 @@ pub use bench::{
     DecodeRecord, DecodeResult, MemoryFigures, PowerResult, PrefillRecord, PrefillResult, StartResult, Statistics,
 };
 pub use disturbance::{DeviceUse, DiscardedAttempt, Disturbance, HostFigures};
+pub use interval::BlockInterval;
 pub use layers::{CaptureRecord, CapturedTensor, DiffRecord, ModuleDiff};
 pub use models::{QuantizeTotals, QuantizedModule, ReportRecord, ReportedFile, SavedFolder};
-pub use ppl::{DivergenceResult, KeptLogProbs, PplRecord, PplResult, TokenScoresFile};
+pub use ppl::{DivergenceResult, KeptLogProbs, PplRecord, PplResult, TokenScores, TokenScoresFile};
 pub use record::{FORMAT_VERSION, Key, KeyFields, Record, RecordBody, RecordError, RecordHead, key_of};
 pub use run::StageStatus;

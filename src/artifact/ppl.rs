@@ -1,5 +1,6 @@
 //! Records of `ppl`.
 
+use super::interval::BlockInterval;
 use super::number;
 use super::record::RecordBody;
 use crate::units::DType;
@@ -42,6 +43,27 @@ pub struct TokenScoresFile {
     pub file: String,
 }
 
+/// What is kept of every scored token, in the order of scoring, which is that of the text.
+#[derive(Debug, Clone, PartialEq, Default)]
+pub struct TokenScores {
+    /// Which window scored it.
+    pub window_idx: Vec<u32>,
+    /// Which of the text's documents it belongs to; empty in files of labpipe 0.1's ppl up to version 4.
+    pub document_idx: Vec<u32>,
+    /// The token itself.
+    pub token_id: Vec<u32>,
+    /// Negative log-likelihood in nats.
+    pub nll: Vec<f64>,
+    /// The model's own first choice.
+    pub argmax: Vec<u32>,
+    /// KL(base ‖ model) in nats; empty where there is no base, like the two that follow.
+    pub kl: Vec<f64>,
+    /// The base's negative log-likelihood in nats.
+    pub base_nll: Vec<f64>,
+    /// Both have the same first choice.
+    pub same_top: Vec<bool>,
+}
+
 /// One row of a `ppl` record's `results`.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct PplResult {
@@ -66,13 +88,17 @@ pub struct PplResult {
     /// exp(nll_mean): infinite above 709.78 nats per token.
     #[serde(with = "number")]
     pub perplexity: f64,
-    /// perplexity · nll_stderr. Null where one token was scored.
-    #[serde(default, with = "number::optional")]
-    pub stderr: Option<f64>,
-    /// Standard error of the mean over tokens, √((mean(nll²) − mean(nll)²)/(n − 1)), in nats per token. Null where one token was
-    /// scored, and in records of labpipe 0.1's ppl up to version 3.
-    #[serde(default, with = "number::optional")]
-    pub nll_stderr: Option<f64>,
+    /// 95 % interval of the mean, in nats per token, from blocks of text. Null where the text is too short for two blocks, where an NLL is
+    /// not finite, and in records of labpipe 0.1's ppl up to version 4.
+    #[serde(default)]
+    pub nll_interval: Option<BlockInterval>,
+    /// The same of the perplexity.
+    #[serde(default)]
+    pub perplexity_interval: Option<BlockInterval>,
+    /// For `llama-cpp` only: the ± that llama.cpp prints, perplexity·√((mean(nll²) − mean(nll)²)/(n − 1)). It takes tokens as
+    /// independent.
+    #[serde(default, with = "number::optional", skip_serializing_if = "Option::is_none")]
+    pub llama_cpp_stderr: Option<f64>,
     /// The rest for `lm-eval` only, null elsewhere. Documents that the text consists of.
     #[serde(default)]
     pub n_documents: Option<usize>,
@@ -83,21 +109,21 @@ pub struct PplResult {
     pub n_bytes: Option<usize>,
     #[serde(default, with = "number::optional")]
     pub word_perplexity: Option<f64>,
-    #[serde(default, with = "number::optional")]
-    pub word_perplexity_stderr: Option<f64>,
+    #[serde(default)]
+    pub word_perplexity_interval: Option<BlockInterval>,
     #[serde(default, with = "number::optional")]
     pub byte_perplexity: Option<f64>,
-    #[serde(default, with = "number::optional")]
-    pub byte_perplexity_stderr: Option<f64>,
+    #[serde(default)]
+    pub byte_perplexity_interval: Option<BlockInterval>,
     #[serde(default, with = "number::optional")]
     pub bits_per_byte: Option<f64>,
-    #[serde(default, with = "number::optional")]
-    pub bits_per_byte_stderr: Option<f64>,
+    #[serde(default)]
+    pub bits_per_byte_interval: Option<BlockInterval>,
 }
 
 /// One row of a `ppl` record's `divergence`: the model against its base over the tokens that one way of cutting windows
-/// scores. KL and log-likelihoods in nats; every `_stderr` is one standard error, null where it can't be told from so few
-/// tokens.
+/// scores. KL and log-likelihoods in nats; every `_stderr` is one standard error from blocks of text and every `_interval` a 95 % one, null
+/// where the text is too short. In records of labpipe 0.1's ppl up to version 4, which have no intervals, errors take tokens as independent.
 #[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
 pub struct DivergenceResult {
     /// The first of the conventions that cut these windows.
@@ -112,6 +138,8 @@ pub struct DivergenceResult {
     pub kl_mean: f64,
     #[serde(default, with = "number::optional")]
     pub kl_mean_stderr: Option<f64>,
+    #[serde(default)]
+    pub kl_mean_interval: Option<BlockInterval>,
     #[serde(with = "number")]
     pub kl_median: f64,
     #[serde(default, with = "number::optional")]
@@ -144,6 +172,8 @@ pub struct DivergenceResult {
     pub delta_p_mean: f64,
     #[serde(default, with = "number::optional")]
     pub delta_p_mean_stderr: Option<f64>,
+    #[serde(default)]
+    pub delta_p_mean_interval: Option<BlockInterval>,
     /// √ of the mean square.
     #[serde(with = "number")]
     pub delta_p_rms: f64,
@@ -167,11 +197,13 @@ pub struct DivergenceResult {
     pub delta_p_p99: Option<f64>,
     #[serde(with = "number")]
     pub delta_p_max: f64,
-    /// Share of tokens at which both models have the same first choice.
+    /// Share of tokens at which both models have the same first choice; without an error where they never differ.
     #[serde(with = "number")]
     pub top1_agreement: f64,
     #[serde(default, with = "number::optional")]
     pub top1_agreement_stderr: Option<f64>,
+    #[serde(default)]
+    pub top1_agreement_interval: Option<BlockInterval>,
     /// exp of the mean NLL over the scored tokens, of the base and of the model.
     #[serde(with = "number")]
     pub base_perplexity: f64,
@@ -182,10 +214,14 @@ pub struct DivergenceResult {
     pub ln_ppl_ratio: f64,
     #[serde(default, with = "number::optional")]
     pub ln_ppl_ratio_stderr: Option<f64>,
+    #[serde(default)]
+    pub ln_ppl_ratio_interval: Option<BlockInterval>,
     #[serde(with = "number")]
     pub ppl_ratio: f64,
     #[serde(default, with = "number::optional")]
     pub ppl_ratio_stderr: Option<f64>,
+    #[serde(default)]
+    pub ppl_ratio_interval: Option<BlockInterval>,
     /// Pearson's, of the two models' log-likelihoods of the true tokens; null where one does not vary.
     #[serde(default, with = "number::optional")]
     pub nll_correlation: Option<f64>,

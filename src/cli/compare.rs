@@ -3,11 +3,10 @@
 use super::args::{CompareArgs, Global};
 use super::error::CliError;
 use super::{check_run, print};
-use crate::artifact::{FORMAT_VERSION, Key, PplRecord, PplResult, Record, RecordError};
-use crate::metrics::{Convention, paired_difference};
-use crate::report::{self, Compared, Measure, SpeedBasis, Spreads, Verdict};
+use crate::artifact::{FORMAT_VERSION, Key, PplRecord, Record, RecordError, TokenScores};
+use crate::report::{self, Compared, Differences, Measure, Scored, SpeedBasis, Spreads, TokenSource, Verdict};
 use crate::stage::StageInput;
-use crate::store::{Part, Results, RunDir, Store, TokenScores, read_token_scores};
+use crate::store::{Part, Results, RunDir, Store, read_token_scores};
 use crate::ui::table;
 use crate::units::format_significant;
 use serde_json::{Value, json};
@@ -152,80 +151,35 @@ fn rows_of(
     store: &Store,
 ) -> Result<Vec<Compared>, CliError> {
     let (a, b) = (&pair.a, &pair.b);
-    let (same_subject, widths) = if a.kind == "ppl" {
-        let results = |run, stage: &StageInput| {
-            let record: Result<PplRecord, RecordError> = stage.record.read();
-            record.map(|record| record.results).map_err(|error| unreadable(run, &error))
+    let (same_subject, differences) = if a.kind == "ppl" {
+        let record = |run, stage: &StageInput| -> Result<PplRecord, CliError> {
+            stage.record.read().map_err(|error| unreadable(run, &error))
         };
-        pair_tokens((a, &results(run_a, a)?), (b, &results(run_b, b)?), store)
+        let (record_a, record_b) = (record(run_a, a)?, record(run_b, b)?);
+        let scored_a = Scored { stage: a, record: &record_a };
+        let scored_b = Scored { stage: b, record: &record_b };
+        let tokens = CachedTokens { store };
+        (report::is_same_text(&record_a, &record_b), report::paired_differences(scored_a, scored_b, &tokens))
     } else {
-        (true, BTreeMap::new())
+        (true, Differences::new())
     };
-    let paired = |metric: &str, label: &str| widths.get(&(metric.to_owned(), label.to_owned())).copied();
+    let paired = |metric: &str, label: &str| differences.get(&(metric.to_owned(), label.to_owned())).cloned();
     Ok(report::compare(&pair.measures.0, &pair.measures.1, same_subject, &paired, basis))
 }
 
-type Widths = BTreeMap<(String, String), f64>;
-
-/// Returns whether two `ppl` stages scored the same text with the same tokenizer, and half-widths of the differences of
-/// those metrics whose single tokens both artifacts still hold.
-fn pair_tokens(
-    (a, rows_a): (&StageInput, &[PplResult]),
-    (b, rows_b): (&StageInput, &[PplResult]),
-    store: &Store,
-) -> (bool, Widths) {
-    let subject = |row: &PplResult| (row.text_hash.clone(), row.tokenizer_hash.clone());
-    let same = match (rows_a.first(), rows_b.first()) {
-        (Some(one), Some(other)) => subject(one) == subject(other),
-        _ => false,
-    };
-    let mut widths = Widths::new();
-    for row in rows_a.iter().filter(|_| same) {
-        let Some(other) = rows_b.iter().find(|other| {
-            (&other.convention, other.max_length, other.stride) == (&row.convention, row.max_length, row.stride)
-        }) else {
-            continue;
-        };
-        let Some(cut) = Convention::parse(&row.convention).map(|one| one.cut(row.max_length, row.stride).name()) else {
-            continue;
-        };
-        let (Some(ours), Some(theirs)) = (tokens(a, &cut, store), tokens(b, &cut, store)) else { continue };
-        if (&ours.token_id, &ours.window_idx) != (&theirs.token_id, &theirs.window_idx) {
-            continue;
-        }
-        let label = report::window_label(&row.convention, row.max_length, row.stride);
-        let half_width = |a: &[f64], b: &[f64]| paired_difference(a, b).and_then(|found| found.half_width);
-        if let Some(nll) = half_width(&ours.nll, &theirs.nll) {
-            let mut put = |metric: &str, width: f64| widths.insert((metric.to_owned(), label.clone()), width);
-            put("nll_mean", nll);
-            put("perplexity", nll * (row.perplexity * other.perplexity).sqrt());
-            let per = |n_units: Option<usize>| row.n_scored as f64 / n_units.unwrap_or(1).max(1) as f64;
-            let middle = |one: Option<f64>, other: Option<f64>| Some((one? * other?).sqrt());
-            if let Some(word) = middle(row.word_perplexity, other.word_perplexity) {
-                put("word_perplexity", nll * per(row.n_words) * word);
-            }
-            if let Some(byte) = middle(row.byte_perplexity, other.byte_perplexity) {
-                put("byte_perplexity", nll * per(row.n_bytes) * byte);
-                put("bits_per_byte", nll * per(row.n_bytes) / std::f64::consts::LN_2);
-            }
-            let has_same_base = ours.kl.len() == ours.nll.len() && theirs.kl.len() == ours.nll.len();
-            if let Some(kl) = half_width(&ours.kl, &theirs.kl).filter(|_| has_same_base) {
-                put("kl_mean", kl);
-                // Against one base, the ratios' difference is that of the two models.
-                put("ln_ppl_ratio", nll);
-            }
-        }
-    }
-    (same, widths)
+/// Reads the single scores that a stage's artifact holds, where the cache still has it.
+struct CachedTokens<'a> {
+    store: &'a Store,
 }
 
-/// Returns the single scores that a stage's artifact holds, where the cache still has it.
-fn tokens(stage: &StageInput, cut: &str, store: &Store) -> Option<TokenScores> {
-    let key = Key(stage.key.clone());
-    // A damaged artifact counts as gone.
-    store.check(&key, Part::All, &|| true)?;
-    let artifact = store.get(&key)?;
-    read_token_scores(&artifact.dir.join(format!("tokens-{cut}.parquet"))).ok()
+impl TokenSource for CachedTokens<'_> {
+    fn read(&self, ppl: &StageInput, windows: &str) -> Option<TokenScores> {
+        let key = Key(ppl.key.clone());
+        // A damaged artifact counts as gone.
+        self.store.check(&key, Part::All, &|| true)?;
+        let artifact = self.store.get(&key)?;
+        read_token_scores(&artifact.dir.join(format!("tokens-{windows}.parquet"))).ok()
+    }
 }
 
 /// What two runs have in common and what not.
@@ -291,6 +245,10 @@ impl Found {
             count(Verdict::UnknownNoise) + count(Verdict::TooFewStarts) + count(Verdict::OtherDay),
             count(Verdict::NotComparable)
         );
+        match count(Verdict::TooFewBlocks) {
+            0 => {}
+            n => text.push_str(&format!(" {n} more rest on too few blocks of text for a verdict.")),
+        }
         let n_details = self.rows.iter().filter(|row| row.verdict != Verdict::Equal && is_detail(row)).count();
         if !all && n_details > 0 {
             text.push_str(&format!(" {n_details} of single modules are not listed; --all does."));
@@ -305,8 +263,8 @@ impl Found {
             text.push_str(" Speeds have a verdict from 8 degrees of freedom on: raise starts.");
         }
         text.push_str(
-            " Noise: the 95 % interval of the difference; of speeds from the spread between starts, (p) from the same tokens in both runs, else \
-             as of independent samples.",
+            " Noise: the 95 % interval of the difference, (p) from the same tokens in both runs, else as of independent samples; of scores from \
+             blocks of text, of speeds from the spread between starts.",
         );
         text
     }
@@ -318,7 +276,7 @@ fn is_detail(row: &Compared) -> bool {
 }
 
 fn rows_table(rows: &[&Compared]) -> String {
-    let mut table = table(["stage", "metric", "A", "B", "B − A", "± (95 %)", ""]);
+    let mut table = table(["stage", "metric", "A", "B", "B − A", "95 % interval", ""]);
     for row in rows {
         let label = if row.label == row.stage { String::new() } else { format!(" {}", row.label) };
         let pairing = if row.paired { " (p)" } else { "" };
@@ -328,7 +286,10 @@ fn rows_table(rows: &[&Compared]) -> String {
             format_significant(row.a),
             format_significant(row.b),
             format_significant(row.difference),
-            row.half_width.map_or_else(|| "–".to_owned(), |width| format!("{}{pairing}", format_significant(width))),
+            row.low.zip(row.high).map_or_else(
+                || "–".to_owned(),
+                |(low, high)| format!("[{}, {}]{pairing}", format_significant(low), format_significant(high)),
+            ),
             match (&row.disturbance_a, &row.disturbance_b) {
                 (None, None) => verdict_words(row),
                 _ => format!("{} (disturbed)", verdict_words(row)),

@@ -1,6 +1,6 @@
 //! Whether two estimates differ by more than their noise.
 
-use super::statistics::{mean_and_stderr, t_quantile};
+use super::statistics::t_quantile;
 
 /// A mean with the spread of what it is the mean of.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -44,20 +44,10 @@ pub fn difference(a: Estimate, b: Estimate) -> Difference {
     Difference { value: b.value - a.value, half_width }
 }
 
-/// Returns the difference of the means of two series measured on the same items, from the items' own differences.
-pub fn paired_difference(a: &[f64], b: &[f64]) -> Option<Difference> {
-    if a.len() != b.len() || a.len() < 2 {
-        return None;
-    }
-    let differences: Vec<f64> = a.iter().zip(b).map(|(a, b)| b - a).collect();
-    let (value, stderr) = mean_and_stderr(&differences);
-    let half_width = stderr.map(|stderr| t_quantile(a.len() as f64 - 1.0) * stderr);
-    Some(Difference { value, half_width })
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::metrics::mean_and_stderr;
 
     #[test]
     fn welch_s_interval_is_scipy_s() {
@@ -72,15 +62,8 @@ mod tests {
     }
 
     #[test]
-    fn pairs_show_what_independent_errors_hide() {
-        let a: Vec<f64> = (0..100).map(|i| f64::from(i % 10)).collect();
-        let b: Vec<f64> = a.iter().enumerate().map(|(i, a)| a + 0.1 + if i % 2 == 0 { 0.01 } else { -0.01 }).collect();
-        let (mean_a, sa) = mean_and_stderr(&a);
-        let (mean_b, sb) = mean_and_stderr(&b);
-        let estimate = |value, stderr| Estimate { value, stderr, n: 100 };
-        assert_eq!(difference(estimate(mean_a, sa), estimate(mean_b, sb)).is_outside_noise(), Some(false));
-        assert_eq!(paired_difference(&a, &b).expect("pairs").is_outside_noise(), Some(true));
-        assert_eq!(paired_difference(&a, &b[1..]), None);
-        assert_eq!(difference(estimate(1.0, None), estimate(1.0, sb)).is_outside_noise(), None);
+    fn without_a_spread_there_is_no_interval() {
+        let estimate = |stderr| Estimate { value: 1.0, stderr, n: 100 };
+        assert_eq!(difference(estimate(None), estimate(Some(0.1))).is_outside_noise(), None);
     }
 }

@@ -9,9 +9,9 @@ mod starts;
 mod statistics;
 
 pub use activation::ActivationDiff;
-pub use difference::{Difference, Estimate, difference, paired_difference};
-pub use divergence::{TokenPair, divergence};
-pub use intervals::{MIN_BLOCK_TOKENS, MeanInterval, mean_interval};
+pub use difference::{Difference, Estimate, difference};
+pub use divergence::{TokenPair, divergence, linear_figures};
+pub use intervals::{MIN_BLOCK_TOKENS, by_document, mean_interval, paired_interval};
 pub use perplexity::{
     Convention, Cut, PerplexitySum, TextUnits, Window, half_windows, rolling_windows, short_text_note, windows,
 };

@@ -225,14 +225,14 @@ impl PerplexitySum {
         }
     }
 
-    /// Returns the perplexity and its standard error, ppl·√((mean(nll²) − mean(nll)²)/(n − 1)). The perplexity is infinite above
-    /// 709.78 nats per token; the error is None where [`PerplexitySum::nll_stderr`] is.
+    /// Returns the perplexity and its standard error as llama.cpp computes it, ppl·√((mean(nll²) − mean(nll)²)/(n − 1)), which takes tokens
+    /// as independent. The perplexity is infinite above 709.78 nats per token; the error is None where [`PerplexitySum::nll_stderr`] is.
     pub fn perplexity(&self, convention: Convention) -> (f64, Option<f64>) {
         let perplexity = self.nll_mean(convention).exp();
         (perplexity, scaled(self.nll_stderr(), perplexity))
     }
 
-    /// Returns the standard error of the mean NLL, in nats per token; None for a single token, and where an NLL is not finite.
+    /// Returns the standard error of the mean NLL of independent tokens, in nats per token; None for a single token, and where an NLL is not finite.
     pub fn nll_stderr(&self) -> Option<f64> {
         let n = self.n_scored as f64;
         let variance = self.nll_squared / n - (self.nll / n).powi(2);
@@ -240,18 +240,14 @@ impl PerplexitySum {
         (self.n_scored > 1 && variance.is_finite()).then(|| (variance.max(0.0) / (n - 1.0)).sqrt())
     }
 
-    /// Perplexity of another unit than the token, and its standard error: exp(ΣNLL/n_units), a unit's error being that of
-    /// the tokens it is made of.
-    pub fn perplexity_per(&self, n_units: usize) -> (f64, Option<f64>) {
-        let per_unit = self.n_scored as f64 / n_units as f64;
-        let perplexity = (self.nll / n_units as f64).exp();
-        (perplexity, scaled(self.nll_stderr(), perplexity * per_unit))
+    /// Perplexity of another unit than the token: exp(ΣNLL/n_units).
+    pub fn perplexity_per(&self, n_units: usize) -> f64 {
+        (self.nll / n_units as f64).exp()
     }
 
-    /// Bits per byte and their standard error: ΣNLL/(n_bytes·ln 2).
-    pub fn bits_per_byte(&self, n_bytes: usize) -> (f64, Option<f64>) {
-        let bits = n_bytes as f64 * std::f64::consts::LN_2;
-        (self.nll / bits, scaled(self.nll_stderr(), self.n_scored as f64 / bits))
+    /// Bits per byte: ΣNLL/(n_bytes·ln 2).
+    pub fn bits_per_byte(&self, n_bytes: usize) -> f64 {
+        self.nll / (n_bytes as f64 * std::f64::consts::LN_2)
     }
 }
 
@@ -379,15 +375,11 @@ mod tests {
     fn other_units_follow_their_formulae() {
         let mut sum = PerplexitySum::default();
         sum.push(&Window { begin: 0, end: 5, first_target: 1, n_new: 5 }, &[1.0, 2.0, 3.0, 6.0]);
-        let (words, words_stderr) = sum.perplexity_per(2);
-        assert!((words - 6f64.exp()).abs() < 1e-9);
-        // The standard deviation of the four with n - 1, through the mean's error, times tokens a word.
+        assert!((sum.perplexity_per(2) - 6f64.exp()).abs() < 1e-9);
+        // The standard deviation of the four with n - 1, over √4.
         let stderr = (14.0f64 / 3.0).sqrt() / 2.0;
         assert!((sum.nll_stderr().expect("an error") - stderr).abs() < 1e-12);
-        assert!((words_stderr.expect("an error") / words - 2.0 * stderr).abs() < 1e-12);
-        let (bits, bits_stderr) = sum.bits_per_byte(10);
-        assert!((bits - 1.2 / std::f64::consts::LN_2).abs() < 1e-12);
-        assert!((bits_stderr.expect("an error") / bits - stderr / 3.0).abs() < 1e-12);
+        assert!((sum.bits_per_byte(10) - 1.2 / std::f64::consts::LN_2).abs() < 1e-12);
     }
 
     #[test]
@@ -399,7 +391,7 @@ mod tests {
         };
         let one = sum_of(&[2.0]);
         assert_eq!(one.perplexity(Convention::HfStrided), (2f64.exp(), None));
-        assert_eq!((one.nll_stderr(), one.perplexity_per(3).1, one.bits_per_byte(3).1), (None, None, None));
+        assert_eq!(one.nll_stderr(), None);
         // Twice the same: a spread that was measured, and is 0.
         assert_eq!(sum_of(&[2.0, 2.0]).perplexity(Convention::HfStrided).1, Some(0.0));
         let huge = sum_of(&[12_000.0, 13_000.0]);

@@ -43,15 +43,14 @@ pub fn mean_and_stderr(values: &[f64]) -> (f64, Option<f64>) {
     (mean, (values.len() > 1).then(|| (squares / (n - 1.0) / n).sqrt()))
 }
 
-/// Returns the standard error of the p-th percentile (0 to 100) of sorted values: half the distance between the order
-/// statistics one binomial standard deviation √(n·p·(1 − p)) to either side, which asks nothing of the values' distribution
-/// (Conover, Practical Nonparametric Statistics, section 3.2). Nothing where either would lie outside the sample.
-pub fn quantile_stderr(sorted: &[f64], p: f64) -> Option<f64> {
-    let share = p / 100.0;
+/// Returns the standard error of the p-th percentile (0 to 100) of sorted values, `share_stderr` being that of the share of values at most
+/// as large: half the distance between the quantiles that far to either side, which asks nothing of the values' distribution
+/// (Woodruff, JASA 47, 1952). `None` where either would lie outside the sample.
+pub fn quantile_stderr(sorted: &[f64], p: f64, share_stderr: f64) -> Option<f64> {
     let n = sorted.len() as f64;
-    let step = (n * share * (1.0 - share)).sqrt();
-    let (low, high) = (n * share - step, n * share + step);
-    if low < 1.0 || high > n || sorted.len() < 2 {
+    let (low, high) = (n * (p / 100.0 - share_stderr), n * (p / 100.0 + share_stderr));
+    // Written so that NaN is outside, too.
+    if !(low >= 1.0 && high <= n) || sorted.len() < 2 {
         return None;
     }
     let at = |rank: f64| percentile(sorted, (rank - 1.0) / (n - 1.0) * 100.0);
@@ -134,9 +133,13 @@ mod tests {
         let n = 10_000;
         let sorted: Vec<f64> = (0..n).map(|i| (f64::from(i) + 0.5) / f64::from(n)).collect();
         let close = |found: Option<f64>, expected: f64| (found.expect("an error") / expected - 1.0).abs() < 0.01;
-        assert!(close(quantile_stderr(&sorted, 50.0), 0.005));
-        assert!(close(quantile_stderr(&sorted, 90.0), 0.003));
-        assert_eq!(quantile_stderr(&sorted[..20], 99.0), None);
+        let independent = |p: f64| (p / 100.0 * (1.0 - p / 100.0) / f64::from(n)).sqrt();
+        assert!(close(quantile_stderr(&sorted, 50.0, independent(50.0)), 0.005));
+        assert!(close(quantile_stderr(&sorted, 90.0, independent(90.0)), 0.003));
+        // Shares that are twice as uncertain make quantiles twice as uncertain.
+        assert!(close(quantile_stderr(&sorted, 90.0, 2.0 * independent(90.0)), 0.006));
+        assert_eq!(quantile_stderr(&sorted[..20], 99.0, 0.022), None);
+        assert_eq!(quantile_stderr(&sorted, 50.0, f64::NAN), None);
         assert_eq!(mean_and_stderr(&[1.0, 3.0]), (2.0, Some(1.0)));
         assert_eq!(mean_and_stderr(&[1.0]).1, None);
     }

@@ -2,10 +2,11 @@
 
 use super::evidence::Evidence;
 use super::measure::{Measure, SpreadKind};
+use super::paired::NoTokens;
 use super::request::{NoScatter, ReportError, ReportRequest};
 use super::speeds::{NoVerdict, Spreads};
-use crate::artifact::number;
-use crate::metrics::{Difference, Estimate, difference};
+use crate::artifact::{BlockInterval, number};
+use crate::metrics::{Estimate, difference};
 use crate::stage::StageInput;
 use serde::Serialize;
 use std::sync::Arc;
@@ -26,6 +27,8 @@ pub enum Verdict {
     TooFewStarts,
     /// Speeds of different days that no common reference ties together.
     OtherDay,
+    /// They differ, and the blocks of text are too few to conclude anything.
+    TooFewBlocks,
     /// They are not about the same thing: another text, or another number of scored tokens.
     NotComparable,
 }
@@ -40,6 +43,7 @@ impl Verdict {
             Verdict::UnknownNoise => "spread not known",
             Verdict::TooFewStarts => "too few starts",
             Verdict::OtherDay => "another day",
+            Verdict::TooFewBlocks => "no verdict: too few blocks of text",
             Verdict::NotComparable => "not comparable",
         }
     }
@@ -61,13 +65,17 @@ pub struct Compared {
     /// b − a.
     #[serde(with = "number")]
     pub difference: f64,
-    /// Half the width of the difference's 95 % interval; null where no spread is known.
+    /// Ends of the difference's 95 % interval; null where no spread is known.
     #[serde(with = "number::optional")]
-    pub half_width: Option<f64>,
+    pub low: Option<f64>,
+    #[serde(with = "number::optional")]
+    pub high: Option<f64>,
     /// The interval is that of token by token differences: both runs scored the same tokens.
     pub paired: bool,
     /// Of a speed: b / a, with its 95 % interval.
     pub speed_ratio: Option<SpeedRatio>,
+    /// Blocks of text that the interval rests on, the fewer of the two where it is not paired; null for other figures.
+    pub n_blocks: Option<usize>,
     pub verdict: Verdict,
     /// What else went on while each was measured; null if nothing that is known.
     pub disturbance_a: Option<String>,
@@ -97,8 +105,8 @@ pub struct SpeedBasis<'a> {
     pub reference: Option<&'a dyn Fn(&Measure, &Measure) -> Option<(String, &'a Measure, &'a Measure)>>,
 }
 
-/// Half-width of a metric's difference, where the two runs' single values could be paired: by metric and label.
-pub type Paired<'a> = dyn Fn(&str, &str) -> Option<f64> + 'a;
+/// Interval of a metric's difference, where the two runs' single values could be paired: by metric and label.
+pub type Paired<'a> = dyn Fn(&str, &str) -> Option<BlockInterval> + 'a;
 
 /// Returns the numbers of one stage's record.
 ///
@@ -106,8 +114,15 @@ pub type Paired<'a> = dyn Fn(&str, &str) -> Option<f64> + 'a;
 /// [`ReportError::Record`] where it lacks what its kind promises.
 pub fn measures(stage: &Arc<StageInput>) -> Result<Vec<Measure>, ReportError> {
     let inputs = [Arc::clone(stage)];
-    let request =
-        ReportRequest { title: "", pipeline: "", inputs: &inputs, missing: &[], formats: &[], scatter: &NoScatter };
+    let request = ReportRequest {
+        title: "",
+        pipeline: "",
+        inputs: &inputs,
+        missing: &[],
+        formats: &[],
+        scatter: &NoScatter,
+        tokens: &NoTokens,
+    };
     Ok(Evidence::gather(&request)?.measures)
 }
 
@@ -125,24 +140,23 @@ pub fn compare(
             continue;
         };
         let by_token = paired(one.metric, &one.label);
-        let independent = difference(estimate(one), estimate(other));
-        let half_width = by_token.or(independent.half_width).filter(|width| width.is_finite());
-        let found = Difference { half_width, ..independent };
-        // Scores of texts of other lengths are about other tokens.
+        let found = by_token.as_ref().map_or_else(|| independent(one, other), Interval::paired);
         let is_score = one.spread_kind == Some(SpreadKind::Stderr);
         let (speed_ratio, of_speed) = match (&one.starts, &other.starts) {
             (Some(_), Some(_)) => judge_speed(one, other, basis),
             _ => (None, None),
         };
-        let half_width = match &speed_ratio {
-            Some(speed) => Some(half_width_of(one, speed)),
-            None => found.half_width,
+        let found = match &speed_ratio {
+            Some(speed) => Interval::of_speed(one, speed),
+            None => found,
         };
-        let verdict = match found.is_outside_noise() {
+        let verdict = match found.leaves_out_zero() {
+            // Scores of texts of other lengths are about other tokens.
             _ if !same_subject || (is_score && one.n != other.n) => Verdict::NotComparable,
             _ if one.value == other.value || (one.value.is_nan() && other.value.is_nan()) => Verdict::Equal,
             _ if !one.value.is_finite() || !other.value.is_finite() => Verdict::OutsideNoise,
             _ if of_speed.is_some() => of_speed.unwrap_or(Verdict::UnknownNoise),
+            Some(_) if found.n_blocks.is_some_and(|n| n < BlockInterval::MIN_VERDICT_BLOCKS) => Verdict::TooFewBlocks,
             Some(true) => Verdict::OutsideNoise,
             Some(false) => Verdict::WithinNoise,
             None if is_exact(one.metric) => Verdict::OutsideNoise,
@@ -157,9 +171,11 @@ pub fn compare(
             n_a: one.n,
             b: other.value,
             n_b: other.n,
-            difference: found.value,
-            half_width,
+            difference: other.value - one.value,
+            low: found.ends.map(|(low, _)| low),
+            high: found.ends.map(|(_, high)| high),
             paired: by_token.is_some(),
+            n_blocks: found.n_blocks,
             speed_ratio,
             verdict,
             disturbance_a: one.disturbance.clone(),
@@ -200,10 +216,37 @@ fn judge_speed(one: &Measure, other: &Measure, basis: &SpeedBasis<'_>) -> (Optio
     }
 }
 
-/// Returns half the width of the interval of a speed's, or a time's, difference.
-fn half_width_of(before: &Measure, speed: &SpeedRatio) -> f64 {
-    let width = if before.unit == "s" { 1.0 / speed.low - 1.0 / speed.high } else { speed.high - speed.low };
-    before.value * width / 2.0
+/// The 95 % interval of a difference.
+struct Interval {
+    ends: Option<(f64, f64)>,
+    n_blocks: Option<usize>,
+}
+
+impl Interval {
+    fn paired(found: &BlockInterval) -> Interval {
+        let ends = Some((found.low, found.high)).filter(|(low, high)| low.is_finite() && high.is_finite());
+        Interval { ends, n_blocks: Some(found.n_blocks) }
+    }
+
+    /// Of a speed, or a time. Where it was judged relative to a reference the ratio is not that of the two values.
+    fn of_speed(before: &Measure, speed: &SpeedRatio) -> Interval {
+        let (low, high) =
+            if before.unit == "s" { (1.0 / speed.high, 1.0 / speed.low) } else { (speed.low, speed.high) };
+        let ends = (before.value * (low - 1.0), before.value * (high - 1.0));
+        Interval { ends: speed.relative_to.is_none().then_some(ends), n_blocks: None }
+    }
+
+    fn leaves_out_zero(&self) -> Option<bool> {
+        self.ends.map(|(low, high)| low > 0.0 || high < 0.0)
+    }
+}
+
+/// Returns the interval of the difference of two measures that are taken as independent.
+fn independent(one: &Measure, other: &Measure) -> Interval {
+    let found = difference(estimate(one), estimate(other));
+    let width = found.half_width.filter(|width| width.is_finite());
+    let ends = width.map(|width| (found.value - width, found.value + width));
+    Interval { ends, n_blocks: one.n_blocks.zip(other.n_blocks).map(|(a, b)| a.min(b)) }
 }
 
 /// Quantities that are counted and not measured.
@@ -218,13 +261,14 @@ fn estimate(measure: &Measure) -> Estimate {
         Some(SpreadKind::Stderr) => measure.spread,
         _ => None,
     };
-    Estimate { value: measure.value, stderr, n }
+    // The spread of scores is that between blocks of text.
+    Estimate { value: measure.value, stderr, n: measure.n_blocks.unwrap_or(n) }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::report::testing::{decode, load, ppl};
+    use crate::report::testing::{decode, interval, load, ppl};
 
     fn of(stage: &Arc<StageInput>) -> Vec<Measure> {
         measures(stage).expect("a whole record")
@@ -255,13 +299,8 @@ mod tests {
             (&void, &void, Verdict::Equal),
             (&void, &finite, Verdict::OutsideNoise),
         ] {
-            let rows = compare(
-                a,
-                b,
-                true,
-                &|metric, _| (metric == "perplexity").then_some(f64::INFINITY),
-                &SpeedBasis::default(),
-            );
+            let lost = |metric: &str, _: &str| (metric == "perplexity").then(|| interval(0.0, f64::INFINITY));
+            let rows = compare(a, b, true, &lost, &SpeedBasis::default());
             assert_eq!(verdict(&rows, "perplexity"), wanted);
             let text = serde_json::to_string(&rows).expect("JSON");
             assert!(!text.contains("\"a\":null") && !text.contains("\"b\":null"), "{text}");
@@ -274,9 +313,13 @@ mod tests {
         let (a, b) = (of(&ppl("ppl", &model, 9.06)), of(&ppl("ppl", &model, 9.10)));
         let alone = compare(&a, &b, true, &|_, _| None, &SpeedBasis::default());
         assert_eq!(verdict(&alone, "perplexity"), Verdict::WithinNoise);
-        let paired =
-            compare(&a, &b, true, &|metric, _| (metric == "perplexity").then_some(0.01), &SpeedBasis::default());
-        assert_eq!(verdict(&paired, "perplexity"), Verdict::OutsideNoise);
+        let by_token = |n_blocks| {
+            let found = BlockInterval { n_blocks, ..interval(0.04, 0.01) };
+            let paired = move |metric: &str, _: &str| (metric == "perplexity").then(|| found.clone());
+            compare(&a, &b, true, &paired, &SpeedBasis::default())
+        };
+        assert_eq!(verdict(&by_token(31), "perplexity"), Verdict::OutsideNoise);
+        assert_eq!(verdict(&by_token(7), "perplexity"), Verdict::TooFewBlocks);
         assert!(
             compare(&a, &b, false, &|_, _| None, &SpeedBasis::default())
                 .iter()

@@ -1,10 +1,12 @@
 //! The comparison table: a row for each model.
 
 use super::Evidence;
+use super::findings::perplexity_change;
 use super::markdown::{Table, code, plain};
 use super::measure::Measure;
 use super::model::Model;
 use super::numbers::{mib, significant, thousands, with_interval, with_spread};
+use super::paired::AgainstBaseline;
 use std::collections::BTreeSet;
 
 const UNMEASURED: &str = "not measured";
@@ -75,10 +77,7 @@ impl<'a> Columns<'a> {
                 let texts: Vec<String> = found
                     .into_iter()
                     .map(|measure| {
-                        let value = match measure.interval() {
-                            None => with_spread(measure.value, measure.spread),
-                            interval => with_interval(measure.value, interval),
-                        };
+                        let value = value_of(measure);
                         let stage = if several { format!(", {}", code(&measure.stage)) } else { String::new() };
                         let mark = if measure.disturbance.is_some() { " †" } else { "" };
                         let n = thousands(measure.n);
@@ -89,10 +88,26 @@ impl<'a> Columns<'a> {
                         }
                     })
                     .collect();
+                let mut texts = texts;
+                if metric == "perplexity" {
+                    let of_model = |one: &&AgainstBaseline| one.model == model.address && one.label == **label;
+                    texts.extend(evidence.against.iter().filter(of_model).map(|pair| {
+                        let kind = if pair.is_paired { "paired" } else { "unpaired" };
+                        format!("{} against {}, {kind}", perplexity_change(pair), code(&pair.baseline))
+                    }));
+                }
                 cells.push(if texts.is_empty() { UNMEASURED.to_owned() } else { texts.join("<br>") });
             }
         }
         cells
+    }
+}
+
+/// Returns a measure's value with its interval; with its spread where it has none.
+fn value_of(measure: &Measure) -> String {
+    match measure.interval() {
+        None => with_spread(measure.value, measure.spread),
+        interval => with_interval(measure.value, interval),
     }
 }
 
@@ -163,15 +178,15 @@ fn notes(evidence: &Evidence<'_>, columns: &Columns<'_>) -> Vec<String> {
     }
     if !columns.perplexity.is_empty() {
         notes.push(
-            "Perplexity: value ± standard error over n_scored tokens, lower is better; `hf-strided 512/256` is \
-             windows of 512 tokens that begin \
-             every 256."
+            "Perplexity: value [95 % interval] over n_scored tokens, from blocks of text, lower is better; the change against \
+             the baseline has an interval of its own, paired where both scored the same tokens. `hf-strided 512/256` is \
+             windows of 512 tokens that begin every 256."
                 .to_owned(),
         );
     }
     if !columns.kl.is_empty() {
         notes.push(
-            "KL from base: mean ± standard error of KL(base ‖ model) over n_scored tokens; which model is the base, \
+            "KL from base: mean [95 % interval] of KL(base ‖ model) over n_scored tokens, from blocks of text; which model is the base, \
              and more of it, under [Divergence](#divergence)."
                 .to_owned(),
         );

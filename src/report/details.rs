@@ -3,9 +3,10 @@
 use super::Evidence;
 use super::divergence::{divergence, units};
 use super::evidence::short_hash;
+use super::findings::perplexity_change;
 use super::markdown::{Table, code};
 use super::measure::Measure;
-use super::numbers::{decimals, mib, significant, thousands, with_interval, with_spread};
+use super::numbers::{decimals, mib, significant, thousands, with_block_interval, with_interval, with_spread};
 use crate::artifact::StartResult;
 use crate::metrics::short_text_note;
 use crate::units::format_seconds;
@@ -183,8 +184,9 @@ fn perplexity(evidence: &Evidence<'_>) -> Option<Section> {
         "n_tokens",
         "n_windows",
         "n_scored",
-        "mean NLL (nats/token)",
-        "perplexity ± stderr",
+        "mean NLL [95 %] (nats/token)",
+        "perplexity [95 %]",
+        "blocks of tokens",
         "BOS",
         "text",
         "tokenizer",
@@ -200,8 +202,21 @@ fn perplexity(evidence: &Evidence<'_>) -> Option<Section> {
             thousands(one.n_tokens),
             thousands(one.n_windows),
             thousands(one.n_scored),
-            decimals(one.nll_mean, 5),
-            with_spread(one.perplexity, one.stderr),
+            one.nll_interval
+                .as_ref()
+                .map_or_else(|| decimals(one.nll_mean, 5), |found| with_block_interval(one.nll_mean, Some(found))),
+            match one.llama_cpp_stderr {
+                Some(stderr) => format!(
+                    "{}<br>llama.cpp's own ±: {}",
+                    with_block_interval(one.perplexity, one.perplexity_interval.as_ref()),
+                    significant(stderr)
+                ),
+                None => with_block_interval(one.perplexity, one.perplexity_interval.as_ref()),
+            },
+            one.nll_interval.as_ref().map_or_else(
+                || "n/a".to_owned(),
+                |found| format!("{} of {}", thousands(found.n_blocks), thousands(found.block_tokens)),
+            ),
             one.bos.clone(),
             code(short_hash(&one.text_hash)),
             code(short_hash(&one.tokenizer_hash)),
@@ -211,10 +226,40 @@ fn perplexity(evidence: &Evidence<'_>) -> Option<Section> {
         }
     }
     notes.extend(units(evidence));
+    notes.extend(against_baselines(evidence));
+    let methods: BTreeSet<&str> =
+        evidence.ppls.iter().filter_map(|row| Some(row.result.nll_interval.as_ref()?.method.as_str())).collect();
+    notes.extend(methods.into_iter().map(|method| format!("95 % interval: {method}.")));
     let intro = "Perplexity is e to the power of the mean negative log-likelihood (NLL) of the scored tokens. Text \
         and tokenizer are named by the first digits of their \
                  blake3 hashes: only rows that share both, the convention and the window are comparable.";
     section("Perplexity", intro, &table, &notes)
+}
+
+/// Returns the table of perplexities against the baselines', where there are any.
+fn against_baselines(evidence: &Evidence<'_>) -> Option<String> {
+    let mut table = Table::new([
+        "model",
+        "baseline",
+        "windows",
+        "n_scored",
+        "mean NLL minus baseline's [95 %] (nats/token)",
+        "perplexity against baseline's [95 %]",
+        "interval",
+    ]);
+    for pair in &evidence.against {
+        table.row([
+            code(&pair.model),
+            evidence.named(&pair.baseline),
+            pair.label.clone(),
+            thousands(pair.n_scored),
+            with_block_interval(pair.nll_mean[1] - pair.nll_mean[0], pair.interval.as_ref()),
+            perplexity_change(pair),
+            pair.basis(),
+        ]);
+    }
+    let intro = "Against the baseline. A paired interval is that of the differences of single tokens, which both models scored:";
+    (!table.is_empty()).then(|| format!("{intro}\n\n{}", table.render()))
 }
 
 fn memory(evidence: &Evidence<'_>) -> Option<Section> {

@@ -4,7 +4,8 @@ use super::Evidence;
 use super::details::{Section, section};
 use super::evidence::window_label;
 use super::markdown::{Table, code};
-use super::numbers::{significant, thousands, with_spread};
+use super::numbers::{significant, thousands, with_block_interval, with_ends, with_spread};
+use crate::artifact::BlockInterval;
 
 /// Returns the table of perplexities per word and byte, where there are any.
 pub fn units(evidence: &Evidence<'_>) -> Option<String> {
@@ -30,12 +31,13 @@ pub fn units(evidence: &Evidence<'_>) -> Option<String> {
             count(one.n_documents),
             count(one.n_words),
             count(one.n_bytes),
-            with_spread(word, one.word_perplexity_stderr),
-            with_spread(byte, one.byte_perplexity_stderr),
-            with_spread(bits, one.bits_per_byte_stderr),
+            with_block_interval(word, one.word_perplexity_interval.as_ref()),
+            with_block_interval(byte, one.byte_perplexity_interval.as_ref()),
+            with_block_interval(bits, one.bits_per_byte_interval.as_ref()),
         ]);
     }
-    let intro = "Per word and byte of the original text, as lm-evaluation-harness counts them; ± standard error:";
+    let intro = "Per word and byte of the original text, as lm-evaluation-harness counts them, with the 95 % interval of the tokens that they are \
+                 made of; lm-evaluation-harness itself gives these figures no error (it prints N/A):";
     (!table.is_empty()).then(|| format!("{intro}\n\n{}", table.render()))
 }
 
@@ -50,8 +52,8 @@ pub fn divergence(evidence: &Evidence<'_>) -> Option<Section> {
         "base",
         "windows",
         "n_scored",
-        "KL mean ± stderr (nats)",
-        "median",
+        "KL mean [95 %] (nats)",
+        "median ± stderr",
         "p90",
         "p95",
         "p99",
@@ -64,12 +66,12 @@ pub fn divergence(evidence: &Evidence<'_>) -> Option<Section> {
         "model",
         "base",
         "windows",
-        "same top token (%)",
-        "ln(ppl / base ppl)",
-        "ppl / base ppl",
-        "correlation of NLL",
-        "Δp mean (%)",
-        "Δp RMS (%)",
+        "same top token [95 %] (%)",
+        "ln(ppl / base ppl) [95 %]",
+        "ppl / base ppl [95 %]",
+        "correlation of NLL ± stderr",
+        "Δp mean [95 %] (%)",
+        "Δp RMS ± stderr (%)",
         "Δp 1 % / 50 % / 99 % (%)",
     ]);
     let tail = |value: Option<f64>, stderr: Option<f64>, n_needed: &str| {
@@ -79,7 +81,7 @@ pub fn divergence(evidence: &Evidence<'_>) -> Option<Section> {
         let row = &one.row.result;
         kl.row(names(one).into_iter().chain([
             thousands(row.n_scored),
-            with_spread(row.kl_mean, row.kl_mean_stderr),
+            with_block_interval(row.kl_mean, row.kl_mean_interval.as_ref()),
             with_spread(row.kl_median, row.kl_median_stderr),
             with_spread(row.kl_p90, row.kl_p90_stderr),
             tail(row.kl_p95, row.kl_p95_stderr, "20"),
@@ -90,23 +92,27 @@ pub fn divergence(evidence: &Evidence<'_>) -> Option<Section> {
             row.base_log_probs.clone(),
         ]));
         let percent = |value: f64, stderr: Option<f64>| with_spread(100.0 * value, stderr.map(|stderr| 100.0 * stderr));
+        let percent_within = |value: f64, interval: &Option<BlockInterval>| match interval {
+            Some(found) => with_ends(100.0 * value, 100.0 * found.low, 100.0 * found.high),
+            None => significant(100.0 * value),
+        };
         let correlation = row.nll_correlation.map(|r| with_spread(r, row.nll_correlation_stderr));
         let share = |value: Option<f64>| value.map_or_else(|| "n/a".to_owned(), |value| significant(100.0 * value));
         rest.row(names(one).into_iter().chain([
-            percent(row.top1_agreement, row.top1_agreement_stderr),
-            with_spread(row.ln_ppl_ratio, row.ln_ppl_ratio_stderr),
-            with_spread(row.ppl_ratio, row.ppl_ratio_stderr),
+            percent_within(row.top1_agreement, &row.top1_agreement_interval),
+            with_block_interval(row.ln_ppl_ratio, row.ln_ppl_ratio_interval.as_ref()),
+            with_block_interval(row.ppl_ratio, row.ppl_ratio_interval.as_ref()),
             correlation.unwrap_or_else(|| "n/a".to_owned()),
-            percent(row.delta_p_mean, row.delta_p_mean_stderr),
+            percent_within(row.delta_p_mean, &row.delta_p_mean_interval),
             percent(row.delta_p_rms, row.delta_p_rms_stderr),
             [share(row.delta_p_p01), share(Some(row.delta_p_median)), share(row.delta_p_p99)].join(" / "),
         ]));
     }
     let intro = "How far each model's whole distribution is from its base's at every scored token: KL(base ‖ model) in \
-        nats. Each ± is one standard error, tokens taken as independent; of a percentile by order statistics, left out \
-        where there are too few tokens. A model against itself in another number format shows the noise floor.";
+        nats. Intervals and standard errors come from blocks of text; those of percentiles through the share of tokens below \
+        them, left out where there are too few tokens; extremes have none. A model against itself in another number format shows the noise floor.";
     let note = "Δp: probability of the true token by the model minus that by the base, in percentage points. The ratio's \
-        error is that of the tokens' own differences, so it is far smaller than the two perplexities' errors suggest.";
+        interval is that of the tokens' own differences, so it is far narrower than the two perplexities' intervals suggest.";
     section("Divergence", intro, &kl, &[rest.render(), note.to_owned()])
 }
 
@@ -114,7 +120,7 @@ pub fn divergence(evidence: &Evidence<'_>) -> Option<Section> {
 mod tests {
     use crate::artifact::{PplRecord, PplResult, RecordBody};
     use crate::metrics::{TokenPair, divergence};
-    use crate::report::testing::{input, load, ppl, ppl_record, ppl_row, quantize, rendered, text_of};
+    use crate::report::testing::{input, interval, load, ppl, ppl_record, ppl_row, quantize, rendered, text_of};
     use serde_json::Value;
 
     #[test]
@@ -131,7 +137,7 @@ mod tests {
                 same_top: !i.is_multiple_of(10),
             }
         };
-        let mut row = divergence(&(0..500).map(pair).collect::<Vec<_>>()).expect("statistics");
+        let mut row = divergence(&(0..5000).map(pair).collect::<Vec<_>>(), &[]).expect("statistics");
         (row.convention, row.base_log_probs) = ("lm-eval".to_owned(), "top-64".to_owned());
         (row.max_length, row.stride) = (512, 512);
         let result = PplResult {
@@ -141,11 +147,11 @@ mod tests {
             n_words: Some(3953),
             n_bytes: Some(20_000),
             word_perplexity: Some(155.783),
-            word_perplexity_stderr: Some(4.2),
+            word_perplexity_interval: Some(interval(155.783, 4.2)),
             byte_perplexity: Some(2.7124),
-            byte_perplexity_stderr: Some(0.014),
+            byte_perplexity_interval: Some(interval(2.7124, 0.014)),
             bits_per_byte: Some(1.43956),
-            bits_per_byte_stderr: Some(0.0077),
+            bits_per_byte_interval: Some(interval(1.43956, 0.0077)),
             ..ppl_row(10.0)
         };
         let record =

@@ -3,6 +3,7 @@
 use super::markdown::code;
 use super::measure::{Measure, Source};
 use super::model::{Model, compared_models, measured_model};
+use super::paired::{AgainstBaseline, against_baselines};
 use super::request::{ReportError, ReportRequest};
 use super::speeds::{Spreads, Starts, Work};
 use crate::artifact::{
@@ -59,6 +60,8 @@ pub struct Evidence<'a> {
     pub decodes: Vec<Row<Timed<DecodeResult>>>,
     pub ppls: Vec<Row<PplResult>>,
     pub divergences: Vec<Diverged>,
+    /// Perplexities against the baseline's.
+    pub against: Vec<AgainstBaseline>,
     pub memories: Vec<Row<MemoryFigures>>,
     pub powers: Vec<Row<PowerResult>>,
     pub diffs: Vec<Diff<'a>>,
@@ -85,6 +88,7 @@ impl<'a> Evidence<'a> {
             decodes: Vec::new(),
             ppls: Vec::new(),
             divergences: Vec::new(),
+            against: Vec::new(),
             memories: Vec::new(),
             powers: Vec::new(),
             diffs: Vec::new(),
@@ -98,6 +102,9 @@ impl<'a> Evidence<'a> {
         evidence.measure();
         evidence.drop_unmeasured();
         evidence.measure_sources();
+        evidence.against = against_baselines(&evidence);
+        let against = evidence.against.iter().flat_map(Source::against_baseline);
+        evidence.measures.extend(against.collect::<Vec<_>>());
         Ok(evidence)
     }
 

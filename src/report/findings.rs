@@ -7,8 +7,9 @@ use super::markdown::{code, listed};
 use super::measure::Measure;
 use super::model::Model;
 use super::numbers::{
-    mib, percent_change, significant, thousands, times, times_with_interval, with_interval, with_spread,
+    mib, percent_change_within, significant, thousands, times, times_with_interval, with_block_interval, with_interval,
 };
+use super::paired::AgainstBaseline;
 use super::speeds::{NoVerdict, Spreads};
 use std::collections::BTreeSet;
 
@@ -85,9 +86,8 @@ fn against(evidence: &Evidence<'_>, model: &Model, baseline: &Model) -> Option<S
             ));
         }
     }
-    if let Some((before, now)) = common(evidence, model, baseline, "perplexity") {
-        clauses.push(perplexity_clause(before, now));
-    }
+    let of_pair = |one: &&AgainstBaseline| one.model == model.address && one.baseline == baseline.address;
+    clauses.extend(evidence.against.iter().find(of_pair).map(perplexity_clause));
     clauses.extend(divergence_clause(evidence, model, baseline));
     (!clauses.is_empty()).then(|| {
         format!("Against {}, {} {}.", evidence.named(&baseline.address), code(&model.address), listed(&clauses))
@@ -115,38 +115,44 @@ fn speed_ratio(evidence: &Evidence<'_>, before: &Measure, now: &Measure) -> (Str
     }
 }
 
-fn perplexity_clause(before: &Measure, now: &Measure) -> String {
-    if !before.value.is_finite() || !now.value.is_finite() {
+fn perplexity_clause(pair: &AgainstBaseline) -> String {
+    let [before, now] = pair.perplexity;
+    if !before.is_finite() || !now.is_finite() {
         return format!(
             "has a perplexity of {} instead of {} ({}, n_scored = {}; compare the mean NLL instead)",
-            significant(now.value),
-            significant(before.value),
-            now.label,
-            thousands(now.n)
+            significant(now),
+            significant(before),
+            pair.label,
+            thousands(pair.n_scored)
         );
     }
-    let joint_stderr = before.spread.unwrap_or(0.0).hypot(now.spread.unwrap_or(0.0));
-    let is_small = (now.value - before.value).abs() < 2.0 * joint_stderr;
     format!(
-        "has {} perplexity ({} instead of {}, {}, n_scored = {}{})",
-        percent_change(now.value / before.value),
-        significant(now.value),
-        significant(before.value),
-        now.label,
-        thousands(now.n),
-        if is_small { "; less than twice the joint standard error of two independent samples" } else { "" }
+        "has {} perplexity ({}; {} instead of {}, {})",
+        perplexity_change(pair),
+        pair.basis(),
+        significant(now),
+        significant(before),
+        pair.label
     )
+}
+
+/// Returns the change of perplexity in percent, with its interval.
+pub fn perplexity_change(pair: &AgainstBaseline) -> String {
+    let ends = pair.interval.as_ref().map(|interval| (interval.low.exp(), interval.high.exp()));
+    percent_change_within(pair.ratio(), ends)
 }
 
 /// Returns how far the model's distributions are from the baseline's, where they were compared with it.
 fn divergence_clause(evidence: &Evidence<'_>, model: &Model, baseline: &Model) -> Option<String> {
     let of_pair = |one: &&Diverged| one.row.model == model.address && one.base == baseline.address;
     let found = &evidence.divergences.iter().find(of_pair)?.row.result;
+    let agreement = &found.top1_agreement_interval;
+    let ends = agreement.as_ref().map(|ends| format!(" [{:.1}, {:.1}]", 100.0 * ends.low, 100.0 * ends.high));
     Some(format!(
-        "diverges from it by {} nats a token (KL, mean ± standard error) with the same first choice at {:.1} % of {} \
-         tokens",
-        with_spread(found.kl_mean, found.kl_mean_stderr),
+        "diverges from it by {} nats a token (mean KL) with the same first choice at {:.1} %{} of {} tokens (95 % intervals)",
+        with_block_interval(found.kl_mean, found.kl_mean_interval.as_ref()),
         100.0 * found.top1_agreement,
+        ends.unwrap_or_default(),
         thousands(found.n_scored)
     ))
 }
@@ -185,17 +191,18 @@ fn extremes(evidence: &Evidence<'_>, pairs: &[(&Model, &Model)]) -> Vec<String> 
             ));
         }
     }
-    let mut by_loss = pair_of("perplexity");
-    by_loss.sort_by(|a, b| a.0.total_cmp(&b.0));
-    if let (Some((least, _, best)), Some((most, _, worst))) = (by_loss.first(), by_loss.last()) {
+    let is_first = |one: &&AgainstBaseline| one.label == evidence.against[0].label && one.ratio().is_finite();
+    let mut by_loss: Vec<&AgainstBaseline> = evidence.against.iter().filter(is_first).collect();
+    by_loss.sort_by(|a, b| a.ratio().total_cmp(&b.ratio()));
+    if let (Some(least), Some(most)) = (by_loss.first(), by_loss.last()) {
         sentences.push(format!(
-            "Perplexity changes least with {} ({}) and most with {} ({}), {}, n_scored = {}.",
-            code(&best.model),
-            percent_change(*least),
-            code(&worst.model),
-            percent_change(*most),
-            best.label,
-            thousands(best.n)
+            "Perplexity changes least with {} ({}) and most with {} ({}), {} ({}).",
+            code(&least.model),
+            perplexity_change(least),
+            code(&most.model),
+            perplexity_change(most),
+            least.label,
+            least.basis()
         ));
     }
     let is_lost = |one: &&Measure| one.metric == "perplexity" && !one.value.is_finite();
@@ -212,8 +219,7 @@ fn weights(evidence: &Evidence<'_>, model: &Model, baseline: &Model) -> Option<(
     Some((before, evidence.weights_bytes(&model.address)?))
 }
 
-/// Returns the first measure of both models with the same label, and, as for perplexity it must be, the same n: the
-/// baseline's and the model's.
+/// Returns the first measure of both models with the same label: the baseline's and the model's.
 fn common<'e>(
     evidence: &'e Evidence<'_>,
     model: &'e Model,
@@ -223,8 +229,7 @@ fn common<'e>(
     evidence.labels(metric).into_iter().find_map(|label| {
         let now = evidence.measures_of(&model.address, metric, label).next()?;
         let before = evidence.measures_of(&baseline.address, metric, label).next()?;
-        let is_comparable = before.value > 0.0 && (metric != "perplexity" || before.n == now.n);
-        is_comparable.then_some((before, now))
+        (before.value > 0.0).then_some((before, now))
     })
 }
 

@@ -139,7 +139,7 @@ fn frontier_plot(evidence: &Evidence<'_>) -> Result<Option<Frontier>, ReportErro
                 label: model.name(),
                 weights_mib: bytes as f64 / (1024.0 * 1024.0),
                 perplexity: measure.value,
-                stderr: measure.spread.filter(|spread| spread.is_finite()),
+                ends: measure.low.zip(measure.high).filter(|(low, high)| low.is_finite() && high.is_finite()),
                 is_baseline: !model.is_quantized,
             })
         };

@@ -1,10 +1,11 @@
 //! Measures: every number of a report in one shape, with unit, n, spread and method.
 
-use super::numbers::thousands;
+use super::numbers::{significant, thousands};
+use super::paired::AgainstBaseline;
 use super::speeds::Starts;
 use crate::artifact::{
-    DecodeResult, Disturbance, DivergenceResult, MemoryFigures, ModuleDiff, PowerResult, PplResult, PrefillResult,
-    number,
+    BlockInterval, DecodeResult, Disturbance, DivergenceResult, MemoryFigures, ModuleDiff, PowerResult, PplResult,
+    PrefillResult, number,
 };
 use crate::inference::StoredType;
 use serde::Serialize;
@@ -50,6 +51,8 @@ pub struct Measure {
     pub low: Option<f64>,
     #[serde(with = "number::optional")]
     pub high: Option<f64>,
+    /// Blocks of text that a standard error or an interval rests on.
+    pub n_blocks: Option<usize>,
     pub method: String,
     /// Address of the stage that measured it.
     pub stage: String,
@@ -80,6 +83,7 @@ impl Source<'_> {
             spread_kind: None,
             low: None,
             high: None,
+            n_blocks: None,
             method: String::new(),
             stage: self.stage.to_owned(),
             starts: None,
@@ -141,31 +145,58 @@ impl Source<'_> {
         );
         let perplexity = self.measure("perplexity", label, row.perplexity, "1", row.n_scored);
         let nll = self.measure("nll_mean", label, row.nll_mean, "nats/token", row.n_scored);
-        // The error of the mean is that of its exponential over the exponential: all that older records have of it.
-        let of_exponential = || row.stderr.map(|stderr| stderr / row.perplexity).filter(|stderr| stderr.is_finite());
-        let nll_stderr = row.nll_stderr.or_else(of_exponential);
+        let own = row.llama_cpp_stderr.map(|stderr| format!("; llama.cpp's own ± {}", significant(stderr)));
         let mut measures = vec![
-            perplexity.spread(row.stderr, SpreadKind::Stderr).method(&method),
-            nll.spread(nll_stderr, SpreadKind::Stderr).method(&method),
+            perplexity
+                .method(&format!("{method}{}", own.unwrap_or_default()))
+                .block_interval(row.perplexity_interval.as_ref()),
+            nll.method(&method).block_interval(row.nll_interval.as_ref()),
         ];
         let units = [
-            ("word_perplexity", row.word_perplexity, row.word_perplexity_stderr, "1"),
-            ("byte_perplexity", row.byte_perplexity, row.byte_perplexity_stderr, "1"),
-            ("bits_per_byte", row.bits_per_byte, row.bits_per_byte_stderr, "bits/byte"),
+            ("word_perplexity", row.word_perplexity, &row.word_perplexity_interval, "1"),
+            ("byte_perplexity", row.byte_perplexity, &row.byte_perplexity_interval, "1"),
+            ("bits_per_byte", row.bits_per_byte, &row.bits_per_byte_interval, "bits/byte"),
         ];
-        measures.extend(units.into_iter().filter_map(|(metric, value, stderr, unit)| {
+        measures.extend(units.into_iter().filter_map(|(metric, value, interval, unit)| {
             let measure = self.measure(metric, label, value?, unit, row.n_scored);
-            Some(measure.spread(stderr, SpreadKind::Stderr).method(&method))
+            Some(measure.method(&method).block_interval(interval.as_ref()))
         }));
         measures
+    }
+
+    /// Returns how a model's mean NLL and its perplexity differ from the baseline's.
+    pub fn against_baseline(pair: &AgainstBaseline) -> Vec<Measure> {
+        let source = Source { model: &pair.model, stage: &pair.stage };
+        let kind = if pair.is_paired { "paired" } else { "unpaired" };
+        let method = format!("{kind} against {}", pair.baseline);
+        let difference = pair.nll_mean[1] - pair.nll_mean[0];
+        let ratio = pair.interval.as_ref().and_then(BlockInterval::exp);
+        vec![
+            source
+                .measure("nll_minus_baseline", &pair.label, difference, "nats/token", pair.n_scored)
+                .method(&method)
+                .block_interval(pair.interval.as_ref()),
+            source
+                .measure("perplexity_over_baseline", &pair.label, pair.ratio(), "1", pair.n_scored)
+                .method(&method)
+                .block_interval(ratio.as_ref()),
+        ]
     }
 
     /// Returns how far a model is from its base.
     pub fn divergence(&self, row: &DivergenceResult, label: &str, base: &str) -> Vec<Measure> {
         let method = format!("against {base}, whose log-probabilities were kept as {}", row.base_log_probs);
+        let means = [
+            ("kl_mean", row.kl_mean, &row.kl_mean_interval, "nats"),
+            ("delta_p_mean", row.delta_p_mean, &row.delta_p_mean_interval, "1"),
+            ("top1_agreement", row.top1_agreement, &row.top1_agreement_interval, "1"),
+            ("ln_ppl_ratio", row.ln_ppl_ratio, &row.ln_ppl_ratio_interval, "nats/token"),
+        ];
+        let means = means.into_iter().map(|(metric, value, interval, unit)| {
+            self.measure(metric, label, value, unit, row.n_scored).method(&method).block_interval(interval.as_ref())
+        });
         let of = |value: f64| Some(value);
-        let known = [
-            ("kl_mean", of(row.kl_mean), row.kl_mean_stderr, "nats"),
+        let others = [
             ("kl_median", of(row.kl_median), row.kl_median_stderr, "nats"),
             ("kl_p90", of(row.kl_p90), row.kl_p90_stderr, "nats"),
             ("kl_p95", row.kl_p95, row.kl_p95_stderr, "nats"),
@@ -173,20 +204,20 @@ impl Source<'_> {
             ("kl_p99_9", row.kl_p99_9, row.kl_p99_9_stderr, "nats"),
             ("kl_max", of(row.kl_max), None, "nats"),
             ("kl_min", of(row.kl_min), None, "nats"),
-            ("delta_p_mean", of(row.delta_p_mean), row.delta_p_mean_stderr, "1"),
             ("delta_p_rms", of(row.delta_p_rms), row.delta_p_rms_stderr, "1"),
             ("delta_p_p01", row.delta_p_p01, None, "1"),
             ("delta_p_median", of(row.delta_p_median), None, "1"),
             ("delta_p_p99", row.delta_p_p99, None, "1"),
-            ("top1_agreement", of(row.top1_agreement), row.top1_agreement_stderr, "1"),
-            ("ln_ppl_ratio", of(row.ln_ppl_ratio), row.ln_ppl_ratio_stderr, "nats/token"),
             ("nll_correlation", row.nll_correlation, row.nll_correlation_stderr, "1"),
         ];
-        let measures = known.into_iter().filter_map(|(metric, value, stderr, unit)| {
-            let measure = self.measure(metric, label, value?, unit, row.n_scored);
-            Some(measure.spread(stderr, SpreadKind::Stderr).method(&method))
+        // Errors of records without intervals took tokens as independent.
+        let n_blocks = row.kl_mean_interval.as_ref().map(|interval| interval.n_blocks);
+        let others = others.into_iter().filter_map(|(metric, value, stderr, unit)| {
+            let measure = self.measure(metric, label, value?, unit, row.n_scored).method(&method);
+            let stderr = stderr.filter(|_| n_blocks.is_some());
+            Some(Measure { n_blocks, ..measure.spread(stderr, SpreadKind::Stderr) })
         });
-        measures.collect()
+        means.chain(others).collect()
     }
 
     /// Returns what is known of a record's memory figures.
@@ -267,6 +298,15 @@ impl Measure {
     fn disturbance(mut self, seen: Option<&Disturbance>) -> Measure {
         self.disturbance = seen.and_then(Disturbance::mark);
         self
+    }
+
+    /// Takes a block interval's ends and standard error, and how it came about into the method.
+    fn block_interval(self, interval: Option<&BlockInterval>) -> Measure {
+        let Some(found) = interval else { return self };
+        let blocks = format!("{} blocks of {} tokens", thousands(found.n_blocks), thousands(found.block_tokens));
+        let method = format!("{}; 95 % interval from {blocks}: {}", self.method, found.method);
+        let measure = self.spread(Some(found.stderr), SpreadKind::Stderr).method(&method);
+        Measure { low: Some(found.low), high: Some(found.high), n_blocks: Some(found.n_blocks), ..measure }
     }
 
     fn method(mut self, method: &str) -> Measure {

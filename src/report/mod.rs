@@ -18,6 +18,7 @@ mod md;
 mod measure;
 mod model;
 mod numbers;
+mod paired;
 mod paths;
 pub mod plot;
 mod request;
@@ -27,9 +28,10 @@ mod speeds;
 mod testing;
 
 pub use compare::{Compared, Paired, SpeedBasis, SpeedRatio, Verdict, compare, measures};
-pub use evidence::{Evidence, window_label};
+pub use evidence::Evidence;
 pub use measure::Measure;
 pub use model::{Model, source_words};
+pub use paired::{Differences, NoTokens, Scored, TokenSource, is_same_text, paired_differences};
 pub use request::{
     NoScatter, ReportError, ReportFile, ReportRequest, ScatterFailure, ScatterPoints, ScatterSource, formats, render,
 };

@@ -1,5 +1,6 @@
 //! Numbers as reports print them: what is not finite as `inf`, `-inf` or `nan`.
 
+use crate::artifact::BlockInterval;
 use crate::units::non_finite;
 
 /// Formats a count with thousands separators: `9,612`.
@@ -54,6 +55,38 @@ pub fn with_interval(value: f64, interval: Option<(f64, f64)>) -> String {
     }
     let n_decimals = (1.0 - half((low, high)).log10().floor()).clamp(0.0, 6.0) as usize;
     format!("{value:.n_decimals$} [{low:.n_decimals$}, {high:.n_decimals$}]")
+}
+
+/// Formats `value [low, high]` with as many decimals as three leading digits of half the width need; without an interval the value alone.
+pub fn with_block_interval(value: f64, interval: Option<&BlockInterval>) -> String {
+    interval.map_or_else(|| significant(value), |found| with_ends(value, found.low, found.high))
+}
+
+/// Formats `value [low, high]`; the value alone where an end is not finite or there is no width.
+pub fn with_ends(value: f64, low: f64, high: f64) -> String {
+    let half_width = (high - low) / 2.0;
+    if !(half_width > 0.0 && half_width.is_finite() && value.is_finite()) {
+        return significant(value);
+    }
+    if half_width < 1e-5 {
+        return format!("{value:.2e} [{low:.2e}, {high:.2e}]");
+    }
+    let n_decimals = (2.0 - half_width.log10().floor()).clamp(0.0, 6.0) as usize;
+    format!("{value:.n_decimals$} [{low:.n_decimals$}, {high:.n_decimals$}]")
+}
+
+/// Formats a change as signed percentages, with its interval: `+44.9 % [+30.1, +61.0]`; with more decimals where that is narrow.
+pub fn percent_change_within(ratio: f64, ends: Option<(f64, f64)>) -> String {
+    let Some((low, high)) = ends.filter(|(low, high)| low.is_finite() && high.is_finite() && ratio.is_finite()) else {
+        return percent_change(ratio);
+    };
+    let half_width = 50.0 * (high - low);
+    let n_decimals = if half_width > 0.0 { (1.0 - half_width.log10().floor()).clamp(1.0, 6.0) as usize } else { 1 };
+    let percent = |ratio: f64| {
+        let percent = (ratio - 1.0) * 100.0;
+        format!("{}{:.n_decimals$}", if percent < 0.0 { "−" } else { "+" }, percent.abs())
+    };
+    format!("{} % [{}, {}]", percent(ratio), percent(low), percent(high))
 }
 
 /// Formats a number with so many decimals.
@@ -131,6 +164,13 @@ mod tests {
         );
         assert_eq!(mib(1_044_992), "0.997 MiB");
         assert_eq!([percent_change(1.26), percent_change(0.5)], ["+26.0 %", "−50.0 %"]);
+        assert_eq!(percent_change_within(1.449, Some((1.301, 1.61))), "+44.9 % [+30.1, +61.0]");
+        assert_eq!(percent_change_within(1.01, Some((0.98, 1.04))), "+1.0 % [−2.0, +4.0]");
+        assert_eq!(percent_change_within(1.0012, Some((1.0008, 1.0016))), "+0.120 % [+0.080, +0.160]");
+        assert_eq!(percent_change_within(1.01, None), "+1.0 %");
+        assert_eq!(with_ends(9.0614, 8.521, 9.634), "9.061 [8.521, 9.634]");
+        assert_eq!(with_ends(2.614e-6, 2.4e-6, 2.8e-6), "2.61e-6 [2.40e-6, 2.80e-6]");
+        assert_eq!([with_ends(1.0, 1.0, 1.0), with_ends(f64::INFINITY, 1.0, 2.0)], ["1.000", "inf"]);
         assert_eq!([times(0.3141), times(12.34)], ["0.31x", "12.3x"]);
     }
 }

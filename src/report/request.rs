@@ -1,5 +1,6 @@
 //! What a report is asked for, and what comes back.
 
+use super::paired::TokenSource;
 use super::plot::PlotError;
 use super::{EXPORTERS, Evidence};
 use crate::artifact::RecordError;
@@ -43,6 +44,8 @@ pub struct ReportRequest<'a> {
     /// Names of exporters; see [`formats`].
     pub formats: &'a [String],
     pub scatter: &'a dyn ScatterSource,
+    /// For comparisons token by token.
+    pub tokens: &'a dyn TokenSource,
 }
 
 /// A file of a report.
@@ -105,9 +108,10 @@ pub fn render(request: &ReportRequest<'_>) -> Result<Vec<ReportFile>, ReportErro
 
 #[cfg(test)]
 mod tests {
-    use crate::artifact::{PplResult, RecordBody};
+    use crate::artifact::{BlockInterval, PplResult, RecordBody};
     use crate::report::testing::{
-        decode, diff, input, load, load_of_blocks, ppl, ppl_record, ppl_row, quantize, rendered, text_of, two_models,
+        decode, diff, input, interval, load, load_of_blocks, ppl, ppl_record, ppl_row, quantize, rendered, text_of,
+        two_models,
     };
     use serde_json::json;
 
@@ -182,7 +186,7 @@ mod tests {
         for part in [
             "| config=int8 | `quantized[config=int8]` | x abababab | int8 |",
             "The smallest is `quantized[config=int4]`",
-            "Perplexity changes least with `quantized[config=int8]` (+0.1 %)",
+            "Perplexity changes least with `quantized[config=int8]` (+0.1 % [",
             "[lbl_analysis.md](diff-config=nf4/lbl_analysis.md)",
             "- `ppl[config=broken]`",
         ] {
@@ -200,7 +204,7 @@ mod tests {
         let report = text_of(&files, "report.md");
         assert!(
             report.contains(
-                "| `fp16` | x abababab | f16 | not measured | n/a | not measured | 9.00 ± 0.19 (n_scored = 9,612) |"
+                "| `fp16` | x abababab | f16 | not measured | n/a | not measured | 9.00 [8.63, 9.39] (n_scored = 9,612) |"
             ),
             "{report}"
         );
@@ -259,14 +263,16 @@ mod tests {
     #[test]
     fn a_diverged_model_is_reported_beside_the_others() {
         let base = load("base");
-        let row = |perplexity: f64, nll_mean: f64, stderr| {
-            vec![PplResult { nll_mean, stderr, nll_stderr: Some(2.5), ..ppl_row(perplexity) }]
+        let row = |perplexity: f64, nll_mean: f64, stderr: Option<f64>| {
+            let nll_interval = stderr.map(|stderr| interval(nll_mean, stderr));
+            let perplexity_interval = nll_interval.as_ref().and_then(BlockInterval::exp);
+            vec![PplResult { nll_mean, nll_interval, perplexity_interval, ..ppl_row(perplexity) }]
         };
         let mut inputs = Vec::new();
         for (name, results) in [
-            ("good", row(9.06, 2.204, Some(0.1))),
+            ("good", row(9.06, 2.204, Some(0.01))),
             ("fair", row(11.0, 2.398, None)),
-            ("lost", row(f64::INFINITY, 12_485.0, Some(f64::INFINITY))),
+            ("lost", row(f64::INFINITY, 12_485.0, Some(2.5))),
             ("void", row(f64::NAN, f64::NAN, None)),
         ] {
             let model = quantize(name, &base, Some(("nf4", Some(64))), 6_200);
@@ -280,12 +286,15 @@ mod tests {
             report.contains("| inf (n_scored = 9,612) |") && report.contains("| nan (n_scored = 9,612) |"),
             "{report}"
         );
-        assert!(report.contains("| 12485.00000 | inf |"), "{report}");
+        assert!(report.contains("| 12485.00 [12480.00, 12490.00] | inf |"), "{report}");
         assert!(report.contains("Left out, because their perplexity is not finite: `lost` and `void`."), "{report}");
         let csv = text_of(&files, "report.csv");
-        assert!(csv.contains("lost,perplexity,hf-strided 512/256,inf,1,9612,inf,stderr"), "{csv}");
-        assert!(csv.contains("lost,nll_mean,hf-strided 512/256,12485,nats/token,9612,2.5,stderr"), "{csv}");
-        assert!(csv.contains("void,perplexity,hf-strided 512/256,nan,1,9612,,,"), "{csv}");
+        assert!(csv.contains("lost,perplexity,hf-strided 512/256,inf,1,9612,inf,stderr,inf,inf,"), "{csv}");
+        assert!(
+            csv.contains("lost,nll_mean,hf-strided 512/256,12485,nats/token,9612,2.5,stderr,12480,12490,"),
+            "{csv}"
+        );
+        assert!(csv.contains("void,perplexity,hf-strided 512/256,nan,1,9612,,,,,"), "{csv}");
         let json: serde_json::Value = serde_json::from_str(text_of(&files, "report.json")).unwrap();
         let value = |model: &str| {
             let of_model = json["measures"].as_array().into_iter().flatten();

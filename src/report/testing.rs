@@ -1,9 +1,11 @@
 //! Synthetic inputs for this room's tests.
 
-use super::{ReportError, ReportFile, ReportRequest, ScatterFailure, ScatterPoints, ScatterSource, render};
+use super::{
+    NoTokens, ReportError, ReportFile, ReportRequest, ScatterFailure, ScatterPoints, ScatterSource, TokenSource, render,
+};
 use crate::artifact::{
-    DecodeRecord, DecodeResult, DiffRecord, ModuleDiff, PplRecord, PplResult, PrefillRecord, PrefillResult,
-    QuantizeTotals, QuantizedModule, Record, RecordBody, RecordHead,
+    BlockInterval, DecodeRecord, DecodeResult, DiffRecord, ModuleDiff, PplRecord, PplResult, PrefillRecord,
+    PrefillResult, QuantizeTotals, QuantizedModule, Record, RecordBody, RecordHead,
 };
 use crate::bench::{decode_result, prefill_result};
 use crate::inference::{LoadRecord, ModelInfo, ModelRecipe, ModelSource, QuantizeRecord, SourceAccount, StoredType};
@@ -237,6 +239,22 @@ pub fn ppl_record(results: Vec<PplResult>) -> PplRecord {
     }
 }
 
+/// Returns an interval of two standard errors to either side.
+pub fn interval(value: f64, stderr: f64) -> BlockInterval {
+    BlockInterval {
+        value,
+        low: value - 2.0 * stderr,
+        high: value + 2.0 * stderr,
+        stderr,
+        n_tokens: 9612,
+        n_documents: 1,
+        n_blocks: 75,
+        block_tokens: 128,
+        lag1_correlation: Some(0.03),
+        method: "a test".to_owned(),
+    }
+}
+
 /// Returns a row of a ppl record.
 pub fn ppl_row(perplexity: f64) -> PplResult {
     PplResult {
@@ -251,17 +269,18 @@ pub fn ppl_row(perplexity: f64) -> PplResult {
         tokenizer_hash: "cd".repeat(32),
         nll_mean: perplexity.ln(),
         perplexity,
-        stderr: Some(0.021 * perplexity),
-        nll_stderr: Some(0.021),
+        nll_interval: Some(interval(perplexity.ln(), 0.021)),
+        perplexity_interval: interval(perplexity.ln(), 0.021).exp(),
+        llama_cpp_stderr: None,
         n_documents: None,
         n_words: None,
         n_bytes: None,
         word_perplexity: None,
-        word_perplexity_stderr: None,
+        word_perplexity_interval: None,
         byte_perplexity: None,
-        byte_perplexity_stderr: None,
+        byte_perplexity_interval: None,
         bits_per_byte: None,
-        bits_per_byte_stderr: None,
+        bits_per_byte_interval: None,
     }
 }
 
@@ -371,6 +390,24 @@ pub fn rendered(
     missing: &[String],
     formats: &[&str],
 ) -> Result<Vec<ReportFile>, ReportError> {
+    rendered_of(inputs, missing, &NoTokens, formats)
+}
+
+/// Renders inputs whose single tokens have scores.
+pub fn rendered_with(
+    inputs: &[Arc<StageInput>],
+    tokens: &dyn TokenSource,
+    formats: &[&str],
+) -> Result<Vec<ReportFile>, ReportError> {
+    rendered_of(inputs, &[], tokens, formats)
+}
+
+fn rendered_of(
+    inputs: &[Arc<StageInput>],
+    missing: &[String],
+    tokens: &dyn TokenSource,
+    formats: &[&str],
+) -> Result<Vec<ReportFile>, ReportError> {
     let formats: Vec<String> = formats.iter().map(|format| (*format).to_owned()).collect();
     render(&ReportRequest {
         title: "FP16 against NF4, layer by layer",
@@ -379,6 +416,7 @@ pub fn rendered(
         missing,
         formats: &formats,
         scatter: &NearlyEqual,
+        tokens,
     })
 }
 

@@ -1,11 +1,11 @@
 //! `report`: turns records into pages, tables and plots that a person reads.
 
-use crate::artifact::{RecordBody, ReportRecord, ReportedFile};
-use crate::report::{ReportRequest, ScatterSource, render};
+use crate::artifact::{RecordBody, ReportRecord, ReportedFile, TokenScores};
+use crate::report::{ReportRequest, ScatterSource, TokenSource, render};
 use crate::stage::{
     ParamDefault, ParamDesc, ParamType, Stage, StageContext, StageDescription, StageError, StageInput, StageOutput,
 };
-use crate::store::read_scatter;
+use crate::store::{read_scatter, read_token_scores};
 use crate::units::format_bytes;
 use serde_json::Value;
 
@@ -15,7 +15,7 @@ pub struct Report;
 static DESCRIPTION: StageDescription = StageDescription {
     kind: "report",
     summary: "Writes a comparison of models and a layer-by-layer analysis: Markdown, CSV, JSON and plots.",
-    version: 5,
+    version: 6,
     measures: false,
     computes: false,
     params: &[
@@ -59,6 +59,15 @@ impl ScatterSource for ScatterFiles {
     }
 }
 
+/// Reads the scores that a `ppl` stage kept beside its record.
+struct TokenFiles;
+
+impl TokenSource for TokenFiles {
+    fn read(&self, ppl: &StageInput, windows: &str) -> Option<TokenScores> {
+        read_token_scores(&ppl.dir.join(format!("tokens-{windows}.parquet"))).ok()
+    }
+}
+
 impl Stage for Report {
     fn description(&self) -> &'static StageDescription {
         &DESCRIPTION
@@ -75,6 +84,7 @@ impl Stage for Report {
             missing: context.missing_inputs,
             formats: &named,
             scatter: &ScatterFiles,
+            tokens: &TokenFiles,
         };
         let files = render(&request).map_err(|error| StageError::Other(error.to_string()))?;
         let mut listed: Vec<ReportedFile> = Vec::new();

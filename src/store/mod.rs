@@ -46,5 +46,5 @@ pub use scatter::{ScatterWriter, read_scatter};
 pub use staging::{ManifestDraft, Staging};
 pub use stamp::Stamp;
 pub use text_column::read_text_column;
-pub use token_scores::{TokenScores, read_token_scores, write_token_scores};
+pub use token_scores::{read_token_scores, write_token_scores};
 pub use verify::Verdict;

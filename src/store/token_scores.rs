@@ -1,8 +1,8 @@
 //! Scores of single tokens as Parquet: a row a scored token, in the order of scoring.
 
 use super::error::StoreError;
-use crate::artifact::FORMAT_VERSION;
-use arrow::array::{ArrayRef, AsArray, Float64Array, UInt32Array};
+use crate::artifact::{FORMAT_VERSION, TokenScores};
+use arrow::array::{ArrayRef, AsArray, BooleanArray, Float64Array, UInt32Array};
 use arrow::datatypes::{DataType, Field, Float64Type, Schema, UInt32Type};
 use arrow::record_batch::RecordBatch;
 use parquet::arrow::ArrowWriter;
@@ -14,43 +14,29 @@ use std::fs::File;
 use std::path::Path;
 use std::sync::Arc;
 
-/// What is kept of every scored token.
-#[derive(Debug, Clone, PartialEq, Default)]
-pub struct TokenScores {
-    /// Which window scored it.
-    pub window_idx: Vec<u32>,
-    /// The token itself.
-    pub token_id: Vec<u32>,
-    /// Negative log-likelihood in nats.
-    pub nll: Vec<f64>,
-    /// The model's own first choice.
-    pub argmax: Vec<u32>,
-    /// KL(base ‖ model) in nats; empty where there is no base.
-    pub kl: Vec<f64>,
-}
-
 /// Writes the file.
 ///
 /// # Errors
 /// `Io`, `Parquet`.
 pub fn write_token_scores(path: &Path, scores: &TokenScores) -> Result<(), StoreError> {
     let fail = |reason: String| StoreError::Parquet { path: path.to_owned(), reason };
-    let mut fields = vec![
-        Field::new("window_idx", DataType::UInt32, false),
-        Field::new("token_id", DataType::UInt32, false),
-        Field::new("nll", DataType::Float64, false),
-        Field::new("argmax", DataType::UInt32, false),
-    ];
-    let mut columns: Vec<ArrayRef> = vec![
-        Arc::new(UInt32Array::from(scores.window_idx.clone())),
-        Arc::new(UInt32Array::from(scores.token_id.clone())),
-        Arc::new(Float64Array::from(scores.nll.clone())),
-        Arc::new(UInt32Array::from(scores.argmax.clone())),
+    let ids = |ids: &[u32]| Arc::new(UInt32Array::from(ids.to_vec())) as ArrayRef;
+    let floats = |values: &[f64]| Arc::new(Float64Array::from(values.to_vec())) as ArrayRef;
+    let mut columns: Vec<(&str, DataType, ArrayRef)> = vec![
+        ("window_idx", DataType::UInt32, ids(&scores.window_idx)),
+        ("document_idx", DataType::UInt32, ids(&scores.document_idx)),
+        ("token_id", DataType::UInt32, ids(&scores.token_id)),
+        ("nll", DataType::Float64, floats(&scores.nll)),
+        ("argmax", DataType::UInt32, ids(&scores.argmax)),
     ];
     if !scores.kl.is_empty() {
-        fields.push(Field::new("kl", DataType::Float64, false));
-        columns.push(Arc::new(Float64Array::from(scores.kl.clone())));
+        let same_top: ArrayRef = Arc::new(BooleanArray::from(scores.same_top.clone()));
+        columns.push(("kl", DataType::Float64, floats(&scores.kl)));
+        columns.push(("base_nll", DataType::Float64, floats(&scores.base_nll)));
+        columns.push(("same_top", DataType::Boolean, same_top));
     }
+    let fields: Vec<Field> = columns.iter().map(|(name, ty, _)| Field::new(*name, ty.clone(), false)).collect();
+    let columns: Vec<ArrayRef> = columns.into_iter().map(|(_, _, column)| column).collect();
     let schema = Arc::new(Schema::new(fields));
     let batch = RecordBatch::try_new(Arc::clone(&schema), columns).map_err(|error| fail(error.to_string()))?;
     let version = KeyValue::new("labpipe.format_version".to_owned(), FORMAT_VERSION.to_string());
@@ -88,7 +74,11 @@ pub fn read_token_scores(path: &Path) -> Result<TokenScores, StoreError> {
         scores.token_id.extend(ids("token_id")?);
         scores.nll.extend(floats("nll").ok_or_else(|| missing("nll"))?);
         scores.argmax.extend(ids("argmax")?);
+        scores.document_idx.extend(ids("document_idx").unwrap_or_default());
         scores.kl.extend(floats("kl").unwrap_or_default());
+        scores.base_nll.extend(floats("base_nll").unwrap_or_default());
+        let same_top = batch.column_by_name("same_top").and_then(|column| column.as_boolean_opt());
+        scores.same_top.extend(same_top.into_iter().flat_map(|column| (0..column.len()).map(|i| column.value(i))));
     }
     Ok(scores)
 }
@@ -103,14 +93,17 @@ mod tests {
         let path = dir.path().join("tokens.parquet");
         let mut scores = TokenScores {
             window_idx: vec![0, 0, 1],
+            document_idx: vec![0, 0, 1],
             token_id: vec![5, 6, 7],
             nll: vec![0.1, 2.0, 1e-9],
             argmax: vec![5, 1, 7],
-            kl: Vec::new(),
+            ..TokenScores::default()
         };
         write_token_scores(&path, &scores).expect("a file");
         assert_eq!(read_token_scores(&path).expect("scores"), scores);
         scores.kl = vec![0.0, 0.5, 1e-7];
+        scores.base_nll = vec![0.1, 1.5, 1e-9];
+        scores.same_top = vec![true, false, true];
         write_token_scores(&path, &scores).expect("a file");
         assert_eq!(read_token_scores(&path).expect("scores"), scores);
         std::fs::write(&path, b"PAR1xxxx").expect("a file");

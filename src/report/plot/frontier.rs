@@ -19,7 +19,8 @@ pub struct FrontierPoint {
     pub label: String,
     pub weights_mib: f64,
     pub perplexity: f64,
-    pub stderr: Option<f64>,
+    /// Ends of its 95 % interval.
+    pub ends: Option<(f64, f64)>,
     /// Not quantized: drawn as what the others are held against.
     pub is_baseline: bool,
 }
@@ -40,8 +41,8 @@ pub fn frontier(points: &[FrontierPoint], subtitle: &str) -> Canvas {
     let places: Vec<(f64, f64)> = points.iter().map(place).collect();
     for (point, &(x, y)) in points.iter().zip(&places) {
         let color = if point.is_baseline { Color::VERMILLION } else { Color::BLUE };
-        if let Some(stderr) = point.stderr {
-            let ends = [point.perplexity + stderr, point.perplexity - stderr].map(|value| y_of(&y_axis, value));
+        if let Some((low, high)) = point.ends {
+            let ends = [high, low].map(|value| y_of(&y_axis, value));
             canvas.line(vec![(x, ends[0]), (x, ends[1])], 1.2, color.opacity(0.5));
             for end in ends {
                 canvas.line(vec![(x - 5.0, end), (x + 5.0, end)], 1.2, color.opacity(0.5));
@@ -62,8 +63,8 @@ fn y_of(axis: &Axis, perplexity: f64) -> f64 {
 
 fn perplexity_axis(points: &[FrontierPoint]) -> Axis {
     let spread = points.iter().flat_map(|point| {
-        let stderr = point.stderr.unwrap_or(0.0);
-        [point.perplexity - stderr, point.perplexity, point.perplexity + stderr]
+        let (low, high) = point.ends.unwrap_or((point.perplexity, point.perplexity));
+        [low, point.perplexity, high]
     });
     let min = points.iter().map(|point| point.perplexity).fold(f64::INFINITY, f64::min);
     let max = points.iter().map(|point| point.perplexity).fold(0.0, f64::max);
@@ -104,8 +105,8 @@ type Box4 = (f64, f64, f64, f64);
 fn place_labels(points: &[FrontierPoint], places: &[(f64, f64)], y_axis: &Axis) -> Vec<((f64, f64), Align)> {
     let mut taken: Vec<Box4> = places.iter().map(|&(x, y)| (x - 8.0, y - 8.0, x + 8.0, y + 8.0)).collect();
     for (point, &(x, y)) in points.iter().zip(places) {
-        let reach = point.stderr.map_or(0.0, |stderr| y - y_of(y_axis, point.perplexity + stderr));
-        taken.push((x - 6.0, y - reach - 2.0, x + 6.0, y + reach + 2.0));
+        let (low, high) = point.ends.unwrap_or((point.perplexity, point.perplexity));
+        taken.push((x - 6.0, y_of(y_axis, high) - 2.0, x + 6.0, y_of(y_axis, low).max(y) + 2.0));
     }
     let mut labels = Vec::with_capacity(points.len());
     for (point, &(x, y)) in points.iter().zip(places) {
@@ -155,7 +156,7 @@ fn outside((left, top, right, bottom): Box4) -> f64 {
 fn legend(canvas: &mut Canvas, points: &[FrontierPoint]) {
     let mut entries = vec![("quantized", false), ("not quantized", true)];
     entries.retain(|(_, is_baseline)| points.iter().any(|point| point.is_baseline == *is_baseline));
-    let note = points.iter().any(|point| point.stderr.is_some()).then_some("bars: ± standard error");
+    let note = points.iter().any(|point| point.ends.is_some()).then_some("bars: 95 % intervals");
     let mut x = LEFT + 4.0;
     for (text, is_baseline) in entries {
         marker(canvas, (x + 8.0, 70.0), is_baseline);
@@ -173,7 +174,13 @@ mod tests {
     use crate::report::plot::canvas::Shape;
 
     fn point(label: &str, weights_mib: f64, perplexity: f64) -> FrontierPoint {
-        FrontierPoint { label: label.to_owned(), weights_mib, perplexity, stderr: Some(0.2), is_baseline: false }
+        FrontierPoint {
+            label: label.to_owned(),
+            weights_mib,
+            perplexity,
+            ends: Some((perplexity - 0.2, perplexity + 0.2)),
+            is_baseline: false,
+        }
     }
 
     #[test]

@@ -3,10 +3,10 @@
 use super::passes::Pass;
 use super::settings::parse_format;
 use super::store;
-use crate::artifact::{KeptLogProbs, PplRecord};
+use crate::artifact::{KeptLogProbs, PplRecord, TokenScores};
 use crate::inference::{LogProbFormat, ModelInfo};
 use crate::stage::{StageError, StageInput};
-use crate::store::{LogProbReader, TokenScores, read_token_scores};
+use crate::store::{LogProbReader, read_token_scores};
 
 /// A base stage that a candidate may be held against.
 pub struct Base<'a> {

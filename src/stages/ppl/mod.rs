@@ -9,13 +9,15 @@ mod settings;
 
 use super::MODELS;
 use super::text::TextForModel;
-use crate::artifact::{DivergenceResult, KeptLogProbs, PplRecord, PplResult, RecordBody, TokenScoresFile};
+use crate::artifact::{
+    BlockInterval, DivergenceResult, KeptLogProbs, PplRecord, PplResult, RecordBody, TokenScores, TokenScoresFile,
+};
 use crate::inference::{LogProbFormat, Model, ModelInfo, run_for_scores};
-use crate::metrics::{Convention, PerplexitySum, TokenPair, divergence};
+use crate::metrics::{Convention, PerplexitySum, TokenPair, by_document, divergence, mean_interval};
 use crate::stage::{
     ParamDefault, ParamDesc, ParamType, Params, Stage, StageContext, StageDescription, StageError, StageOutput,
 };
-use crate::store::{LogProbWriter, StoreError, TokenScores, write_token_scores};
+use crate::store::{LogProbWriter, StoreError, write_token_scores};
 use crate::units::format_bytes;
 use base::{Base, BasePass};
 use passes::{Pass, passes};
@@ -30,7 +32,7 @@ const KEEP: &[&str] = &["none", "f16", "f32", "top-k"];
 static DESCRIPTION: StageDescription = StageDescription {
     kind: "ppl",
     summary: "Measures perplexity of a text, each convention stamped into its row, and divergence from a base model.",
-    version: 4,
+    version: 5,
     measures: false,
     computes: true,
     params: &[
@@ -144,7 +146,10 @@ impl Stage for Ppl {
             let mut base = base.as_ref().map(|base| base.pass(pass)).transpose()?;
             let mut kept = keep.map(|format| Kept::create(context, pass, format, &info)).transpose()?;
             let (scores, sum) = score(&mut **model, pass, base.as_mut(), kept.as_mut(), context, &mut outcome.speed)?;
-            outcome.results.extend(pass.conventions.iter().map(|convention| row(*convention, pass, &sum)));
+            let nll = mean_interval(&by_document(&scores.nll, &scores.document_idx));
+            outcome
+                .results
+                .extend(pass.conventions.iter().map(|convention| row(*convention, pass, &sum, nll.as_ref())));
             outcome.divergences.extend(base.and_then(|base| base.divergence(pass, &scores)));
             outcome.kept.extend(kept.map(Kept::finish).transpose()?);
             let file = format!("tokens-{}.parquet", pass.cut.name());
@@ -185,10 +190,10 @@ const SPEED_METHOD: &str = "wall clock around the model's scoring calls, over th
 impl Outcome {
     fn output(self, settings: &Settings<'_>, info: &ModelInfo) -> StageOutput {
         let mut summary: Vec<String> = self.results.iter().map(told).collect();
-        let errors = |stderr: Option<f64>| stderr.map_or_else(String::new, |stderr| format!(" ± {stderr:.2e}"));
         summary.extend(self.divergences.first().map(|row| {
-            let (kl, stderr, top1) = (row.kl_mean, errors(row.kl_mean_stderr), 100.0 * row.top1_agreement);
-            format!("KL {kl:.3e}{stderr} nats, same top {top1:.2} % ({}, n = {})", row.convention, row.n_scored)
+            let ends = row.kl_mean_interval.as_ref().map(|found| format!(" [{:.3e}, {:.3e}]", found.low, found.high));
+            let (kl, ends, top1) = (row.kl_mean, ends.unwrap_or_default(), 100.0 * row.top1_agreement);
+            format!("KL {kl:.3e}{ends} nats, same top {top1:.2} % ({}, n = {})", row.convention, row.n_scored)
         }));
         summary.extend((!self.kept.is_empty()).then(|| {
             let bytes = self.kept.iter().map(|kept| kept.bytes).sum();
@@ -211,20 +216,26 @@ impl Outcome {
     }
 }
 
+/// Returns a row in words; intervals are 95 % ones.
 fn told(row: &PplResult) -> String {
-    match (row.word_perplexity, row.bits_per_byte) {
-        (Some(word), Some(bits)) => {
-            format!("word ppl {word:.3}, {bits:.4} bits/byte ({}, n = {})", row.convention, row.n_scored)
-        }
-        _ => {
-            let stderr = row.stderr.filter(|stderr| stderr.is_finite());
-            let stderr = stderr.map_or_else(String::new, |stderr| format!(" ± {stderr:.3}"));
-            // exp of it may be beyond any number: the mean itself never is.
-            let nll =
-                if row.perplexity.is_finite() { String::new() } else { format!(", NLL {:.5} nats", row.nll_mean) };
-            format!("ppl {:.3}{stderr}{nll} ({}, n = {})", row.perplexity, row.convention, row.n_scored)
-        }
+    let ends = |interval: &Option<BlockInterval>, n_decimals: usize| {
+        let finite = interval.as_ref().filter(|found| found.low.is_finite() && found.high.is_finite());
+        finite.map_or_else(String::new, |found| format!(" [{:.n_decimals$}, {:.n_decimals$}]", found.low, found.high))
+    };
+    let blocks = match &row.nll_interval {
+        Some(found) => format!("n = {} in {} blocks", row.n_scored, found.n_blocks),
+        None => format!("n = {}", row.n_scored),
+    };
+    if let (Some(word), Some(bits)) = (row.word_perplexity, row.bits_per_byte) {
+        let (word_ends, bits_ends) = (ends(&row.word_perplexity_interval, 3), ends(&row.bits_per_byte_interval, 4));
+        return format!("word ppl {word:.3}{word_ends}, {bits:.4}{bits_ends} bits/byte ({}, {blocks})", row.convention);
     }
+    let ppl_ends = ends(&row.perplexity_interval, 3);
+    // exp of it may be beyond any number: the mean itself never is.
+    let nll = if row.perplexity.is_finite() { String::new() } else { format!(", NLL {:.5} nats", row.nll_mean) };
+    let own = row.llama_cpp_stderr.filter(|stderr| stderr.is_finite());
+    let own = own.map_or_else(String::new, |stderr| format!("; llama.cpp's own ± {stderr:.3}"));
+    format!("ppl {:.3}{ppl_ends}{nll} ({}, {blocks}{own})", row.perplexity, row.convention)
 }
 
 /// The file that a pass leaves for candidates.
@@ -282,6 +293,9 @@ fn score(
         match (&mut base, &mut kept) {
             (Some(base), _) => {
                 for score in model.score_against(tokens, window.first_target, &mut base.reader)? {
+                    let token_idx = scores.nll.len();
+                    scores.base_nll.push(base.scores.nll[token_idx]);
+                    scores.same_top.push(base.scores.argmax[token_idx] == score.argmax);
                     scores.nll.push(score.nll);
                     scores.argmax.push(score.argmax);
                     scores.kl.push(score.kl);
@@ -299,6 +313,7 @@ fn score(
         speed.scoring_s += start.elapsed().as_secs_f64();
         speed.n_tokens_run += run_for_scores(tokens, model.info().n_ctx_max).len();
         scores.token_id.extend(&tokens[window.first_target..]);
+        scores.document_idx.extend(pass.document_idx(window));
         scores.window_idx.resize(scores.nll.len(), u32::try_from(window_idx).unwrap_or(u32::MAX));
         sum.push(window, &scores.nll[first..]);
         context.progress.advance(1);
@@ -306,12 +321,23 @@ fn score(
     Ok((scores, sum))
 }
 
-fn row(convention: Convention, pass: &Pass, sum: &PerplexitySum) -> PplResult {
+/// Returns a convention's row; `nll` is the interval of the mean NLL with equal weights.
+fn row(convention: Convention, pass: &Pass, sum: &PerplexitySum, nll: Option<&BlockInterval>) -> PplResult {
     let (perplexity, stderr) = sum.perplexity(convention);
+    let nll_mean = sum.nll_mean(convention);
+    let nll = nll.map(|interval| interval.around(nll_mean));
     let units = pass.units;
-    let word = units.map(|units| sum.perplexity_per(units.n_words));
-    let byte = units.map(|units| sum.perplexity_per(units.n_bytes));
-    let bits = units.map(|units| sum.bits_per_byte(units.n_bytes));
+    // Of a unit of so many tokens each.
+    let per = |n_units: usize| sum.n_scored() as f64 / n_units as f64;
+    let exp_per = |n_units: usize| {
+        let n = per(n_units);
+        let slope = |interval: &BlockInterval| n * (interval.value * n).exp();
+        nll.as_ref().and_then(|interval| interval.map(|nll| (nll * n).exp(), slope(interval)))
+    };
+    let bits_interval = |n_bytes: usize| {
+        let scale = per(n_bytes) / std::f64::consts::LN_2;
+        nll.as_ref().and_then(|interval| interval.map(|nll| nll * scale, scale))
+    };
     PplResult {
         convention: convention.name().to_owned(),
         max_length: pass.max_length,
@@ -322,19 +348,20 @@ fn row(convention: Convention, pass: &Pass, sum: &PerplexitySum) -> PplResult {
         bos: pass.bos.clone(),
         text_hash: pass.text_hash.clone(),
         tokenizer_hash: pass.tokenizer_hash.clone(),
-        nll_mean: sum.nll_mean(convention),
+        nll_mean,
         perplexity,
-        stderr,
-        nll_stderr: sum.nll_stderr(),
+        perplexity_interval: nll.as_ref().and_then(BlockInterval::exp),
+        llama_cpp_stderr: stderr.filter(|_| convention == Convention::LlamaCpp),
         n_documents: pass.n_documents,
         n_words: units.map(|units| units.n_words),
         n_bytes: units.map(|units| units.n_bytes),
-        word_perplexity: word.map(|(value, _)| value),
-        word_perplexity_stderr: word.and_then(|(_, stderr)| stderr),
-        byte_perplexity: byte.map(|(value, _)| value),
-        byte_perplexity_stderr: byte.and_then(|(_, stderr)| stderr),
-        bits_per_byte: bits.map(|(value, _)| value),
-        bits_per_byte_stderr: bits.and_then(|(_, stderr)| stderr),
+        word_perplexity: units.map(|units| sum.perplexity_per(units.n_words)),
+        word_perplexity_interval: units.and_then(|units| exp_per(units.n_words)),
+        byte_perplexity: units.map(|units| sum.perplexity_per(units.n_bytes)),
+        byte_perplexity_interval: units.and_then(|units| exp_per(units.n_bytes)),
+        bits_per_byte: units.map(|units| sum.bits_per_byte(units.n_bytes)),
+        bits_per_byte_interval: units.and_then(|units| bits_interval(units.n_bytes)),
+        nll_interval: nll,
     }
 }
 
@@ -342,12 +369,7 @@ impl BasePass {
     /// Returns how far the model is from the base; None where no token was scored.
     fn divergence(&self, pass: &Pass, own: &TokenScores) -> Option<DivergenceResult> {
         let pairs: Vec<TokenPair> = (0..own.nll.len())
-            .map(|i| TokenPair {
-                base_nll: self.scores.nll[i],
-                nll: own.nll[i],
-                kl: own.kl[i],
-                same_top: self.scores.argmax[i] == own.argmax[i],
-            })
+            .map(|i| TokenPair { base_nll: own.base_nll[i], nll: own.nll[i], kl: own.kl[i], same_top: own.same_top[i] })
             .collect();
         let convention = pass.conventions.first().map_or("", |convention| convention.name());
         Some(DivergenceResult {
@@ -355,7 +377,7 @@ impl BasePass {
             max_length: pass.max_length,
             stride: pass.stride,
             base_log_probs: self.format.clone(),
-            ..divergence(&pairs)?
+            ..divergence(&pairs, &own.document_idx)?
         })
     }
 }

@@ -11,6 +11,8 @@ pub struct Pass {
     pub conventions: Vec<Convention>,
     /// Windows are slices of these.
     pub tokens: Vec<u32>,
+    /// Index of the first token of each document.
+    pub document_starts: Vec<usize>,
     pub windows: Vec<Window>,
     pub max_length: usize,
     pub stride: usize,
@@ -25,6 +27,14 @@ pub struct Pass {
 }
 
 impl Pass {
+    /// Returns the indices of the documents that the scored tokens of a window belong to.
+    pub fn document_idx(&self, window: &Window) -> impl Iterator<Item = u32> {
+        (window.begin + window.first_target..window.end).map(|token_idx| {
+            let n_begun = self.document_starts.partition_point(|start| *start <= token_idx);
+            u32::try_from(n_begun.saturating_sub(1)).unwrap_or(u32::MAX)
+        })
+    }
+
     pub fn n_scored(&self) -> usize {
         self.windows.iter().map(|window| window.end - window.begin - window.first_target).sum()
     }
@@ -65,6 +75,7 @@ fn pass(cut: Cut, text: &TokenizedText, windows: Vec<Window>, max_length: usize,
         cut,
         conventions: Vec::new(),
         tokens: text.tokens.clone(),
+        document_starts: text.document_starts.clone(),
         windows,
         max_length,
         stride,
@@ -115,9 +126,10 @@ fn rolling(
     max_length: usize,
 ) -> Result<Pass, StageError> {
     let documents = text.documents(settings.add_bos_token)?;
-    let (mut tokens, mut windows, mut n_tokens) = (Vec::new(), Vec::new(), 0);
+    let (mut tokens, mut windows, mut n_tokens, mut document_starts) = (Vec::new(), Vec::new(), 0, Vec::new());
     for document in documents.documents.iter().filter(|document| !document.is_empty()) {
         windows.extend(rolling_windows(tokens.len(), document.len(), max_length));
+        document_starts.push(tokens.len());
         tokens.push(documents.prefix_id);
         tokens.extend(document);
         n_tokens += document.len();
@@ -127,10 +139,39 @@ fn rolling(
     }
     Ok(Pass {
         tokens,
+        document_starts,
         n_tokens,
         bos: format!("before each document, not scored (id {})", documents.prefix_id),
         n_documents: Some(documents.documents.len()),
         units: Some(documents.units),
         ..pass(Cut::Rolling { max_length }, whole, windows, max_length, max_length)
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn scored_tokens_know_their_document_whatever_the_windows() {
+        let text = TokenizedText {
+            tokens: (0..20).collect(),
+            text_hash: String::new(),
+            tokenizer_hash: String::new(),
+            bos: String::new(),
+            bos_id: None,
+            document_starts: vec![0, 7, 7, 12],
+        };
+        let strided = windows(20, 8, 4).expect("windows");
+        let halved = half_windows(20, 8).expect("windows");
+        for (windows, expected) in [
+            (strided, [vec![0; 6], vec![2; 5], vec![3; 8]].concat()),
+            // Targets 5 to 7 and 13 to 15.
+            (halved, vec![0, 0, 2, 3, 3, 3]),
+        ] {
+            let pass = pass(Cut::Halves { n_ctx: 8 }, &text, windows, 8, 8);
+            let found: Vec<u32> = pass.windows.iter().flat_map(|window| pass.document_idx(window)).collect();
+            assert_eq!(found, expected);
+        }
+    }
 }

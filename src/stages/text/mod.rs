@@ -33,6 +33,8 @@ pub struct TokenizedText {
     pub bos: String,
     /// The token that the tokenizer or the chat template put before the text, where one did.
     pub bos_id: Option<u32>,
+    /// Index of the first token of each of the text's documents; the first is 0.
+    pub document_starts: Vec<usize>,
 }
 
 /// A text's documents, each tokenized by itself.
@@ -120,16 +122,18 @@ impl<'a> TextForModel<'a> {
     fn tokens(&self, at_most: Option<usize>, hash: bool) -> Result<TokenizedText, StageError> {
         let n_tokens = self.source["n_tokens"].as_u64().and_then(|n| usize::try_from(n).ok());
         let chat = &self.source["chat"];
-        let (encoded, by, text_hash) = if !chat.is_null() {
+        let (encoded, by, text_hash, document_starts) = if !chat.is_null() {
             let text = self.text()?;
             let rendered = self.tokenizer.chat(conversation(&text.joined, chat), self.progress)?;
-            (self.encode(&rendered, false)?, "chat template", text.hash.clone())
+            (self.encode(&rendered, false)?, "chat template", text.hash.clone(), vec![0])
         } else if let Some(n) = n_tokens.or(at_most) {
-            let (encoded, hash) = self.head(n, hash)?;
-            (encoded, "tokenizer", hash)
+            let (encoded, found) = self.head(n, hash)?;
+            // A text without a hash is not scored.
+            let starts = if hash { self.document_starts(&found)? } else { vec![0] };
+            (encoded, "tokenizer", found.hash, starts)
         } else {
             let text = self.text()?;
-            (self.encode(&text.joined, true)?, "tokenizer", text.hash.clone())
+            (self.encode(&text.joined, true)?, "tokenizer", text.hash.clone(), self.document_starts(text)?)
         };
         let Encoded { ids: mut tokens, bos_id } = encoded;
         if let Some(n_tokens) = n_tokens {
@@ -145,7 +149,21 @@ impl<'a> TextForModel<'a> {
             tokenizer_hash: self.tokenizer.hash().to_owned(),
             bos: bos_id.map_or_else(|| "none".to_owned(), |id| format!("added by the {by} (id {id})")),
             bos_id,
+            document_starts,
         })
+    }
+
+    /// Returns the index of each document's first token; what joins two documents belongs to the first of them, and rows
+    /// of white space alone are none.
+    fn document_starts(&self, text: &Text) -> Result<Vec<usize>, StageError> {
+        let is_text = |span: &&std::ops::Range<usize>| !text.joined[(*span).clone()].trim().is_empty();
+        let spans: Vec<_> = text.documents.iter().filter(is_text).collect();
+        if spans.len() < 2 {
+            return Ok(vec![0]);
+        }
+        let starts = self.tokenizer.starts(&text.joined, self.progress)?;
+        let later = spans[1..].iter().map(|span| starts.partition_point(|start| *start < span.start));
+        Ok([0].into_iter().chain(later).collect())
     }
 
     /// Returns the whole text.
@@ -168,25 +186,27 @@ impl<'a> TextForModel<'a> {
         }
     }
 
-    /// Returns the first `n` tokens of the whole text, or all where there are fewer, and the whole text's hash. It tokenizes a
+    /// Returns the first `n` tokens of the whole text, or all where there are fewer, and what was read of the text, with the whole
+    /// text's hash. It tokenizes a
     /// beginning that gives more than `n` tokens, then one of twice the length, until both begin with the same `n` tokens.
-    fn head(&self, n: usize, with_hash: bool) -> Result<(Encoded, Option<String>), StageError> {
+    fn head(&self, n: usize, with_hash: bool) -> Result<(Encoded, Text), StageError> {
         let mut n_bytes = n.saturating_mul(HEAD_BYTES_PER_TOKEN).max(MIN_HEAD_BYTES);
         let (mut before, mut hash, mut is_first): (Option<Vec<u32>>, Option<String>, bool) = (None, None, true);
         loop {
-            let text = self.read(Wanted { n_bytes: Some(n_bytes), hash: with_hash && is_first })?;
+            let mut text = self.read(Wanted { n_bytes: Some(n_bytes), hash: with_hash && is_first })?;
             if std::mem::take(&mut is_first) {
                 self.tell(&text);
-                hash = text.hash.clone();
+                hash = text.hash.take();
             }
             let mut encoded = self.encode(&text.joined, true)?;
+            text.hash.clone_from(&hash);
             if text.is_whole {
-                return Ok((encoded, hash));
+                return Ok((encoded, text));
             }
             if encoded.ids.len() >= n.saturating_add(MARGIN_TOKENS) {
                 encoded.ids.truncate(n);
                 if before.as_ref() == Some(&encoded.ids) {
-                    return Ok((encoded, hash));
+                    return Ok((encoded, text));
                 }
                 before = Some(encoded.ids);
             }

@@ -23,6 +23,7 @@ use special::special_tokens;
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
 use steps::{StepError, Steps};
 use tokenizers::Tokenizer;
 
@@ -189,10 +190,32 @@ impl ModelTokenizer {
         self.names.get(name).and_then(|token| self.steps.tokenizer().token_to_id(token))
     }
 
+    /// Returns the byte of the text at which each token of [`ModelTokenizer::encode`] begins: those before the text at 0, those behind
+    /// it at its end.
+    ///
+    /// # Errors
+    /// As [`ModelTokenizer::encode`].
+    pub fn starts(&self, text: &str, progress: &dyn Progress) -> Result<Vec<usize>, StageError> {
+        let (steps, owned) = (Arc::clone(&self.steps), text.to_owned());
+        let of_text = self.watched(text.len(), progress, move |stop| steps.starts(&owned, stop))?;
+        let before = self.around.before.iter().map(|_| 0);
+        Ok(before.chain(of_text).chain(self.around.behind.iter().map(|_| text.len())).collect())
+    }
+
     fn ids(&self, text: &str, progress: &dyn Progress) -> Result<Vec<u32>, StageError> {
         let (steps, owned) = (Arc::clone(&self.steps), text.to_owned());
-        match in_background(progress, text.len(), move |stop| steps.ids(&owned, stop)) {
-            Ok(Ok(ids)) => Ok(ids),
+        self.watched(text.len(), progress, move |stop| steps.ids(&owned, stop))
+    }
+
+    /// Takes steps on a text of so many bytes in the background.
+    fn watched<T: Send + 'static>(
+        &self,
+        n_bytes: usize,
+        progress: &dyn Progress,
+        steps: impl FnOnce(&AtomicBool) -> Result<T, StepError> + Send + 'static,
+    ) -> Result<T, StageError> {
+        match in_background(progress, n_bytes, steps) {
+            Ok(Ok(found)) => Ok(found),
             Ok(Err(StepError::Stopped)) => Err(StageError::Cancelled),
             Ok(Err(error)) => Err(self.error(error.to_string())),
             Err(abandoned) => Err(self.abandoned(abandoned, |reason| self.error(reason))),

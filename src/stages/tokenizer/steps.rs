@@ -98,23 +98,8 @@ impl Steps {
     /// # Errors
     /// Every kind of `StepError`.
     pub fn ids(&self, text: &str, stop: &AtomicBool) -> Result<Vec<u32>, StepError> {
-        let watch = Watch {
-            stop,
-            error: Mutex::new(None),
-            n_bytes: text.len(),
-            limit: text.len().saturating_mul(MAX_GROWTH).saturating_add(FREE_BYTES),
-        };
-        let normalizer = Normalizers { steps: &self.normalizer, watch: &watch };
-        let mut pieces = self.tokenizer.get_added_vocabulary().extract_and_normalize(Some(&normalizer), text);
-        watch.outcome()?;
-        for step in &self.pre_tokenizer {
-            let done = step.apply(&mut pieces, &watch);
-            watch.outcome()?;
-            done.map_err(|error| StepError::Crate(error.to_string()))?;
-            let n_bytes = splits(&pieces).iter().map(|(piece, _)| piece.len()).sum();
-            watch.grown("pre_tokenizer", n_bytes);
-            watch.outcome()?;
-        }
+        let watch = Watch::new(text, stop);
+        let pieces = self.pieces(text, &watch)?;
         let mut ids = Vec::with_capacity(text.len() / 4);
         for (piece, token) in splits(&pieces) {
             if watch.is_stopped() {
@@ -133,6 +118,41 @@ impl Steps {
             }
         }
         Ok(ids)
+    }
+
+    /// Returns the byte of the text at which each of its tokens begins; in the order of [`Steps::ids`].
+    ///
+    /// # Errors
+    /// As [`Steps::ids`].
+    pub fn starts(&self, text: &str, stop: &AtomicBool) -> Result<Vec<usize>, StepError> {
+        let watch = Watch::new(text, stop);
+        let mut pieces = self.pieces(text, &watch)?;
+        let tokenized = pieces.tokenize(|piece| {
+            if watch.is_stopped() {
+                return Err(StepError::Stopped.into());
+            }
+            self.tokenizer.get_model().tokenize(piece.get())
+        });
+        watch.outcome()?;
+        let encoding = tokenized.and_then(|()| pieces.into_encoding(None, 0, OffsetType::Byte));
+        let encoding = encoding.map_err(|error| StepError::Crate(error.to_string()))?;
+        Ok(encoding.get_offsets().iter().map(|(begin, _)| *begin).collect())
+    }
+
+    /// Normalizes a text and splits it into the pieces that the model tokenizes.
+    fn pieces(&self, text: &str, watch: &Watch<'_>) -> Result<PreTokenizedString, StepError> {
+        let normalizer = Normalizers { steps: &self.normalizer, watch };
+        let mut pieces = self.tokenizer.get_added_vocabulary().extract_and_normalize(Some(&normalizer), text);
+        watch.outcome()?;
+        for step in &self.pre_tokenizer {
+            let done = step.apply(&mut pieces, watch);
+            watch.outcome()?;
+            done.map_err(|error| StepError::Crate(error.to_string()))?;
+            let n_bytes = splits(&pieces).iter().map(|(piece, _)| piece.len()).sum();
+            watch.grown("pre_tokenizer", n_bytes);
+            watch.outcome()?;
+        }
+        Ok(pieces)
     }
 }
 
@@ -199,7 +219,16 @@ struct Watch<'a> {
     limit: usize,
 }
 
-impl Watch<'_> {
+impl<'a> Watch<'a> {
+    fn new(text: &str, stop: &'a AtomicBool) -> Watch<'a> {
+        Watch {
+            stop,
+            error: Mutex::new(None),
+            n_bytes: text.len(),
+            limit: text.len().saturating_mul(MAX_GROWTH).saturating_add(FREE_BYTES),
+        }
+    }
+
     fn is_stopped(&self) -> bool {
         self.stop.load(Ordering::Relaxed)
     }
