@@ -69,7 +69,7 @@ fn dispatch(args: Args) -> Result<u8, CliError> {
         Command::Schema => catalogue::schema(),
         Command::Cache { action } => cache::cache(&args.global, &action),
         Command::Doctor => doctor::doctor(),
-        Command::Worker { device } => Ok(engine::work(&device)),
+        Command::Worker { device, memory_limit } => Ok(engine::work(&device, memory_limit)),
         Command::Completions { shell } => {
             // Into memory first: clap panics where it can't write.
             let mut script = Vec::new();

@@ -10,10 +10,10 @@ use super::{check_run, print};
 use crate::artifact::StageStatus;
 use crate::event::{Event, EventSink, Level};
 use crate::pipeline::ParseOptions;
-use crate::plan::{Remeasure, Selection};
+use crate::plan::{Plan, Remeasure, Selection};
 use crate::run::{
-    RunFile, RunOutcome, RunRequest, environment, execute, external_files, metrics_rows, planned_keys, planned_stages,
-    run_id, timestamp,
+    RunFile, RunOutcome, RunRequest, Workers, environment, execute, external_files, forecast, metrics_rows,
+    planned_keys, planned_stages, run_id, timestamp,
 };
 use crate::store::{Results, append_metrics_csv, take_notes};
 use crate::ui::{sink, summary_table};
@@ -25,7 +25,7 @@ use std::thread::JoinHandle;
 
 /// Runs a pipeline.
 pub fn run(global: &Global, args: &RunArgs) -> Result<u8, CliError> {
-    let read = read(&args.pipeline.file, args.pipeline.options())?;
+    let read = read(&args.pipeline.file, args.pipeline.options(Some(&args.memory)))?;
     let again = again(std::env::args_os(), None);
     start(global, &args.pipeline.file, read, &args.select.selection(), args.jobs, &again)
 }
@@ -44,7 +44,9 @@ pub fn rerun(global: &Global, args: &RerunArgs) -> Result<u8, CliError> {
     check_run(&run, &dir.path)?;
     let file = PathBuf::from(run["pipeline_path"].as_str().unwrap_or_default());
     let global = Global { root: PathBuf::from(run["root"].as_str().unwrap_or(".")), ..global.clone() };
-    let read = read(&file, options(&run))?;
+    let options = options(&run);
+    let memory_limit = args.memory.memory_limit.or(options.memory_limit);
+    let read = read(&file, ParseOptions { memory_limit, ..options })?;
     if run["pipeline_text"].as_str() != Some(read.text.as_str()) {
         let text = format!("{} changed since run {}", file.display(), run["run_id"].as_str().unwrap_or("?"));
         sink(global.log_format(), global.level()).emit(Event::Note { stage: None, level: Level::Warning, text });
@@ -67,6 +69,7 @@ fn options(run: &Value) -> ParseOptions {
             .collect(),
         env: std::env::vars_os().filter_map(|(n, v)| Some((n.into_string().ok()?, v.into_string().ok()?))).collect(),
         device: run["device_asked"].as_str().map(str::to_owned),
+        memory_limit: run["memory_limit_asked"].as_u64(),
     }
 }
 
@@ -82,6 +85,7 @@ fn start(
     download(&read, &global.root, &events)?;
     let (planned, verified) = planned_and_verified(global, &read, selection, &events)?;
     let Planned { plan, store, sources, workers, guard } = planned;
+    fits(&read, &plan, &global.root, &workers)?;
     let results = Results::new(&global.results);
     let info = workers.info().clone();
     let run_dir = results.reserve(&read.pipeline.name, &run_id())?;
@@ -103,6 +107,8 @@ fn start(
         set: read.options.set.clone(),
         matrix: read.options.matrix.clone(),
         device_asked: read.options.device.clone(),
+        memory_limit_asked: read.options.memory_limit,
+        memory_limit_bytes: read.pipeline.memory_limit,
         device: info.device.clone(),
         device_reason: workers.reason().to_owned(),
         environment: environment(&info, engine::gpus().as_deref()),
@@ -148,6 +154,14 @@ fn start(
         Err(error) if outcome.exit_code == 0 => Err(error),
         _ => Ok(outcome.exit_code),
     }
+}
+
+/// Refuses a run of stages that are predicted to take more memory than the limit allows; those in the cache need none.
+fn fits(read: &Read, plan: &Plan, root: &Path, workers: &Workers) -> Result<(), CliError> {
+    let Some(limit) = read.pipeline.memory_limit else { return Ok(()) };
+    let memory = forecast(plan, &read.catalogue, root, workers);
+    let refusals: Vec<String> = memory.iter().filter_map(|row| row.refusal(limit)).collect();
+    if refusals.is_empty() { Ok(()) } else { Err(CliError::DoesNotFit { refusals }) }
 }
 
 /// Emits warnings.

@@ -1,6 +1,10 @@
 //! What a model will take on a device, told before any of it is loaded.
 
-use crate::inference::{InferenceError, ModelInfo, ModelRecipe};
+use super::attention::QUERY_CHUNK;
+use super::score::LOGIT_ROWS;
+use super::spec::ModelSpec;
+use crate::inference::{InferenceError, ModelInfo, ModelRecipe, Workload};
+use crate::units::DType;
 use labpipe_kernels::SchemeSpec;
 use labpipe_kernels::schemes;
 
@@ -22,6 +26,39 @@ pub fn weights_bytes(info: &ModelInfo, recipe: &ModelRecipe) -> Result<u64, Infe
         bytes = bytes.saturating_sub(whole) + packed;
     }
     Ok(bytes)
+}
+
+/// Returns the bytes of a key-value cache of `n_ctx` positions: 2 · n_layers · n_kv_heads · head_dim · n_ctx · bytes of an element.
+pub fn cache_bytes(spec: &ModelSpec, compute: DType, n_ctx: usize) -> u64 {
+    2 * spec.n_layers as u64 * n_ctx as u64 * (spec.kv_width() * compute.size_bytes()) as u64
+}
+
+/// Returns the most that the activations of a pass on the host take: `n` tokens that see `n_keys` keys, `n_rows` rows of whose logits
+/// are computed.
+pub fn pass_bytes(spec: &ModelSpec, compute: DType, n: usize, n_keys: usize, n_rows: usize) -> u64 {
+    let size = compute.size_bytes();
+    let (hidden, q, kv, ffn) = (spec.hidden_size, spec.q_width(), spec.kv_width(), spec.ffn_size);
+    let query_chunk = n.min(QUERY_CHUNK);
+    let scores = 4 * spec.n_heads * query_chunk * n_keys;
+    let masks = 4 * n * n_keys / 2;
+    let attention = size * n * (2 * hidden + 3 * q + 2 * kv) + 2 * scores;
+    let mlp = size * n * (2 * hidden + 3 * ffn);
+    let rows = n_rows.min(LOGIT_ROWS);
+    let logits = size * n * hidden + 2 * 4 * rows * spec.vocab_size;
+    (masks + attention.max(mlp).max(logits)) as u64
+}
+
+/// Returns the most that a stage's activations take on the host.
+pub fn host_work_bytes(spec: &ModelSpec, compute: DType, work: &Workload) -> u64 {
+    let pass = pass_bytes(spec, compute, work.n_pass, work.n_pass, work.n_logits);
+    let decode =
+        if work.n_gen > 0 { 4 * (spec.n_layers * 2 * spec.hidden_size + 2 * spec.vocab_size) as u64 } else { 0 };
+    pass + decode
+}
+
+/// Returns what products take beside activations: panels of decoded rows and what gemm packs, for each thread.
+pub fn host_scratch_bytes(_spec: &ModelSpec) -> u64 {
+    0
 }
 
 /// Returns the bytes of a packed matrix, from those of its first rows.

@@ -12,7 +12,6 @@ mod checkpoint;
 mod computed_with;
 mod device;
 mod families;
-#[cfg(any(feature = "cuda", feature = "wgpu", test))]
 mod footprint;
 mod forward;
 #[cfg(any(feature = "cuda", feature = "wgpu"))]

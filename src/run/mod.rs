@@ -4,6 +4,7 @@
 
 mod environment;
 mod facts;
+mod forecast;
 mod inputs;
 mod job;
 mod metrics_rows;
@@ -19,6 +20,7 @@ mod workers;
 
 pub use environment::{environment, load_average};
 pub use facts::StoreFacts;
+pub use forecast::{Forecaster, Predicted, StageMemory, forecast};
 pub use inputs::{Verified, planned_keys, verify_cached};
 pub use metrics_rows::metrics_rows;
 pub use progress::StageProgress;

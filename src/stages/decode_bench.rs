@@ -6,9 +6,9 @@ use super::bench_tokens::{size, sizes, tokens, too_long};
 use crate::artifact::{DecodeRecord, DecodeResult, RecordBody};
 use crate::bench::{SamplePlan, decode_label, decode_result, sample};
 use crate::event::Level;
-use crate::inference::{CHECKED_POSITIONS, ModelInfo, ModelRecipe, check_decode, decode_budget};
+use crate::inference::{CHECKED_POSITIONS, MemoryNeed, ModelInfo, ModelRecipe, Workload, check_decode, decode_budget};
 use crate::stage::{
-    ParamDefault, ParamDesc, ParamType, Stage, StageContext, StageDescription, StageError, StageOutput,
+    ParamDefault, ParamDesc, ParamType, Params, Stage, StageContext, StageDescription, StageError, StageOutput,
 };
 
 /// The kind.
@@ -17,7 +17,7 @@ pub struct DecodeBench;
 static DESCRIPTION: StageDescription = StageDescription {
     kind: "decode-bench",
     summary: "Times greedy generation token by token, after contexts of given depths.",
-    version: 2,
+    version: 3,
     measures: true,
     computes: true,
     params: &[
@@ -81,6 +81,15 @@ impl Stage for DecodeBench {
         &DESCRIPTION
     }
 
+    fn memory_need(&self, params: &Params, _base: Option<&Params>) -> MemoryNeed {
+        let n_gen = size(params, "n_gen");
+        let deepest = sizes(params, "n_depth").into_iter().max().unwrap_or(0).max(1);
+        // The check of decode against prefill is a pass too.
+        let (n_pass, n_check) = (deepest, n_gen.min(CHECKED_POSITIONS) + 1);
+        let n_pass = n_pass.max(n_check);
+        MemoryNeed::Known(Workload { n_ctx: deepest + n_gen, n_pass, n_logits: n_check, n_gen, captures: false })
+    }
+
     fn run(&self, context: &StageContext<'_>) -> Result<StageOutput, StageError> {
         let recipe = context.recipe("model")?;
         let info = context.engine.inspect(&recipe)?;
@@ -113,7 +122,7 @@ impl Stage for DecodeBench {
                 context.progress,
                 || StageError::Cancelled,
                 |counts| {
-                    model.prefill(prompt).map_err(|error| error.in_case(&label))?;
+                    model.fill(prompt).map_err(|error| error.in_case(&label))?;
                     if counts {
                         watch.begin();
                     }
@@ -127,7 +136,8 @@ impl Stage for DecodeBench {
             results.extend(decode_result(n_gen, n_depth, sequences));
         }
         let summary: Vec<String> = results.iter().map(|row| summary(row, &watch)).collect();
-        let (watched, memory, engine) = (watch.finish(context.progress), probe.finish(), context.engine.info());
+        let memory = probe.finish().of_model(model.weights_bytes(), model.kv_cache_bytes());
+        let (watched, engine) = (watch.finish(context.progress), context.engine.info());
         let record = DecodeRecord {
             results,
             decode_check_n_positions: check.n_positions,
@@ -136,12 +146,16 @@ impl Stage for DecodeBench {
             power: watched.power,
             n_other_processes: watched.others.map(|others| others.n),
             other_processes_bytes: watched.others.and_then(|others| others.bytes),
-            weights_bytes: Some(model.weights_bytes()),
-            kv_cache_bytes: Some(model.kv_cache_bytes()),
+            weights_bytes: memory.weights_bytes,
+            kv_cache_bytes: memory.kv_cache_bytes,
             pool_peak_bytes: memory.pool_peak_bytes,
             pool_peak_method: memory.pool_peak_method,
             process_peak_bytes: memory.process_peak_bytes,
             process_peak_method: memory.process_peak_method,
+            memory_bytes: memory.memory_bytes,
+            memory_mapped_bytes: memory.memory_mapped_bytes,
+            memory_rest_bytes: memory.memory_rest_bytes,
+            memory_method: memory.memory_method,
             method: METHOD.to_owned(),
             clock: model.decode_clock().map_or(engine.clock, str::to_owned),
             engine: engine.backend,

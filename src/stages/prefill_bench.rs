@@ -5,6 +5,7 @@ use super::bench_power::Watch;
 use super::bench_tokens::{size, sizes, tokens, too_long};
 use crate::artifact::{PrefillRecord, PrefillResult, RecordBody};
 use crate::bench::{SamplePlan, prefill_label, prefill_result, sample};
+use crate::inference::{MemoryNeed, Workload};
 use crate::stage::{
     ParamDefault, ParamDesc, ParamType, Params, Stage, StageContext, StageDescription, StageError, StageOutput,
 };
@@ -16,7 +17,7 @@ pub struct PrefillBench;
 static DESCRIPTION: StageDescription = StageDescription {
     kind: "prefill-bench",
     summary: "Times whole prompts in one pass to the first token's logits, or to every token's likelihood.",
-    version: 3,
+    version: 4,
     measures: true,
     computes: true,
     params: &[
@@ -90,6 +91,12 @@ impl Stage for PrefillBench {
         if is_short { vec![("n_prompt", message, None)] } else { Vec::new() }
     }
 
+    fn memory_need(&self, params: &Params, _base: Option<&Params>) -> MemoryNeed {
+        let n = sizes(params, "n_prompt").into_iter().max().unwrap_or(0);
+        let n_logits = if scores(params) { n.saturating_sub(1) } else { 1 };
+        MemoryNeed::Known(Workload { n_ctx: n, n_pass: n, n_logits, ..Workload::default() })
+    }
+
     fn run(&self, context: &StageContext<'_>) -> Result<StageOutput, StageError> {
         let recipe = context.recipe("model")?;
         let info = context.engine.inspect(&recipe)?;
@@ -131,19 +138,24 @@ impl Stage for PrefillBench {
             results.extend(prefill_result(n_prompt, scores, samples_s));
         }
         let summary: Vec<String> = results.iter().map(|row| summary(row, &watch)).collect();
-        let (watched, memory, engine) = (watch.finish(context.progress), probe.finish(), context.engine.info());
+        let memory = probe.finish().of_model(model.weights_bytes(), model.kv_cache_bytes());
+        let (watched, engine) = (watch.finish(context.progress), context.engine.info());
         let method = if scores { SCORE_METHOD } else { METHOD };
         let record = PrefillRecord {
             results,
             power: watched.power,
             n_other_processes: watched.others.map(|others| others.n),
             other_processes_bytes: watched.others.and_then(|others| others.bytes),
-            weights_bytes: Some(model.weights_bytes()),
-            kv_cache_bytes: Some(model.kv_cache_bytes()),
+            weights_bytes: memory.weights_bytes,
+            kv_cache_bytes: memory.kv_cache_bytes,
             pool_peak_bytes: memory.pool_peak_bytes,
             pool_peak_method: memory.pool_peak_method,
             process_peak_bytes: memory.process_peak_bytes,
             process_peak_method: memory.process_peak_method,
+            memory_bytes: memory.memory_bytes,
+            memory_mapped_bytes: memory.memory_mapped_bytes,
+            memory_rest_bytes: memory.memory_rest_bytes,
+            memory_method: memory.memory_method,
             method: method.to_owned(),
             clock: engine.clock,
             engine: engine.backend,

@@ -2,7 +2,8 @@
 
 use super::process::{Greeting, Worker, WorkerError};
 use super::protocol::Task;
-use crate::inference::{EngineInfo, ModelRecipe};
+use crate::inference::{EngineInfo, MemoryPrediction, ModelRecipe, Workload};
+use crate::run::forecast::Forecaster;
 use crate::run::runner::{RunnerError, StageRunner, StageTask, run_without_models};
 use crate::stage::{Stage, StageError, StageOutput};
 use std::path::PathBuf;
@@ -15,6 +16,8 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 pub struct Workers {
     program: PathBuf,
     device: String,
+    /// In bytes.
+    memory_limit: Option<u64>,
     greeting: Greeting,
     /// Lent to one stage at a time.
     holder: Mutex<Option<Holder>>,
@@ -28,14 +31,15 @@ struct Holder {
 }
 
 impl Workers {
-    /// Starts the first worker, which says what the device is. `program` is this program's own file.
+    /// Starts the first worker, which says what the device is. `program` is this program's own file; models keep below `memory_limit`
+    /// bytes.
     ///
     /// # Errors
     /// `Spawn`, `Lost`, `Device`.
-    pub fn start(program: PathBuf, device: &str) -> Result<Workers, WorkerError> {
-        let (worker, greeting) = Worker::start(&program, device)?;
+    pub fn start(program: PathBuf, device: &str, memory_limit: Option<u64>) -> Result<Workers, WorkerError> {
+        let (worker, greeting) = Worker::start(&program, device, memory_limit)?;
         let general = Mutex::new(Some(worker));
-        Ok(Workers { program, device: device.to_owned(), greeting, holder: Mutex::new(None), general })
+        Ok(Workers { program, device: device.to_owned(), memory_limit, greeting, holder: Mutex::new(None), general })
     }
 
     pub fn info(&self) -> &EngineInfo {
@@ -48,7 +52,7 @@ impl Workers {
     }
 
     fn start_one(&self) -> Result<Worker, RunnerError> {
-        match Worker::start(&self.program, &self.device) {
+        match Worker::start(&self.program, &self.device, self.memory_limit) {
             Ok((worker, _)) => Ok(worker),
             Err(WorkerError::Device(error)) => Err(StageError::from(error).into()),
             Err(error) => Err(StageError::Other(error.to_string()).into()),
@@ -101,6 +105,25 @@ impl Workers {
             *general = Some(worker);
         } else {
             worker.kill();
+        }
+        result
+    }
+}
+
+impl Forecaster for Workers {
+    fn memory_limit(&self) -> Option<u64> {
+        self.memory_limit
+    }
+
+    fn predict(&self, recipe: &ModelRecipe, work: Workload) -> Result<Option<MemoryPrediction>, RunnerError> {
+        let mut general = lock(&self.general);
+        let mut worker = match general.take() {
+            Some(worker) => worker,
+            None => self.start_one()?,
+        };
+        let result = worker.predict(recipe, work);
+        if !matches!(result, Err(RunnerError::WorkerLost { .. })) {
+            *general = Some(worker);
         }
         result
     }
