@@ -35,7 +35,7 @@ pub fn plan(global: &Global, args: &PlanArgs) -> Result<u8, CliError> {
         print(&serde_json::to_string_pretty(&rows).unwrap_or_default())?;
         return Ok(0);
     }
-    let mut table = table(["stage", "kind", "action", "why", "peak memory", "key"]);
+    let mut table = table(["stage", "kind", "action", "why", "memory", "key"]);
     let n_run = rows.iter().filter(|row| row[2] == "run").count();
     let n = rows.len();
     for [stage, kind, action, why, key] in rows {

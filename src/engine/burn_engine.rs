@@ -4,7 +4,7 @@ use super::account::account_of;
 use super::checkpoint::{Checkpoint, HEAD};
 use super::computed_with;
 use super::device::cpu_identity;
-use super::footprint::{cache_bytes, host_scratch_bytes, host_work_bytes, weights_bytes};
+use super::footprint::{cache_bytes, host_work_bytes, weights_bytes};
 use super::forward::Executor;
 use super::memory::{HostProbe, HostRoom, rss_anon_bytes, total_memory_bytes};
 use super::model::BurnModel;
@@ -247,11 +247,12 @@ impl Engine for BurnEngine {
     ) -> Result<Option<MemoryPrediction>, InferenceError> {
         let (spec, checkpoint) = self.prepare(recipe)?;
         let info = describe(&spec, &checkpoint, recipe)?;
+        let is_converted = recipe.quantization.is_some() || recipe.dtype.is_some();
         Ok(Some(MemoryPrediction {
             weights_bytes: weights_bytes(&info, recipe)?,
             kv_cache_bytes: cache_bytes(&spec, info.compute_dtype, work.n_ctx),
-            activations_bytes: host_work_bytes(&spec, info.compute_dtype, work),
-            program_bytes: self.program_bytes + host_scratch_bytes(&spec),
+            activations_bytes: host_work_bytes(&spec, info.compute_dtype, is_converted, work),
+            program_bytes: self.program_bytes,
         }))
     }
 }

@@ -27,7 +27,7 @@ pub struct BurnModel {
 }
 
 /// Tokens of a context that are filled in at a time.
-const FILLED_TOKENS: usize = 512;
+pub const FILLED_TOKENS: usize = 512;
 
 /// How single tokens go through the model.
 enum Decoder {

@@ -15,6 +15,8 @@ pub struct Workload {
     pub n_gen: usize,
     /// What modules put out is handed over.
     pub captures: bool,
+    /// A text is tokenized for it.
+    pub reads_text: bool,
 }
 
 /// What a stage that holds a model will ask for.

@@ -32,6 +32,8 @@ pub struct StageMemory {
     pub predicted: Predicted,
     /// It has to be computed.
     pub runs: bool,
+    /// Its model is quantized already.
+    pub is_quantized: bool,
 }
 
 /// A prediction, or why there is none.
@@ -64,14 +66,17 @@ impl StageMemory {
         let MemoryPrediction { weights_bytes, kv_cache_bytes, activations_bytes, program_bytes } = *prediction;
         let without_weights = kv_cache_bytes + activations_bytes + program_bytes;
         let remedy = match (weights_bytes + program_bytes > limit_bytes, kv_cache_bytes > activations_bytes) {
-            (true, _) => "quantize the model, or store it in a smaller dtype",
-            (false, true) => {
-                "lower n_depth, n_gen, n_prompt or max_length, whichever is longest, or quantize the model"
-            }
-            (false, false) => "lower n_prompt, max_length or n_tokens, or quantize the model",
+            (true, _) => "its weights alone need more",
+            (false, true) => "lower n_depth, n_gen or n_prompt, whichever is longest",
+            (false, false) => "lower n_prompt, n_depth, max_length or n_tokens",
+        };
+        let quantize = match (self.is_quantized, weights_bytes > without_weights) {
+            (false, true) => ", or quantize the model",
+            (true, true) => ", or quantize to fewer bits",
+            (_, false) => "",
         };
         Some(format!(
-            "{} does not fit: {} predicted ({} of weights, {} beside them), the limit is {}; {remedy}",
+            "{} does not fit: {} predicted ({} of weights, {} beside them), the limit is {}; {remedy}{quantize}",
             self.stage,
             format_bytes(prediction.total_bytes()),
             format_bytes(weights_bytes),
@@ -94,8 +99,10 @@ pub fn forecast(plan: &Plan, catalogue: &Catalogue, root: &Path, forecaster: &dy
             MemoryNeed::Known(work) => Ok(work),
             MemoryNeed::Unknown(why) => Err(StageError::Other(why.to_owned())),
         };
+        let mut is_quantized = false;
         let predicted = work.and_then(|work| {
             let recipe = recipe_of(plan, node, catalogue, root)?;
+            is_quantized = recipe.quantization.is_some();
             let name = serde_json::to_string(&recipe).unwrap_or_default();
             let found = known.entry((name, work)).or_insert_with(|| match forecaster.predict(&recipe, work) {
                 Ok(Some(prediction)) => Predicted::Known(prediction),
@@ -108,6 +115,7 @@ pub fn forecast(plan: &Plan, catalogue: &Catalogue, root: &Path, forecaster: &dy
             stage: planned.stage.address.clone(),
             predicted: predicted.unwrap_or_else(|error| Predicted::Unknown(error.to_string())),
             runs: planned.runs && planned.selected,
+            is_quantized,
         });
     }
     rows
@@ -138,4 +146,33 @@ fn recipe_of(plan: &Plan, node: NodeIndex, catalogue: &Catalogue, root: &Path) -
     }
     let recipe = recipe.ok_or_else(|| unknown("it has no model"))?;
     Ok(recipe.rooted(root))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn row(parts: [u64; 4], runs: bool, is_quantized: bool) -> StageMemory {
+        let [weights_bytes, kv_cache_bytes, activations_bytes, program_bytes] = parts.map(|mib| mib << 20);
+        let prediction = MemoryPrediction { weights_bytes, kv_cache_bytes, activations_bytes, program_bytes };
+        StageMemory { stage: "decode".to_owned(), predicted: Predicted::Known(prediction), runs, is_quantized }
+    }
+
+    #[test]
+    fn what_exceeds_the_limit_is_told_with_a_remedy() {
+        let stage = row([6000, 900, 100, 500], true, false);
+        assert_eq!((stage.refusal(7500 << 20), stage.exceeds(7500 << 20)), (None, false));
+        assert_eq!(
+            stage.refusal(7400 << 20).expect("a refusal"),
+            "decode does not fit: 7.32 GiB predicted (5.86 GiB of weights, 1.46 GiB beside them), the limit is 7.23 GiB; lower n_depth, \
+             n_gen or n_prompt, whichever is longest, or quantize the model"
+        );
+        let heavy = row([8000, 9, 100, 500], true, true).refusal(7400 << 20).expect("a refusal");
+        assert!(heavy.ends_with("its weights alone need more, or quantize to fewer bits"), "{heavy}");
+    }
+
+    #[test]
+    fn a_stage_in_the_cache_needs_no_memory() {
+        assert_eq!(row([6000, 900, 100, 500], false, false).refusal(1), None);
+    }
 }

@@ -81,12 +81,13 @@ impl Stage for CaptureActivations {
     }
 
     fn memory_need(&self, params: &Params, _base: Option<&Params>) -> MemoryNeed {
-        let n = match (size(params, "n_tokens"), params.get("text").is_some_and(|text| !text.is_null())) {
+        let reads_text = params.get("text").is_some_and(|text| !text.is_null());
+        let n = match (size(params, "n_tokens"), reads_text) {
             (0, true) => return MemoryNeed::Unknown("it runs the whole of its text; n_tokens would bound it"),
             (0, false) => RANDOM_TOKENS,
             (n, _) => n,
         };
-        MemoryNeed::Known(Workload { n_ctx: 0, n_pass: n, n_logits: n, n_gen: 0, captures: true })
+        MemoryNeed::Known(Workload { n_ctx: 0, n_pass: n, n_logits: n, n_gen: 0, captures: true, reads_text })
     }
 
     fn run(&self, context: &StageContext<'_>) -> Result<StageOutput, StageError> {

@@ -84,10 +84,9 @@ impl Stage for DecodeBench {
     fn memory_need(&self, params: &Params, _base: Option<&Params>) -> MemoryNeed {
         let n_gen = size(params, "n_gen");
         let deepest = sizes(params, "n_depth").into_iter().max().unwrap_or(0).max(1);
-        // The check of decode against prefill is a pass too.
-        let (n_pass, n_check) = (deepest, n_gen.min(CHECKED_POSITIONS) + 1);
-        let n_pass = n_pass.max(n_check);
-        MemoryNeed::Known(Workload { n_ctx: deepest + n_gen, n_pass, n_logits: n_check, n_gen, captures: false })
+        let reads_text = params.get("text").is_some_and(|text| !text.is_null());
+        let n_ctx = deepest + n_gen;
+        MemoryNeed::Known(Workload { n_ctx, n_pass: deepest, n_logits: 1, n_gen, captures: false, reads_text })
     }
 
     fn run(&self, context: &StageContext<'_>) -> Result<StageOutput, StageError> {

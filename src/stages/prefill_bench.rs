@@ -94,7 +94,8 @@ impl Stage for PrefillBench {
     fn memory_need(&self, params: &Params, _base: Option<&Params>) -> MemoryNeed {
         let n = sizes(params, "n_prompt").into_iter().max().unwrap_or(0);
         let n_logits = if scores(params) { n.saturating_sub(1) } else { 1 };
-        MemoryNeed::Known(Workload { n_ctx: n, n_pass: n, n_logits, ..Workload::default() })
+        let reads_text = params.get("text").is_some_and(|text| !text.is_null());
+        MemoryNeed::Known(Workload { n_ctx: n, n_pass: n, n_logits, reads_text, ..Workload::default() })
     }
 
     fn run(&self, context: &StageContext<'_>) -> Result<StageOutput, StageError> {

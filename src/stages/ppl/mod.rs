@@ -130,7 +130,13 @@ impl Stage for Ppl {
 
     fn memory_need(&self, params: &Params, base: Option<&Params>) -> MemoryNeed {
         let n = settings::max_length(params, base);
-        MemoryNeed::Known(Workload { n_ctx: 0, n_pass: n, n_logits: n.saturating_sub(1), ..Workload::default() })
+        MemoryNeed::Known(Workload {
+            n_ctx: 0,
+            n_pass: n,
+            n_logits: n.saturating_sub(1),
+            reads_text: true,
+            ..Workload::default()
+        })
     }
 
     fn run(&self, context: &StageContext<'_>) -> Result<StageOutput, StageError> {
@@ -140,6 +146,8 @@ impl Stage for Ppl {
         settings.fits(&info)?;
         let text = TextForModel::open(context, &settings.text, &info)?;
         let passes = passes(&settings, &text)?;
+        // A tokenizer takes more than the activations of a window.
+        drop(text);
         let base = settings.base.map(|input| Base::open(input, &info, &passes[0].tokenizer_hash)).transpose()?;
         let keep = settings.keep;
         let n_scored: usize = passes.iter().map(Pass::n_scored).sum();
