@@ -2,7 +2,7 @@
 
 use super::number;
 use super::record::RecordBody;
-use crate::units::DType;
+use crate::units::{DType, format_bytes};
 use serde::{Deserialize, Serialize};
 
 /// The body of a `prefill-bench` record.
@@ -137,6 +137,11 @@ pub struct MemoryFigures {
 }
 
 impl MemoryFigures {
+    /// Returns the whole for a stage's summary: `memory 8.35 MiB`.
+    pub fn summary(&self) -> Option<String> {
+        self.memory_bytes.map(|bytes| format!("memory {}", format_bytes(bytes)))
+    }
+
     /// Fills in what is the model's.
     #[must_use]
     pub fn of_model(self, weights_bytes: u64, kv_cache_bytes: u64) -> MemoryFigures {

@@ -25,7 +25,9 @@ pub fn metrics_rows(results: &BTreeMap<String, Arc<StageInput>>, ts: &str) -> Re
         let Some(row) = rows.get_mut(&model.address) else { continue };
         match result.kind.as_str() {
             "prefill-bench" => {
-                let prefills = result.record.read::<PrefillRecord>()?.results.into_iter().filter(|row| !row.scores);
+                let record: PrefillRecord = result.record.read()?;
+                note_memory(row, result, record.memory_bytes);
+                let prefills = record.results.into_iter().filter(|row| !row.scores);
                 if let Some(longest) = prefills.max_by_key(|row| row.n_prompt) {
                     row.prompt_length = Some(longest.n_prompt as u64);
                     row.avg_prefill_tps = Some(longest.tokens_per_second_mean);
@@ -33,12 +35,21 @@ pub fn metrics_rows(results: &BTreeMap<String, Arc<StageInput>>, ts: &str) -> Re
             }
             "decode-bench" => {
                 let record: DecodeRecord = result.record.read()?;
+                note_memory(row, result, record.memory_bytes);
                 row.avg_decode_tps = record.results.first().map(|row| row.tokens_per_second);
             }
             _ => row.perplexity = result.record.read::<PplRecord>()?.results.first().map(|row| row.perplexity),
         }
     }
     Ok(rows.into_values().collect())
+}
+
+/// Keeps the most of what the model's measurements took.
+fn note_memory(row: &mut MetricsRow, result: &StageInput, memory_bytes: Option<u64>) {
+    row.memory_bytes = row.memory_bytes.max(memory_bytes);
+    if result.record.head.device.as_ref().is_some_and(|device| device.starts_with("cuda")) {
+        row.max_vram_gb = row.memory_bytes.map(|bytes| bytes as f64 / 1e9);
+    }
 }
 
 fn start(model: &StageInput, ts: &str) -> Result<MetricsRow, RecordError> {

@@ -134,8 +134,9 @@ impl Stage for DecodeBench {
             probe.mark();
             results.extend(decode_result(n_gen, n_depth, sequences));
         }
-        let summary: Vec<String> = results.iter().map(|row| summary(row, &watch)).collect();
+        let mut summary: Vec<String> = results.iter().map(|row| summary(row, &watch)).collect();
         let memory = probe.finish().of_model(model.weights_bytes(), model.kv_cache_bytes());
+        summary.extend(memory.summary());
         let (watched, engine) = (watch.finish(context.progress), context.engine.info());
         let record = DecodeRecord {
             results,

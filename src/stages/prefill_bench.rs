@@ -138,8 +138,9 @@ impl Stage for PrefillBench {
             probe.mark();
             results.extend(prefill_result(n_prompt, scores, samples_s));
         }
-        let summary: Vec<String> = results.iter().map(|row| summary(row, &watch)).collect();
+        let mut summary: Vec<String> = results.iter().map(|row| summary(row, &watch)).collect();
         let memory = probe.finish().of_model(model.weights_bytes(), model.kv_cache_bytes());
+        summary.extend(memory.summary());
         let (watched, engine) = (watch.finish(context.progress), context.engine.info());
         let method = if scores { SCORE_METHOD } else { METHOD };
         let record = PrefillRecord {

@@ -33,6 +33,8 @@ pub struct MetricsRow {
     #[serde(serialize_with = "number::optional::serialize")]
     pub perplexity: Option<f64>,
     pub gpu_name: String,
+    /// The most that it took to run the model; empty where it was not measured.
+    pub memory_bytes: Option<u64>,
 }
 
 /// Appends rows, with a header where the file is new.
