@@ -12,7 +12,7 @@ use std::sync::Arc;
 /// Where this build or this machine has no such device.
 #[cfg(feature = "cpu")]
 pub fn build(device: &str, memory_limit: Option<u64>) -> Result<(Arc<dyn Engine>, String), InferenceError> {
-    crate::engine::build(device, memory_limit)
+    crate::engine::build_within(device, memory_limit)
 }
 
 /// Builds the engine for a device and says why it is that one.

@@ -6,12 +6,20 @@ use crate::inference::{Engine, InferenceError};
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
+/// Builds the engine for a device without a memory limit.
+///
+/// # Errors
+/// As [`build_within`].
+pub fn build(device: &str) -> Result<(Arc<dyn Engine>, String), InferenceError> {
+    build_within(device, None)
+}
+
 /// Builds the engine for a device: `auto`, `cpu`, `cuda`, `cuda:N`, `wgpu`. Returns it with the reason for the choice. Its models keep
 /// below `memory_limit` bytes: of memory of the device, or of this process on a CPU.
 ///
 /// # Errors
 /// `Device` where the device is unknown, is not there, or this build can't drive it.
-pub fn build(device: &str, memory_limit: Option<u64>) -> Result<(Arc<dyn Engine>, String), InferenceError> {
+pub fn build_within(device: &str, memory_limit: Option<u64>) -> Result<(Arc<dyn Engine>, String), InferenceError> {
     let cpu = || -> Arc<dyn Engine> { Arc::new(BurnEngine::cpu().with_memory_limit(memory_limit)) };
     match device {
         "cpu" => Ok((cpu(), "cpu: asked for".to_owned())),

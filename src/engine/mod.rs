@@ -32,7 +32,7 @@ mod tap;
 mod weights;
 
 pub use burn_engine::BurnEngine;
-pub use device::build;
+pub use device::{build, build_within};
 pub use families::FAMILIES;
 pub use memory::rss_anon_bytes;
 #[cfg(feature = "cuda")]
