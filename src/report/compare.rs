@@ -190,6 +190,6 @@ mod tests {
         let rows = compare(&of(&a), &of(&b), true, &|_, _| None);
         assert_eq!(verdict(&rows, "weights_bytes"), Verdict::OutsideNoise);
         assert_eq!(verdict(&rows, "decode_tokens_per_second"), Verdict::OutsideNoise);
-        assert_eq!(verdict(&rows, "process_peak_bytes"), Verdict::UnknownNoise);
+        assert_eq!(verdict(&rows, "memory_bytes"), Verdict::UnknownNoise);
     }
 }

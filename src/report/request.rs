@@ -199,7 +199,7 @@ mod tests {
         let files = rendered(&[ppl("ppl", &fp16, 9.0)], &[], &["md"]).unwrap();
         let report = text_of(&files, "report.md");
         assert!(
-            report.contains("| `fp16` | f16 | not measured | n/a | not measured | 9.00 ± 0.19 (n_scored = 9,612) |"),
+            report.contains("| `fp16` | f16 | not measured | not measured | n/a | 9.00 ± 0.19 (n_scored = 9,612) |"),
             "{report}"
         );
         assert!(!files.iter().any(|file| file.path.starts_with("images")));

@@ -116,7 +116,7 @@ mod tests {
         append_metrics_csv(&path, &[MetricsRow { avg_decode_tps, perplexity, ..MetricsRow::default() }])
             .expect("a row");
         let text = std::fs::read_to_string(&path).expect("the file");
-        assert!(text.trim_end().ends_with(",,nan,,inf,"), "{text}");
+        assert!(text.trim_end().ends_with(",,nan,,inf,,"), "{text}");
     }
 
     #[test]
