@@ -9,6 +9,7 @@ mod device_probe;
 mod error;
 mod host_probe;
 mod log_probs;
+mod memory;
 mod records;
 
 pub use account::{AccountPart, SourceAccount, StoredType, stored_words};
@@ -17,6 +18,7 @@ pub use device_probe::{DeviceFigures, DeviceProbe, EnergyWindow, GpuIdentity, Ot
 pub use error::InferenceError;
 pub use host_probe::{HostProbe, QUIET_CPUS};
 pub use log_probs::{LogProbFormat, LogProbRows, LogProbSink, LogProbSource, argmax, diverge_logits, score_logits};
+pub use memory::{MemoryNeed, MemoryPrediction, Workload};
 pub use records::{HubRevision, LoadRecord, QuantizeRecord};
 
 use crate::artifact::{MemoryFigures, QuantizedModule};
@@ -228,7 +230,8 @@ pub trait MemoryProbe: Send {
     /// Notes what the device's allocator holds now: called between what a stage measures, never in a timed region.
     fn mark(&mut self) {}
 
-    /// Stops sampling and returns what was seen; `weights_bytes` and `kv_cache_bytes` are the model's to fill in.
+    /// Stops sampling and returns what was seen; `weights_bytes` and `kv_cache_bytes` are the model's to fill in
+    /// ([`MemoryFigures::of_model`]).
     fn finish(self: Box<Self>) -> MemoryFigures;
 }
 
@@ -239,7 +242,7 @@ pub trait Model: Send {
     /// Bytes of parameters as stored on the device; tied weights counted once.
     fn weights_bytes(&self) -> u64;
 
-    /// Bytes of the key-value cache as allocated now.
+    /// Bytes of the key-value cache as allocated now: 2 · n_layers · n_kv_heads · head_dim · positions · bytes of an element.
     fn kv_cache_bytes(&self) -> u64;
 
     /// Empties the cache and runs `tokens` in one pass, timed, leaving the cache filled for `decode`.
@@ -247,6 +250,19 @@ pub trait Model: Send {
     /// # Errors
     /// `ContextTooLong`, `OutOfMemory`, `TokenOutOfRange`.
     fn prefill(&mut self, tokens: &[u32]) -> Result<Prefilled, InferenceError>;
+
+    /// Gives back all that is not weights: the cache, the memory of passes, recordings. What a stage takes then does not depend on
+    /// those that used the model before it.
+    fn release(&mut self) {}
+
+    /// Fills an empty cache with `tokens`, so that `decode` goes on behind them. Nothing is timed: an engine may run them in several
+    /// passes, whose activations take less memory than those of one.
+    ///
+    /// # Errors
+    /// Those of `prefill`.
+    fn fill(&mut self, tokens: &[u32]) -> Result<(), InferenceError> {
+        self.prefill(tokens).map(|_| ())
+    }
 
     /// Makes room for `n_ctx` tokens of context, so that no allocation falls into a timed region.
     fn reserve(&mut self, n_ctx: usize) -> Result<(), InferenceError>;
@@ -424,6 +440,19 @@ pub trait Engine: Send + Sync {
     /// Returns what watches the host's processors; `None` where the system has no figures of them.
     fn host_probe(&self) -> Option<Box<dyn HostProbe>> {
         None
+    }
+
+    /// Predicts the memory that a stage takes at its peak with this model, from the model's shapes; nothing is loaded. Returns `None`
+    /// where the engine has no such prediction.
+    ///
+    /// # Errors
+    /// As [`Engine::inspect`].
+    fn predict_memory(
+        &self,
+        _recipe: &ModelRecipe,
+        _work: &Workload,
+    ) -> Result<Option<MemoryPrediction>, InferenceError> {
+        Ok(None)
     }
 
     /// Returns the bytes of device memory that could still be allocated; nothing where the device does not tell.

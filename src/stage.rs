@@ -2,7 +2,7 @@
 
 use crate::artifact::{Record, RecordBody};
 use crate::event::Progress;
-use crate::inference::{Engine, InferenceError, Model, ModelRecipe};
+use crate::inference::{Engine, InferenceError, MemoryNeed, Model, ModelRecipe};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 use std::collections::BTreeMap;
@@ -231,6 +231,25 @@ pub trait Stage: Send + Sync {
 
     /// Fills in parameters whose default depends on others, so that spelling a default out changes no key.
     fn complete(&self, _params: &mut Params) {}
+
+    /// Returns what the stage asks of its model's memory; `base` are the parameters of the stage under `base`, where there is one.
+    fn memory_need(&self, _params: &Params, _base: Option<&Params>) -> MemoryNeed {
+        MemoryNeed::Nothing
+    }
+
+    /// Returns the recipe that the stage makes, from that of its model where it has one, as its record will hold it; `None` for kinds
+    /// that make no model.
+    ///
+    /// # Errors
+    /// Where what parameters name can't be read.
+    fn recipe(
+        &self,
+        _params: &Params,
+        _root: &Path,
+        _model: Option<ModelRecipe>,
+    ) -> Result<Option<ModelRecipe>, StageError> {
+        Ok(None)
+    }
 
     /// Returns in how many starts the work is done; `is_host` where the device is the host's processor. Stages that don't measure have
     /// one.

@@ -66,6 +66,30 @@ pub fn format_bytes(bytes: u64) -> String {
     if unit_idx == 0 { format!("{bytes} B") } else { format!("{value:.2} {}", UNITS[unit_idx]) }
 }
 
+/// Reads a size in bytes: `20GiB`, `1.5 TB`, `500M`, or plain bytes. Returns `None` for anything else.
+pub fn parse_size(text: &str) -> Option<u64> {
+    let text = text.trim();
+    let end = text.find(|c: char| !c.is_ascii_digit() && c != '.').unwrap_or(text.len());
+    let (number, unit) = text.split_at(end);
+    let unit = unit.trim().to_ascii_lowercase();
+    let bytes = match unit.as_str() {
+        "" | "b" => Some(1.0),
+        _ => {
+            let power = unit.chars().next().and_then(|first| "kmgt".find(first)).map(|i| i as i32 + 1);
+            let base = match unit.get(1..) {
+                Some("" | "ib") => Some(1024.0_f64),
+                Some("b") => Some(1000.0),
+                _ => None,
+            };
+            base.zip(power).map(|(base, power)| base.powi(power))
+        }
+    };
+    match (number.parse::<f64>(), bytes) {
+        (Ok(number), Some(bytes)) if number * bytes < u64::MAX as f64 => Some((number * bytes) as u64),
+        _ => None,
+    }
+}
+
 /// Formats a duration with a unit that keeps three or four significant digits: `12.3 ms`.
 pub fn format_seconds(seconds: f64) -> String {
     let magnitude = seconds.abs();
@@ -117,6 +141,24 @@ pub fn format_significant(value: f64) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn sizes_are_read_in_both_kinds_of_units() {
+        for (text, bytes) in [
+            ("20GiB", 20 << 30),
+            ("1.5 kB", 1500),
+            ("500M", 500 << 20),
+            ("7", 7),
+            ("0b", 0),
+            ("2TiB", 2 << 40),
+            ("3gb", 3_000_000_000),
+        ] {
+            assert_eq!(parse_size(text), Some(bytes), "{text}");
+        }
+        for text in ["", "GiB", "-1", "1.2.3", "5 XiB", "1e30GiB", "20GiBs", "9999999999TiB", "ü"] {
+            assert!(parse_size(text).is_none(), "{text}");
+        }
+    }
 
     #[test]
     fn element_types_read_pytorch_names() {

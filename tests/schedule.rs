@@ -334,6 +334,8 @@ impl Bench {
             pipeline_text: text,
             set: Vec::new(),
             matrix: Vec::new(),
+            memory_limit_asked: None,
+            memory_limit_bytes: None,
             device_asked: None,
             device: "fake device".to_owned(),
             device_reason: "asked for".to_owned(),

@@ -8,6 +8,9 @@ use std::io;
 use std::ops::Range;
 use std::sync::Arc;
 
+/// Pages are no smaller than this.
+const PAGE_BYTES: usize = 4096;
+
 /// Bytes that somebody else may own: a memory map, a vector.
 #[derive(Clone)]
 pub struct SharedBytes {
@@ -78,6 +81,15 @@ impl SharedBytes {
         Ok(())
     }
 
+    /// Makes every page resident where they are mapped from a file: reads one byte of each.
+    pub fn touch_pages(&self) {
+        if self.file.is_some() {
+            for byte in self.as_slice().iter().step_by(PAGE_BYTES) {
+                std::hint::black_box(*byte);
+            }
+        }
+    }
+
     pub fn as_slice(&self) -> &[u8] {
         &(*self.owner).as_ref()[self.range.clone()]
     }
@@ -128,6 +140,13 @@ impl HostWeight {
         match self {
             HostWeight::Dense(dense) => dense.bytes.as_slice().len() as u64,
             HostWeight::Packed(packed) => packed_scheme(packed).stored_bytes(packed),
+        }
+    }
+
+    /// Makes its pages resident where it is mapped from a file.
+    pub fn touch_pages(&self) {
+        if let HostWeight::Dense(dense) = self {
+            dense.bytes.touch_pages();
         }
     }
 

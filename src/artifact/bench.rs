@@ -3,7 +3,7 @@
 use super::disturbance::Disturbance;
 use super::number;
 use super::record::RecordBody;
-use crate::units::DType;
+use crate::units::{DType, format_bytes};
 use serde::{Deserialize, Serialize};
 
 /// The body of a `prefill-bench` record.
@@ -22,6 +22,14 @@ pub struct PrefillRecord {
     pub pool_peak_method: Option<String>,
     pub process_peak_bytes: Option<u64>,
     pub process_peak_method: String,
+    #[serde(default)]
+    pub memory_bytes: Option<u64>,
+    #[serde(default)]
+    pub memory_mapped_bytes: Option<u64>,
+    #[serde(default)]
+    pub memory_rest_bytes: Option<u64>,
+    #[serde(default)]
+    pub memory_method: Option<String>,
     /// What one sample is.
     pub method: String,
     pub clock: String,
@@ -51,6 +59,14 @@ pub struct DecodeRecord {
     pub pool_peak_method: Option<String>,
     pub process_peak_bytes: Option<u64>,
     pub process_peak_method: String,
+    #[serde(default)]
+    pub memory_bytes: Option<u64>,
+    #[serde(default)]
+    pub memory_mapped_bytes: Option<u64>,
+    #[serde(default)]
+    pub memory_rest_bytes: Option<u64>,
+    #[serde(default)]
+    pub memory_method: Option<String>,
     /// What one sample is.
     pub method: String,
     pub clock: String,
@@ -106,6 +122,37 @@ pub struct MemoryFigures {
     pub process_peak_bytes: Option<u64>,
     /// How `process_peak_bytes` was measured, in words.
     pub process_peak_method: String,
+    /// What it takes to run the model: weights, cache, activations and the program, at the stage's peak. On a CPU resident memory of
+    /// the worker process, pages of the model's own mapped files included; on a GPU device memory of the process.
+    #[serde(default)]
+    pub memory_bytes: Option<u64>,
+    /// Which part of `memory_bytes` are resident pages of the model's mapped files.
+    #[serde(default)]
+    pub memory_mapped_bytes: Option<u64>,
+    /// Which part of `memory_bytes` is neither weights nor cache: activations, logits, scratch, the program.
+    #[serde(default)]
+    pub memory_rest_bytes: Option<u64>,
+    /// How `memory_bytes` was measured, in words; null where it was not.
+    #[serde(default)]
+    pub memory_method: Option<String>,
+}
+
+impl MemoryFigures {
+    /// Returns the whole for a stage's summary: `memory 8.35 MiB`.
+    pub fn summary(&self) -> Option<String> {
+        self.memory_bytes.map(|bytes| format!("memory {}", format_bytes(bytes)))
+    }
+
+    /// Fills in what is the model's.
+    #[must_use]
+    pub fn of_model(self, weights_bytes: u64, kv_cache_bytes: u64) -> MemoryFigures {
+        MemoryFigures {
+            weights_bytes: Some(weights_bytes),
+            kv_cache_bytes: Some(kv_cache_bytes),
+            memory_rest_bytes: self.memory_bytes.map(|all| all.saturating_sub(weights_bytes + kv_cache_bytes)),
+            ..self
+        }
+    }
 }
 
 /// One row of a `prefill-bench` record's `results`; times in seconds.
@@ -271,6 +318,10 @@ impl PrefillRecord {
             pool_peak_method: self.pool_peak_method.clone(),
             process_peak_bytes: self.process_peak_bytes,
             process_peak_method: self.process_peak_method.clone(),
+            memory_bytes: self.memory_bytes,
+            memory_mapped_bytes: self.memory_mapped_bytes,
+            memory_rest_bytes: self.memory_rest_bytes,
+            memory_method: self.memory_method.clone(),
         }
     }
 }
@@ -285,6 +336,10 @@ impl DecodeRecord {
             pool_peak_method: self.pool_peak_method.clone(),
             process_peak_bytes: self.process_peak_bytes,
             process_peak_method: self.process_peak_method.clone(),
+            memory_bytes: self.memory_bytes,
+            memory_mapped_bytes: self.memory_mapped_bytes,
+            memory_rest_bytes: self.memory_rest_bytes,
+            memory_method: self.memory_method.clone(),
         }
     }
 }

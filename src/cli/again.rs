@@ -138,6 +138,7 @@ mod tests {
             "device" => Some("cpu"),
             "only" | "until" | "from" | "remeasure" => Some("stage[config=int8]"),
             "jobs" => Some("7"),
+            "memory_limit" => Some("7.5GiB"),
             "run" => Some("20260101T000000Z-abcd"),
             "verbose" | "quiet" | "force" | "rebuild_upstream" | "accept_disturbed" => None,
             other => panic!("{other} is a new argument: give a sample here, and see that the command repeats it"),

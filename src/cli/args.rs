@@ -1,5 +1,6 @@
 //! Arguments.
 
+use crate::units::parse_size;
 use clap::{Args as ClapArgs, Parser, Subcommand, ValueEnum};
 use std::path::PathBuf;
 
@@ -108,6 +109,9 @@ pub enum Command {
         device: String,
         #[arg(long)]
         accept_disturbed: bool,
+        /// In bytes
+        #[arg(long)]
+        memory_limit: Option<u64>,
     },
     /// Print a completion script for a shell
     Completions { shell: clap_complete::Shell },
@@ -128,6 +132,15 @@ pub struct PipelineArgs {
     /// auto, cpu, cuda, cuda:N or wgpu, over what the file says
     #[arg(long, value_name = "DEVICE")]
     pub device: Option<String>,
+}
+
+/// How much memory models may take.
+#[derive(Debug, Clone, Copy, ClapArgs)]
+pub struct MemoryArgs {
+    /// Most memory that a model and all it needs may take, as 7.5GiB, over what the file says: device memory on a GPU, the worker
+    /// process's on a CPU. A stage that would take more is refused before anything runs
+    #[arg(long, value_name = "SIZE", value_parser = size)]
+    pub memory_limit: Option<u64>,
 }
 
 /// Which stages, and how.
@@ -152,6 +165,8 @@ pub struct RunArgs {
     #[command(flatten)]
     pub pipeline: PipelineArgs,
     #[command(flatten)]
+    pub memory: MemoryArgs,
+    #[command(flatten)]
     pub select: SelectArgs,
     /// Stages that may run at once; a stage that measures has its device alone
     #[arg(long, value_name = "N", default_value = "2", value_parser = jobs)]
@@ -173,6 +188,8 @@ pub struct RerunArgs {
     /// Repeat a run other than the latest
     #[arg(long, value_name = "RUN_ID")]
     pub run: Option<String>,
+    #[command(flatten)]
+    pub memory: MemoryArgs,
     /// Stages that may run at once
     #[arg(long, value_name = "N", default_value = "2", value_parser = jobs)]
     pub jobs: usize,
@@ -186,6 +203,8 @@ pub struct RerunArgs {
 pub struct PlanArgs {
     #[command(flatten)]
     pub pipeline: PipelineArgs,
+    #[command(flatten)]
+    pub memory: MemoryArgs,
     #[command(flatten)]
     pub select: SelectArgs,
     /// As JSON
@@ -289,28 +308,11 @@ fn jobs(text: &str) -> Result<usize, String> {
     }
 }
 
-/// Reads a size: `20GiB`, `1.5 TB`, `500M`, or plain bytes.
+/// What sizes look like.
+const SIZES: &str = "a size such as 20GiB, 500MB or a number of bytes";
+
 fn size(text: &str) -> Result<u64, String> {
-    let text = text.trim();
-    let end = text.find(|c: char| !c.is_ascii_digit() && c != '.').unwrap_or(text.len());
-    let (number, unit) = text.split_at(end);
-    let unit = unit.trim().to_ascii_lowercase();
-    let bytes = match unit.as_str() {
-        "" | "b" => Some(1.0),
-        _ => {
-            let power = unit.chars().next().and_then(|first| "kmgt".find(first)).map(|i| i as i32 + 1);
-            let base = match unit.get(1..) {
-                Some("" | "ib") => Some(1024.0_f64),
-                Some("b") => Some(1000.0),
-                _ => None,
-            };
-            base.zip(power).map(|(base, power)| base.powi(power))
-        }
-    };
-    match (number.parse::<f64>(), bytes) {
-        (Ok(number), Some(bytes)) if number * bytes < u64::MAX as f64 => Ok((number * bytes) as u64),
-        _ => Err(format!("expected a size such as 20GiB, 500MB or a number of bytes, found {text:?}")),
-    }
+    parse_size(text).ok_or_else(|| format!("expected {SIZES}, found {text:?}"))
 }
 
 fn pair(text: &str) -> Result<(String, String), String> {
@@ -323,24 +325,6 @@ fn pair(text: &str) -> Result<(String, String), String> {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn sizes_are_read_in_both_kinds_of_units() {
-        for (text, bytes) in [
-            ("20GiB", 20 << 30),
-            ("1.5 kB", 1500),
-            ("500M", 500 << 20),
-            ("7", 7),
-            ("0b", 0),
-            ("2TiB", 2 << 40),
-            ("3gb", 3_000_000_000),
-        ] {
-            assert_eq!(size(text), Ok(bytes), "{text}");
-        }
-        for text in ["", "GiB", "-1", "1.2.3", "5 XiB", "1e30GiB", "20GiBs", "9999999999TiB", "ü"] {
-            assert!(size(text).is_err(), "{text}");
-        }
-    }
 
     #[test]
     fn jobs_are_bounded() {

@@ -15,7 +15,7 @@ const NVIDIA_DRIVER: &str = "/proc/driver/nvidia/version";
 /// Tells.
 pub fn doctor() -> Result<u8, CliError> {
     let mut text = format!("labpipe {}\n", env!("CARGO_PKG_VERSION"));
-    match engine::build("auto") {
+    match engine::build("auto", None) {
         Err(error) => {
             let _ = writeln!(text, "engine:  none ({error})");
         }

@@ -6,13 +6,13 @@ use crate::run::{WorkerError, Workers, serve};
 use crate::stages::catalogue;
 use std::sync::Arc;
 
-/// Builds the engine for a device and says why it is that one.
+/// Builds the engine for a device, whose models keep below `memory_limit` bytes, and says why it is that one.
 ///
 /// # Errors
 /// Where this build or this machine has no such device.
 #[cfg(feature = "cpu")]
-pub fn build(device: &str) -> Result<(Arc<dyn Engine>, String), InferenceError> {
-    crate::engine::build(device)
+pub fn build(device: &str, memory_limit: Option<u64>) -> Result<(Arc<dyn Engine>, String), InferenceError> {
+    crate::engine::build_within(device, memory_limit)
 }
 
 /// Builds the engine for a device and says why it is that one.
@@ -20,14 +20,14 @@ pub fn build(device: &str) -> Result<(Arc<dyn Engine>, String), InferenceError> 
 /// # Errors
 /// Always: this build has none.
 #[cfg(not(feature = "cpu"))]
-pub fn build(device: &str) -> Result<(Arc<dyn Engine>, String), InferenceError> {
+pub fn build(device: &str, _memory_limit: Option<u64>) -> Result<(Arc<dyn Engine>, String), InferenceError> {
     let reason = "this labpipe was built without an engine; build it with its default features".to_owned();
     Err(InferenceError::Device { device: device.to_owned(), reason })
 }
 
 /// Runs stages for the parent process until it closes stdin.
-pub fn work(device: &str, accept_disturbed: bool) -> u8 {
-    serve(&catalogue(), device, accept_disturbed, || build(device))
+pub fn work(device: &str, memory_limit: Option<u64>, accept_disturbed: bool) -> u8 {
+    serve(&catalogue(), device, accept_disturbed, || build(device, memory_limit))
 }
 
 /// Returns the machine's GPUs; nothing where this build or this machine has nobody to ask.
@@ -38,16 +38,16 @@ pub fn gpus() -> Option<Vec<GpuIdentity>> {
     None
 }
 
-/// Starts the workers of a device.
+/// Starts the workers of a device; their models keep below `memory_limit` bytes.
 ///
 /// # Errors
 /// Where the device can't be used, or this program can't start itself again.
-pub fn workers(device: &str) -> Result<Workers, CliError> {
+pub fn workers(device: &str, memory_limit: Option<u64>) -> Result<Workers, CliError> {
     let program = std::env::current_exe().map_err(|error| CliError::Usage {
         message: format!("failed to find this program's own file, which workers are started from: {error}"),
         hint: None,
     })?;
-    Workers::start(program, device).map_err(|error| match error {
+    Workers::start(program, device, memory_limit).map_err(|error| match error {
         WorkerError::Device(error) => CliError::Device(error),
         other => CliError::Worker(other),
     })

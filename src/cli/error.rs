@@ -31,6 +31,9 @@ pub enum CliError {
     Record(#[from] RecordError),
     #[error("failed to {0}")]
     Worker(crate::run::WorkerError),
+    /// Stages that are predicted to take more memory than the limit allows, a sentence each.
+    #[error("{}", refusals.join("\nerror: "))]
+    DoesNotFit { refusals: Vec<String> },
     #[error("{message}")]
     Usage { message: String, hint: Option<String> },
     #[error("failed to write to stdout: {0}")]
@@ -41,7 +44,7 @@ impl CliError {
     /// Returns the documented exit code.
     pub fn exit_code(&self) -> u8 {
         match self {
-            CliError::Device(_) => 4,
+            CliError::Device(_) | CliError::DoesNotFit { .. } => 4,
             CliError::Refused(_) => 5,
             CliError::Store(_) | CliError::Record(_) | CliError::Worker(_) => 3,
             CliError::Output(_) => 6,
@@ -67,6 +70,10 @@ impl CliError {
             CliError::Output(source) if source.kind() == std::io::ErrorKind::StorageFull => {
                 Some("the device that stdout goes to is full".to_owned())
             }
+            CliError::DoesNotFit { .. } => Some(
+                "nothing has run; --memory-limit SIZE allows more, --until STAGE and --only STAGE leave stages out"
+                    .to_owned(),
+            ),
             _ => None,
         };
         let hint = hint.map(|hint| format!("\n  = hint: {hint}")).unwrap_or_default();

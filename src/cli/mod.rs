@@ -69,7 +69,9 @@ fn dispatch(args: Args) -> Result<u8, CliError> {
         Command::Schema => catalogue::schema(),
         Command::Cache { action } => cache::cache(&args.global, &action),
         Command::Doctor => doctor::doctor(),
-        Command::Worker { device, accept_disturbed } => Ok(engine::work(&device, accept_disturbed)),
+        Command::Worker { device, memory_limit, accept_disturbed } => {
+            Ok(engine::work(&device, memory_limit, accept_disturbed))
+        }
         Command::Completions { shell } => {
             // Into memory first: clap panics where it can't write.
             let mut script = Vec::new();

@@ -10,10 +10,10 @@ use super::{check_run, print};
 use crate::artifact::StageStatus;
 use crate::event::{Event, EventSink, Level};
 use crate::pipeline::ParseOptions;
-use crate::plan::{Remeasure, Selection};
+use crate::plan::{Plan, Remeasure, Selection};
 use crate::run::{
-    RunFile, RunOutcome, RunRequest, environment, execute, external_files, metrics_rows, planned_keys, planned_stages,
-    run_id, timestamp,
+    RunFile, RunOutcome, RunRequest, Workers, environment, execute, external_files, forecast, metrics_rows,
+    planned_keys, planned_stages, run_id, timestamp,
 };
 use crate::store::{Results, append_metrics_csv, take_notes};
 use crate::ui::{sink, summary_table};
@@ -25,7 +25,7 @@ use std::thread::JoinHandle;
 
 /// Runs a pipeline.
 pub fn run(global: &Global, args: &RunArgs) -> Result<u8, CliError> {
-    let read = read(&args.pipeline.file, args.pipeline.options())?;
+    let read = read(&args.pipeline.file, args.pipeline.options(Some(&args.memory)))?;
     let again = again(std::env::args_os(), None);
     let asked = Asked { selection: &args.select.selection(), jobs: args.jobs, accept_disturbed: args.accept_disturbed };
     start(global, &args.pipeline.file, read, &asked, &again)
@@ -45,7 +45,9 @@ pub fn rerun(global: &Global, args: &RerunArgs) -> Result<u8, CliError> {
     check_run(&run, &dir.path)?;
     let file = PathBuf::from(run["pipeline_path"].as_str().unwrap_or_default());
     let global = Global { root: PathBuf::from(run["root"].as_str().unwrap_or(".")), ..global.clone() };
-    let read = read(&file, options(&run))?;
+    let options = options(&run);
+    let memory_limit = args.memory.memory_limit.or(options.memory_limit);
+    let read = read(&file, ParseOptions { memory_limit, ..options })?;
     if run["pipeline_text"].as_str() != Some(read.text.as_str()) {
         let text = format!("{} changed since run {}", file.display(), run["run_id"].as_str().unwrap_or("?"));
         sink(global.log_format(), global.level()).emit(Event::Note { stage: None, level: Level::Warning, text });
@@ -69,6 +71,7 @@ fn options(run: &Value) -> ParseOptions {
             .collect(),
         env: std::env::vars_os().filter_map(|(n, v)| Some((n.into_string().ok()?, v.into_string().ok()?))).collect(),
         device: run["device_asked"].as_str().map(str::to_owned),
+        memory_limit: run["memory_limit_asked"].as_u64(),
     }
 }
 
@@ -84,6 +87,7 @@ fn start(global: &Global, file: &Path, read: Read, asked: &Asked<'_>, again: &Ag
     download(&read, &global.root, &events)?;
     let (planned, verified) = planned_and_verified(global, &read, asked.selection, &events)?;
     let Planned { plan, store, sources, workers, guard } = planned;
+    fits(&read, &plan, &global.root, &workers)?;
     let results = Results::new(&global.results);
     let info = workers.info().clone();
     let run_dir = results.reserve(&read.pipeline.name, &run_id())?;
@@ -105,6 +109,8 @@ fn start(global: &Global, file: &Path, read: Read, asked: &Asked<'_>, again: &Ag
         set: read.options.set.clone(),
         matrix: read.options.matrix.clone(),
         device_asked: read.options.device.clone(),
+        memory_limit_asked: read.options.memory_limit,
+        memory_limit_bytes: read.pipeline.memory_limit,
         device: info.device.clone(),
         device_reason: workers.reason().to_owned(),
         environment: environment(&info, engine::gpus().as_deref()),
@@ -150,6 +156,14 @@ fn start(global: &Global, file: &Path, read: Read, asked: &Asked<'_>, again: &Ag
         Err(error) if outcome.exit_code == 0 => Err(error),
         _ => Ok(outcome.exit_code),
     }
+}
+
+/// Refuses a run of stages that are predicted to take more memory than the limit allows; those in the cache need none.
+fn fits(read: &Read, plan: &Plan, root: &Path, workers: &Workers) -> Result<(), CliError> {
+    let Some(limit) = read.pipeline.memory_limit else { return Ok(()) };
+    let memory = forecast(plan, &read.catalogue, root, workers);
+    let refusals: Vec<String> = memory.iter().filter_map(|row| row.refusal(limit)).collect();
+    if refusals.is_empty() { Ok(()) } else { Err(CliError::DoesNotFit { refusals }) }
 }
 
 /// Emits warnings.

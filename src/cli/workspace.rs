@@ -1,6 +1,6 @@
 //! What most commands begin with: the pipeline read, the store open, the plan built.
 
-use super::args::{Global, LogFormat, PipelineArgs, SelectArgs};
+use super::args::{Global, LogFormat, MemoryArgs, PipelineArgs, SelectArgs};
 use super::engine;
 use super::error::CliError;
 use crate::event::{Event, EventSink, Level};
@@ -61,7 +61,7 @@ impl Global {
 
 impl PipelineArgs {
     /// Returns what the command line adds to the file.
-    pub fn options(&self) -> ParseOptions {
+    pub fn options(&self, memory: Option<&MemoryArgs>) -> ParseOptions {
         let split = |values: &str| values.split(',').map(str::to_owned).collect();
         ParseOptions {
             set: self.set.clone(),
@@ -70,6 +70,7 @@ impl PipelineArgs {
                 .filter_map(|(name, value)| Some((name.into_string().ok()?, value.into_string().ok()?)))
                 .collect(),
             device: self.device.clone(),
+            memory_limit: memory.and_then(|memory| memory.memory_limit),
         }
     }
 }
@@ -145,7 +146,7 @@ fn missing_files(read: &Read, files: &[MissingFile]) -> PipelineError {
 /// # Errors
 /// `Device`, `Store`, `Plan`; `Pipeline` where it names files that aren't there.
 pub fn planned(global: &Global, read: &Read, selection: &Selection) -> Result<Planned, CliError> {
-    let workers = engine::workers(&read.pipeline.device)?;
+    let workers = engine::workers(&read.pipeline.device, read.pipeline.memory_limit)?;
     let store = Store::open(&global.cache)?;
     let guard = store.hold_off_gc(&|| true)?;
     let sources = Sources::new(&global.root, read.hub.clone(), FileHashes::open(store.dir()));

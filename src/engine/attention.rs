@@ -6,7 +6,7 @@ use crate::units::DType;
 use burn::tensor::{Device, Tensor, TensorData, activation};
 
 /// Queries handled at once: bounds the scores to n_heads · 128 · n_keys values.
-const QUERY_CHUNK: usize = 128;
+pub const QUERY_CHUNK: usize = 128;
 
 /// What all layers of one kind share in one pass: rotary tables of its positions and masks of its query chunks.
 pub struct AttentionPlan {

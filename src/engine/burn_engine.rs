@@ -4,9 +4,10 @@ use super::account::account_of;
 use super::checkpoint::{Checkpoint, HEAD};
 use super::computed_with;
 use super::device::cpu_identity;
+use super::footprint::{cache_bytes, host_work_bytes, weights_bytes};
 use super::forward::Executor;
 use super::host_load::ProcProbe;
-use super::memory::{HostProbe, total_memory_bytes};
+use super::memory::{HostProbe, HostRoom, rss_anon_bytes, total_memory_bytes};
 use super::model::BurnModel;
 use super::save::save_model;
 use super::source::{open_source, tokenizer_path};
@@ -16,7 +17,8 @@ use super::weights::{WeightReader, compute_dtype};
 use crate::artifact::QuantizedModule;
 use crate::event::Progress;
 use crate::inference::{
-    Engine, EngineInfo, InferenceError, MemoryProbe, Model, ModelInfo, ModelRecipe, SavedModel, SourceAccount,
+    Engine, EngineInfo, InferenceError, MemoryPrediction, MemoryProbe, Model, ModelInfo, ModelRecipe, SavedModel,
+    SourceAccount, Workload,
 };
 use crate::units::DType;
 use burn::tensor::Device;
@@ -29,6 +31,9 @@ const NUMERICS_VERSION: u32 = 3;
 pub struct BurnEngine {
     device: Device,
     info: EngineInfo,
+    room: HostRoom,
+    /// Anonymous memory of the process when the engine was made.
+    program_bytes: u64,
 }
 
 impl BurnEngine {
@@ -44,7 +49,15 @@ impl BurnEngine {
                 is_host: true,
                 computed_with: computed_with::host(),
             },
+            room: HostRoom::default(),
+            program_bytes: rss_anon_bytes().unwrap_or(0),
         }
+    }
+
+    /// Keeps what models take below a limit, in bytes.
+    #[must_use]
+    pub fn with_memory_limit(self, limit_bytes: Option<u64>) -> BurnEngine {
+        BurnEngine { room: HostRoom { limit_bytes }, ..self }
     }
 
     /// Reads the config and opens the files.
@@ -192,11 +205,17 @@ impl Engine for BurnEngine {
     fn open(&self, recipe: &ModelRecipe, progress: &dyn Progress) -> Result<Box<dyn Model>, InferenceError> {
         let (spec, checkpoint) = self.prepare(recipe)?;
         let info = describe(&spec, &checkpoint, recipe)?;
+        self.room.check("the model's weights", weights_bytes(&info, recipe)?)?;
         let reader = WeightReader { checkpoint: &checkpoint, spec: &spec, recipe, device: &self.device };
         let weights = reader.read_all(progress)?;
+        if recipe.quantization.is_some() || recipe.dtype.is_some() {
+            // Pages of what was converted are not what it takes to run the model.
+            checkpoint.drop_pages();
+        }
+        weights.touch_pages();
         let compute = info.compute_dtype;
         let executor = Executor { spec, weights, device: self.device.clone(), compute };
-        Ok(Box::new(BurnModel::new(info, executor)))
+        Ok(Box::new(BurnModel::new(info, executor, self.room)))
     }
 
     fn survey(
@@ -224,5 +243,21 @@ impl Engine for BurnEngine {
 
     fn host_probe(&self) -> Option<Box<dyn crate::inference::HostProbe>> {
         Some(Box::new(ProcProbe::start()?))
+    }
+
+    fn predict_memory(
+        &self,
+        recipe: &ModelRecipe,
+        work: &Workload,
+    ) -> Result<Option<MemoryPrediction>, InferenceError> {
+        let (spec, checkpoint) = self.prepare(recipe)?;
+        let info = describe(&spec, &checkpoint, recipe)?;
+        let is_converted = recipe.quantization.is_some() || recipe.dtype.is_some();
+        Ok(Some(MemoryPrediction {
+            weights_bytes: weights_bytes(&info, recipe)?,
+            kv_cache_bytes: cache_bytes(&spec, info.compute_dtype, work.n_ctx),
+            activations_bytes: host_work_bytes(&spec, info.compute_dtype, is_converted, work),
+            program_bytes: self.program_bytes,
+        }))
     }
 }

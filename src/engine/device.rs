@@ -6,19 +6,28 @@ use crate::inference::{Engine, InferenceError};
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-/// Builds the engine for a device: `auto`, `cpu`, `cuda`, `cuda:N`, `wgpu`. Returns it with the reason for the choice.
+/// Builds the engine for a device without a memory limit.
+///
+/// # Errors
+/// As [`build_within`].
+pub fn build(device: &str) -> Result<(Arc<dyn Engine>, String), InferenceError> {
+    build_within(device, None)
+}
+
+/// Builds the engine for a device: `auto`, `cpu`, `cuda`, `cuda:N`, `wgpu`. Returns it with the reason for the choice. Its models keep
+/// below `memory_limit` bytes: of memory of the device, or of this process on a CPU.
 ///
 /// # Errors
 /// `Device` where the device is unknown, is not there, or this build can't drive it.
-pub fn build(device: &str) -> Result<(Arc<dyn Engine>, String), InferenceError> {
-    let cpu = || -> Arc<dyn Engine> { Arc::new(BurnEngine::cpu()) };
+pub fn build_within(device: &str, memory_limit: Option<u64>) -> Result<(Arc<dyn Engine>, String), InferenceError> {
+    let cpu = || -> Arc<dyn Engine> { Arc::new(BurnEngine::cpu().with_memory_limit(memory_limit)) };
     match device {
         "cpu" => Ok((cpu(), "cpu: asked for".to_owned())),
-        "auto" => match cuda(0) {
+        "auto" => match cuda(0, memory_limit) {
             Ok(engine) => Ok((engine, "cuda: an NVIDIA GPU is there".to_owned())),
             Err(reason) => Ok((cpu(), format!("cpu: {reason}"))),
         },
-        "wgpu" => match wgpu() {
+        "wgpu" => match wgpu(memory_limit) {
             Ok(engine) => Ok((engine, "wgpu: asked for".to_owned())),
             Err(reason) => Err(unavailable(device, &reason)),
         },
@@ -30,7 +39,7 @@ pub fn build(device: &str) -> Result<(Arc<dyn Engine>, String), InferenceError> 
             };
             let unknown = "no such device; labpipe knows auto, cpu, cuda, cuda:N and wgpu";
             let index = index.ok_or_else(|| unavailable(device, unknown))?;
-            let engine = cuda(index).map_err(|reason| unavailable(device, &reason))?;
+            let engine = cuda(index, memory_limit).map_err(|reason| unavailable(device, &reason))?;
             Ok((engine, format!("{device}: asked for")))
         }
     }
@@ -41,23 +50,27 @@ fn unavailable(device: &str, reason: &str) -> InferenceError {
 }
 
 #[cfg(feature = "cuda")]
-fn cuda(index: usize) -> Result<Arc<dyn Engine>, String> {
+fn cuda(index: usize, memory_limit: Option<u64>) -> Result<Arc<dyn Engine>, String> {
     use super::board::{BoardProbe, PERIOD};
     use labpipe_kernels::cube::kernel_store::KernelStore;
     let identity = super::nvidia::probe(index)?;
+    let before = super::nvidia::used_before();
     // Before the first client is made: cubecl reads its settings once.
     let parts = labpipe_kernels::cube::nvidia::CudaParts::find();
     let kernels = KernelStore::open(&parts.compiler());
     let client = cubecl::Device::cuda(index).map_err(|error| format!("open CUDA device {index}: {error}"))?.client();
+    labpipe_kernels::cube::nvidia::shrink_stacks(index);
     let physical = client.properties().identity.physical.clone();
     let bus_id = physical.and_then(|card| card.pci_address).map(|address| address.to_string());
-    let place = super::nvidia::Place { index: index as u32, bus_id };
+    let place = super::nvidia::Place { index: index as u32, bus_id, before };
     let board = super::nvidia::board(place.clone()).map(Arc::new);
-    let free = board.clone();
+    let (free, used) = (board.clone(), board.clone());
     let senses = super::gpu::Senses {
         memory: Box::new(move || Box::new(super::nvidia::GpuProbe::start(place.clone()))),
         device: Box::new(move || Some(Box::new(BoardProbe::new(board.clone()?, Some(PERIOD))))),
         free_bytes: Arc::new(move || free.as_ref()?.free_bytes()),
+        used_bytes: Arc::new(move || used.as_ref()?.used_bytes()),
+        limit_bytes: memory_limit,
     };
     Ok(Arc::new(super::gpu::GpuEngine::new(client, identity, offered(&parts), senses, kernels)))
 }
@@ -79,12 +92,12 @@ fn offered(parts: &labpipe_kernels::cube::nvidia::CudaParts) -> BTreeMap<String,
 }
 
 #[cfg(not(feature = "cuda"))]
-fn cuda(_index: usize) -> Result<Arc<dyn Engine>, String> {
+fn cuda(_index: usize, _memory_limit: Option<u64>) -> Result<Arc<dyn Engine>, String> {
     Err("this labpipe was built without the CUDA backend (cargo build --features cuda)".to_owned())
 }
 
 #[cfg(feature = "wgpu")]
-fn wgpu() -> Result<Arc<dyn Engine>, String> {
+fn wgpu(memory_limit: Option<u64>) -> Result<Arc<dyn Engine>, String> {
     let client = cubecl::Device::wgpu(cubecl::device::WgpuDeviceKind::DefaultDevice)
         .map_err(|error| format!("open a wgpu device: {error}"))?
         .client();
@@ -94,12 +107,14 @@ fn wgpu() -> Result<Arc<dyn Engine>, String> {
         memory: Box::new(|| Box::new(super::memory::HostProbe::start())),
         device: Box::new(|| None),
         free_bytes: Arc::new(|| None),
+        used_bytes: Arc::new(|| None),
+        limit_bytes: memory_limit,
     };
     Ok(Arc::new(super::gpu::GpuEngine::new(client, device, BTreeMap::new(), senses, None)))
 }
 
 #[cfg(not(feature = "wgpu"))]
-fn wgpu() -> Result<Arc<dyn Engine>, String> {
+fn wgpu(_memory_limit: Option<u64>) -> Result<Arc<dyn Engine>, String> {
     Err("this labpipe was built without the wgpu backend (cargo build --features wgpu)".to_owned())
 }
 

@@ -14,7 +14,6 @@ mod device;
 #[cfg(any(feature = "cuda", test))]
 mod energy_meter;
 mod families;
-#[cfg(any(feature = "cuda", feature = "wgpu", test))]
 mod footprint;
 mod forward;
 #[cfg(any(feature = "cuda", feature = "wgpu"))]
@@ -38,7 +37,7 @@ mod tap;
 mod weights;
 
 pub use burn_engine::BurnEngine;
-pub use device::build;
+pub use device::{build, build_within};
 pub use families::FAMILIES;
 pub use memory::rss_anon_bytes;
 #[cfg(feature = "cuda")]

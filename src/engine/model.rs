@@ -1,8 +1,10 @@
 //! The [`Model`] that stages see: a forward pass with its cache, its clock and its bookkeeping.
 
+use super::footprint::{cache_bytes, pass_bytes};
 use super::forward::Executor;
 use super::host_decode::HostDecoder;
 use super::kv_cache::KvCache;
+use super::memory::{HostRoom, trim_heap};
 use super::score::{LOGIT_ROWS, logits_in_chunks, values};
 use super::tap::Tap;
 use crate::event::Progress;
@@ -21,7 +23,11 @@ pub struct BurnModel {
     decoder: Decoder,
     /// First token that `decode` will feed.
     next_token: Option<u32>,
+    room: HostRoom,
 }
+
+/// Tokens of a context that are filled in at a time.
+pub const FILLED_TOKENS: usize = 512;
 
 /// How single tokens go through the model.
 enum Decoder {
@@ -33,8 +39,8 @@ enum Decoder {
 }
 
 impl BurnModel {
-    pub fn new(info: ModelInfo, executor: Executor) -> BurnModel {
-        BurnModel { info, executor, cache: None, decoder: Decoder::Unknown, next_token: None }
+    pub fn new(info: ModelInfo, executor: Executor, room: HostRoom) -> BurnModel {
+        BurnModel { info, executor, cache: None, decoder: Decoder::Unknown, next_token: None, room }
     }
 
     fn ensure_cache(&mut self, n_ctx: usize) -> Result<(), InferenceError> {
@@ -44,11 +50,19 @@ impl BurnModel {
         }
         if self.cache.as_ref().is_none_or(|cache| cache.capacity() < n_ctx) {
             self.cache = None;
+            let asked_bytes = cache_bytes(spec, self.executor.compute, n_ctx);
+            self.room.check(&format!("a key-value cache of {n_ctx} tokens"), asked_bytes)?;
             let width = spec.n_kv_heads * spec.head_dim;
             let cache = KvCache::new(spec.n_layers, n_ctx, width, self.executor.compute, &self.executor.device);
             self.cache = Some(cache);
         }
         Ok(())
+    }
+
+    /// Refuses a pass over `n` tokens, `n_rows` rows of whose logits are computed, where it does not fit the memory limit.
+    fn check_pass(&self, n: usize, n_rows: usize) -> Result<(), InferenceError> {
+        let asked_bytes = pass_bytes(&self.executor.spec, self.executor.compute, n, n, n_rows);
+        self.room.check(&format!("the activations of {n} tokens"), asked_bytes)
     }
 
     /// Runs tokens behind the cache's and returns the last position's logits.
@@ -107,6 +121,29 @@ impl Model for BurnModel {
         self.cache.as_ref().map_or(0, KvCache::n_bytes)
     }
 
+    fn release(&mut self) {
+        (self.cache, self.decoder, self.next_token) = (None, Decoder::Unknown, None);
+        trim_heap();
+    }
+
+    fn fill(&mut self, tokens: &[u32]) -> Result<(), InferenceError> {
+        // Rotary frequencies that depend on the length are those of the whole context.
+        let follows_length = self.executor.spec.attentions.iter().any(|attention| attention.rope.depends_on_length());
+        if tokens.len() <= FILLED_TOKENS || follows_length {
+            return self.prefill(tokens).map(|_| ());
+        }
+        self.ensure_cache(tokens.len())?;
+        if let Some(cache) = &mut self.cache {
+            cache.clear(&self.executor.device);
+        }
+        let mut logits = Vec::new();
+        for chunk in tokens.chunks(FILLED_TOKENS) {
+            logits = self.step(chunk)?;
+        }
+        self.next_token = Some(greedy(&logits)?);
+        Ok(())
+    }
+
     fn reserve(&mut self, n_ctx: usize) -> Result<(), InferenceError> {
         self.ensure_cache(n_ctx)
     }
@@ -116,6 +153,7 @@ impl Model for BurnModel {
             return Err(InferenceError::Unsupported("prefill no tokens: at least one is needed".to_owned()));
         }
         self.ensure_cache(tokens.len())?;
+        self.check_pass(tokens.len(), 1)?;
         if let Some(cache) = &mut self.cache {
             cache.clear(&self.executor.device);
         }
@@ -154,6 +192,7 @@ impl Model for BurnModel {
     }
 
     fn last_logits(&mut self, tokens: &[u32]) -> Result<Vec<f32>, InferenceError> {
+        self.check_pass(tokens.len(), 1)?;
         let hidden = self.executor.hidden_states(tokens, None, &mut Tap::closed())?;
         let [n, width] = hidden.dims();
         values(self.executor.logits(hidden.slice([n - 1..n, 0..width])))
@@ -172,6 +211,7 @@ impl Model for BurnModel {
     }
 
     fn logits(&mut self, tokens: &[u32], rows: Range<usize>, take: &mut TakeLogits<'_>) -> Result<(), InferenceError> {
+        self.check_pass(tokens.len(), rows.len())?;
         logits_in_chunks(&self.executor, tokens, rows, take)
     }
 
@@ -182,6 +222,7 @@ impl Model for BurnModel {
         sink: &mut dyn CaptureSink,
         progress: &dyn Progress,
     ) -> Result<(), InferenceError> {
+        self.check_pass(tokens.len(), tokens.len())?;
         let mut tap = Tap::open(filter, sink, progress)?;
         let hidden = self.executor.hidden_states(tokens, None, &mut tap)?;
         if !tap.wants("lm_head") {

@@ -10,17 +10,50 @@ use nvml_wrapper::enum_wrappers::device::Clock;
 use nvml_wrapper::enums::device::UsedGpuMemory;
 use nvml_wrapper::struct_wrappers::device::ProcessInfo;
 use nvml_wrapper::{Device, Nvml};
+use std::collections::BTreeMap;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
 use std::thread::JoinHandle;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 /// Time between two samples.
 const PERIOD: Duration = Duration::from_millis(10);
 
-const BY_PROCESS: &str = "peak GPU memory of this process as the driver reports it (NVML), sampled every 10 ms";
+const BY_PROCESS: &str = "peak GPU memory of this process as the driver reports it (NVML), sampled every 10 ms: weights, cache, \
+                          activations, the driver's context and libraries";
+const BY_GROWTH: &str = "peak growth of the device's used memory since before this process opened it, as the driver reports it (NVML \
+                         names no processes here), sampled every 10 ms; what other processes took or freed meanwhile is in it";
 const BY_DEVICE: &str = "peak GPU memory in use on the device as the driver reports it (NVML names no processes here), sampled every 10 ms; other processes' memory is in it";
 const UNKNOWN: &str = "not measured: NVML is missing";
+
+/// Whose memory a reading is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Whose {
+    /// This process's.
+    Own = 1,
+    /// What was added since before this process opened the device.
+    Growth = 2,
+    /// Everybody's.
+    Device = 3,
+}
+
+impl Whose {
+    fn method(code: u8) -> &'static str {
+        match code {
+            1 => BY_PROCESS,
+            2 => BY_GROWTH,
+            3 => BY_DEVICE,
+            _ => UNKNOWN,
+        }
+    }
+}
+
+/// Bytes in use on each device, by its address on the bus, before this process opens one.
+pub fn used_before() -> BTreeMap<String, u64> {
+    let Ok(nvml) = Nvml::init() else { return BTreeMap::new() };
+    let devices = (0..nvml.device_count().unwrap_or(0)).filter_map(|index| nvml.device_by_index(index).ok());
+    devices.filter_map(|device| Some((device.pci_info().ok()?.bus_id, device.memory_info().ok()?.used))).collect()
+}
 
 /// Returns what identifies the device in records and keys.
 ///
@@ -64,6 +97,8 @@ pub struct Place {
     pub index: u32,
     /// `0000:3b:00.0`.
     pub bus_id: Option<String>,
+    /// [`used_before`].
+    pub before: BTreeMap<String, u64>,
 }
 
 impl Place {
@@ -81,7 +116,7 @@ impl Place {
 /// Samples memory on a thread of its own.
 pub struct GpuProbe {
     peak_bytes: Arc<AtomicU64>,
-    by_process: Arc<AtomicBool>,
+    whose: Arc<AtomicU8>,
     stop: Arc<AtomicBool>,
     sampler: Option<JoinHandle<()>>,
 }
@@ -90,20 +125,20 @@ impl GpuProbe {
     /// Starts to sample.
     pub fn start(place: Place) -> GpuProbe {
         let peak_bytes = Arc::new(AtomicU64::new(0));
-        let by_process = Arc::new(AtomicBool::new(false));
+        let whose = Arc::new(AtomicU8::new(0));
         let stop = Arc::new(AtomicBool::new(false));
-        let (peak, is_own, stopped) = (Arc::clone(&peak_bytes), Arc::clone(&by_process), Arc::clone(&stop));
+        let (peak, whom, stopped) = (Arc::clone(&peak_bytes), Arc::clone(&whose), Arc::clone(&stop));
         let sampler = std::thread::Builder::new().name("memory-probe".to_owned()).spawn(move || {
             let Ok(nvml) = Nvml::init() else { return };
             while !stopped.load(Ordering::Relaxed) {
-                if let Some((bytes, own)) = used_bytes(&nvml, &place) {
-                    is_own.store(own, Ordering::Relaxed);
+                if let Some((bytes, of)) = used_bytes(&nvml, &place) {
+                    whom.store(of as u8, Ordering::Relaxed);
                     peak.fetch_max(bytes, Ordering::Relaxed);
                 }
                 std::thread::park_timeout(PERIOD);
             }
         });
-        GpuProbe { peak_bytes, by_process, stop, sampler: sampler.ok() }
+        GpuProbe { peak_bytes, whose, stop, sampler: sampler.ok() }
     }
 
     fn stop(&mut self) {
@@ -126,34 +161,41 @@ impl MemoryProbe for GpuProbe {
     fn finish(mut self: Box<Self>) -> MemoryFigures {
         self.stop();
         let peak = self.peak_bytes.load(Ordering::Relaxed);
-        let method = match (peak > 0, self.by_process.load(Ordering::Relaxed)) {
-            (false, _) => UNKNOWN,
-            (true, true) => BY_PROCESS,
-            (true, false) => BY_DEVICE,
-        };
+        let code = if peak > 0 { self.whose.load(Ordering::Relaxed) } else { 0 };
+        // What everybody has on the device says nothing of one model.
+        let is_own = peak > 0 && code != Whose::Device as u8;
         MemoryFigures {
             process_peak_bytes: (peak > 0).then_some(peak),
-            process_peak_method: method.to_owned(),
+            process_peak_method: Whose::method(code).to_owned(),
+            memory_bytes: is_own.then_some(peak),
+            memory_method: is_own.then(|| Whose::method(code).to_owned()),
             ..MemoryFigures::default()
         }
     }
 }
 
-/// Returns bytes used, and whether they are this process's alone.
-fn used_bytes(nvml: &Nvml, place: &Place) -> Option<(u64, bool)> {
+/// Returns bytes used, and whose they are.
+fn used_bytes(nvml: &Nvml, place: &Place) -> Option<(u64, Whose)> {
     let device = place.device(nvml)?;
-    let own = device.running_compute_processes().ok().and_then(|processes| {
-        processes.into_iter().find(|process| process.pid == std::process::id()).and_then(|process| {
-            match process.used_gpu_memory {
-                UsedGpuMemory::Used(bytes) => Some(bytes),
-                UsedGpuMemory::Unavailable => None,
-            }
-        })
-    });
-    match own {
-        Some(bytes) => Some((bytes, true)),
-        None => device.memory_info().ok().map(|info| (info.used, false)),
+    if let Some(bytes) = device.running_compute_processes().ok().and_then(|all| own(&all, std::process::id())) {
+        return Some((bytes, Whose::Own));
     }
+    let used = device.memory_info().ok()?.used;
+    let before = device.pci_info().ok().and_then(|pci| place.before.get(&pci.bus_id).copied());
+    Some(before.map_or((used, Whose::Device), |before| (used.saturating_sub(before), Whose::Growth)))
+}
+
+/// Returns what this process has of a device that it has opened. Where no process has its id, as in a container with ids of its own, a
+/// single one can be no other.
+fn own(all: &[ProcessInfo], own_pid: u32) -> Option<u64> {
+    let found = match all {
+        [one] => Some(one),
+        all => all.iter().find(|process| process.pid == own_pid),
+    };
+    found.and_then(|process| match process.used_gpu_memory {
+        UsedGpuMemory::Used(bytes) => Some(bytes),
+        UsedGpuMemory::Unavailable => None,
+    })
 }
 
 /// Opens NVML once; nothing where it is missing.
@@ -172,6 +214,11 @@ pub struct NvmlBoard {
 impl NvmlBoard {
     fn device(&self) -> Option<Device<'_>> {
         self.place.device(&self.nvml)
+    }
+
+    /// Returns the bytes of device memory that this process has; nothing where they can't be told from others'.
+    pub fn used_bytes(&self) -> Option<u64> {
+        used_bytes(&self.nvml, &self.place).filter(|(_, whose)| *whose != Whose::Device).map(|(bytes, _)| bytes)
     }
 
     /// Returns the bytes of device memory that nobody has.
@@ -276,6 +323,13 @@ mod tests {
         // Ids of another namespace.
         assert_eq!(others(&all, 1, &[]), found(2, None, 0));
         assert_eq!((others(&all[..1], 1, &[]), others(&[], 1, &[])), (None, None));
+    }
+
+    #[test]
+    fn a_process_without_its_id_is_known_where_it_is_alone() {
+        let all = [process(7, Some(100)), process(8, Some(20))];
+        assert_eq!((own(&all, 8), own(&all, 1), own(&all[..1], 1)), (Some(20), None, Some(100)));
+        assert_eq!((own(&[process(7, None)], 7), own(&[], 7)), (None, None));
     }
 
     #[test]

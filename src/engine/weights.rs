@@ -75,6 +75,34 @@ pub struct Weights {
     pub stored_bytes: u64,
 }
 
+impl Weights {
+    /// Makes the pages of weights that are mapped from files resident, so that none is first met in a timed region.
+    pub fn touch_pages(&self) {
+        self.embedding.touch_pages();
+        self.lm_head.weight.touch_pages();
+        for linear in self.blocks.iter().flat_map(Block::linears) {
+            linear.weight.touch_pages();
+        }
+    }
+}
+
+impl Block {
+    /// Returns the block's linears.
+    pub fn linears(&self) -> Vec<&Linear> {
+        let mut linears = match &self.qkv {
+            QkvLinears::Apart { q, k, v } => vec![q, k, v],
+            QkvLinears::Fused(linear) => vec![linear],
+        };
+        linears.push(&self.o);
+        match &self.gate_up {
+            GateUpLinears::Apart { gate, up } => linears.extend([gate, up]),
+            GateUpLinears::Fused(linear) => linears.push(linear),
+        }
+        linears.push(&self.down);
+        linears
+    }
+}
+
 /// Reads weights as a recipe wants them.
 pub struct WeightReader<'a> {
     pub checkpoint: &'a Checkpoint,

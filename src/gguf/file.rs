@@ -276,6 +276,13 @@ impl GgufFile {
         SharedBytes::mapped(owner, Arc::clone(&self.file), tensor.range.clone())
     }
 
+    /// Gives back the resident pages of the file's map; they are read again when next used.
+    pub fn drop_pages(&self) {
+        #[cfg(unix)]
+        // SAFETY: the map is of a file and nobody writes through it: dropped pages come back with the same content.
+        let _ = unsafe { self.map.unchecked_advise(memmap2::UncheckedAdvice::DontNeed) };
+    }
+
     /// Returns the first value of a tensor of blocks that is NaN or infinite, with its index; it keeps one row a thread. Nothing for
     /// tensors of other types.
     pub fn first_not_finite(&self, tensor: &GgufTensor) -> Option<(usize, f32)> {

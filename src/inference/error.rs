@@ -47,6 +47,15 @@ pub enum InferenceError {
         free(*free_bytes)
     )]
     OutOfMemory { what: String, device: String, asked_bytes: u64, free_bytes: Option<u64> },
+    /// `what` fits "make room for …".
+    #[error(
+        "make room for {what}: {} asked for, {} of the memory limit of {} left; raise the limit, quantize the model, or run shorter \
+         contexts",
+        format_bytes(*asked_bytes),
+        format_bytes(*left_bytes),
+        format_bytes(*limit_bytes)
+    )]
+    OverLimit { what: String, asked_bytes: u64, left_bytes: u64, limit_bytes: u64 },
     #[error(
         "go on with device {device}: it is lost ({reason}), and nothing more can run on it in this process; run labpipe again, \
          and see the driver's log where that fails too"
@@ -77,8 +86,8 @@ const UNNAMED: &str = "gpu";
 impl InferenceError {
     /// Returns true where the device is missing, lost or out of memory (exit code 4).
     pub fn is_device(&self) -> bool {
-        use InferenceError::{Device, DeviceLost, OutOfMemory};
-        matches!(self, OutOfMemory { .. } | DeviceLost { .. } | Device { .. })
+        use InferenceError::{Device, DeviceLost, OutOfMemory, OverLimit};
+        matches!(self, OutOfMemory { .. } | OverLimit { .. } | DeviceLost { .. } | Device { .. })
     }
 
     /// Returns a failure of a device that has no name yet; [`located`](InferenceError::located) gives it one.
@@ -89,6 +98,11 @@ impl InferenceError {
     /// Returns an allocation's failure on a device that has no name yet.
     pub fn out_of_memory(what: &str, asked_bytes: u64, free_bytes: Option<u64>) -> InferenceError {
         InferenceError::OutOfMemory { what: what.to_owned(), device: UNNAMED.to_owned(), asked_bytes, free_bytes }
+    }
+
+    /// Returns the refusal of what a memory limit leaves no room for.
+    pub fn over_limit(what: &str, asked_bytes: u64, left_bytes: u64, limit_bytes: u64) -> InferenceError {
+        InferenceError::OverLimit { what: what.to_owned(), asked_bytes, left_bytes, limit_bytes }
     }
 
     /// Returns a lost device that has no name yet.

@@ -6,10 +6,11 @@ use super::matrix::Matrix;
 use super::suggest::did_you_mean;
 use super::types::{Cell, MAX_NAME, ParseOptions, Pipeline, PipelineError, is_word};
 use crate::stage::Catalogue;
+use crate::units::parse_size;
 use crate::yaml::{self, Key, Node, NodeValue, Place, Untyped};
 use std::collections::BTreeMap;
 
-const KEYS: [&str; 6] = ["version", "name", "vars", "device", "matrix", "stages"];
+const KEYS: [&str; 7] = ["version", "name", "vars", "device", "memory_limit", "matrix", "stages"];
 
 /// The name in the results folder that no pipeline can have.
 const LATEST: &str = "latest";
@@ -66,6 +67,7 @@ fn read(
     }
     let name = name(root, problems);
     let device = device(root, options, problems);
+    let memory_limit = memory_limit(root, options, problems);
     let mut matrix = Matrix::read(root.get("matrix"), &options.matrix, problems);
     let variables = variables(root, &options.set, &mut matrix, problems);
     let stages = stages(root, problems);
@@ -78,7 +80,7 @@ fn read(
     } else {
         (0..matrix.cells.len()).map(|cell_idx| matrix.project(cell_idx, matrix.all())).collect()
     };
-    Some(Pipeline { name, origin: origin.to_owned(), device, stages: expanded, cells })
+    Some(Pipeline { name, origin: origin.to_owned(), device, memory_limit, stages: expanded, cells })
 }
 
 fn name(root: &Node, problems: &mut Problems) -> String {
@@ -119,6 +121,18 @@ fn device(root: &Node, options: &ParseOptions, problems: &mut Problems) -> Strin
         problems.add(at, format!("device: unknown device {device:?}"), hint);
     }
     device
+}
+
+fn memory_limit(root: &Node, options: &ParseOptions, problems: &mut Problems) -> Option<u64> {
+    let Some(node) = root.get("memory_limit").filter(|node| !node.is_null_word()) else {
+        return options.memory_limit;
+    };
+    let limit = node.scalar_text().and_then(|text| parse_size(&text)).filter(|bytes| *bytes > 0);
+    if limit.is_none() {
+        let message = format!("memory_limit: expected a size, found {}", node.describe());
+        problems.add(node.at, message, Some("write it as 7.5GiB, 8GB or in bytes".to_owned()));
+    }
+    options.memory_limit.or(limit)
 }
 
 fn variables(root: &Node, set: &[(String, String)], matrix: &mut Matrix, problems: &mut Problems) -> Variables {

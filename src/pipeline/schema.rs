@@ -18,6 +18,10 @@ pub fn schema(catalogue: &Catalogue) -> Value {
             "name": { "type": "string", "pattern": "^[A-Za-z0-9][A-Za-z0-9_-]{0,63}$" },
             "vars": { "type": "object", "description": "variables, used as ${name}" },
             "device": { "type": "string", "pattern": "^(auto|cpu|wgpu|cuda(:[0-9]{1,3})?)$", "default": "auto" },
+            "memory_limit": {
+                "anyOf": [{ "type": "integer", "minimum": 1 }, { "type": "string", "pattern": "^[0-9.]+ *([KMGTkmgt]?([iI]?[bB])?)$" }],
+                "description": "most memory that a model and all it needs may take, as 7.5GiB"
+            },
             "matrix": { "type": "object", "description": "lists of values by variable; include and exclude are lists of mappings" },
             "stages": {
                 "type": "object",

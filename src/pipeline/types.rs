@@ -14,6 +14,8 @@ pub struct ParseOptions {
     pub env: BTreeMap<String, String>,
     /// `--device`, over the file's `device:`.
     pub device: Option<String>,
+    /// `--memory-limit` in bytes, over the file's `memory_limit:`.
+    pub memory_limit: Option<u64>,
 }
 
 /// A pipeline, ready to be planned.
@@ -24,6 +26,8 @@ pub struct Pipeline {
     pub origin: String,
     /// `auto`, `cpu`, `cuda`, `cuda:1`, `wgpu`.
     pub device: String,
+    /// Most bytes of memory that a model and all it needs may take; null without a limit.
+    pub memory_limit: Option<u64>,
     /// In file order; a matrix stage stands once per cell, cells in expansion order.
     pub stages: Vec<PipelineStage>,
     /// The cells in expansion order; empty without a matrix.

@@ -350,7 +350,7 @@ mod tests {
         assert_eq!(verdict(&rows, "weights_bytes"), Verdict::OutsideNoise);
         // Three starts each: four degrees of freedom.
         assert_eq!(verdict(&rows, "decode_tokens_per_second"), Verdict::TooFewStarts);
-        assert_eq!(verdict(&rows, "process_peak_bytes"), Verdict::UnknownNoise);
+        assert_eq!(verdict(&rows, "memory_bytes"), Verdict::UnknownNoise);
         let rate = rows.iter().find(|row| row.metric == "decode_tokens_per_second").expect("a row");
         assert!((rate.speed_ratio.as_ref().expect("a ratio").ratio - 0.5).abs() < 0.02, "{rate:?}");
     }

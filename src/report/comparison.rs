@@ -19,7 +19,7 @@ pub fn comparison(evidence: &Evidence<'_>) -> (Table, Vec<String>) {
     if has_cells {
         header.push("cell".to_owned());
     }
-    header.extend(["model", "file", "stored as", "weights", "bits/weight", "process peak"].map(str::to_owned));
+    header.extend(["model", "file", "stored as", "memory", "weights", "bits/weight"].map(str::to_owned));
     header.extend(columns.prefill.iter().map(|label| format!("prefill {label} (tokens/s)")));
     header.extend(columns.decode.iter().map(|label| format!("decode {label} (tokens/s)")));
     header.extend(columns.energy.iter().map(|label| format!("energy {label} (J/token)")));
@@ -32,9 +32,9 @@ pub fn comparison(evidence: &Evidence<'_>) -> (Table, Vec<String>) {
             row.push(model.cell.clone().unwrap_or_else(|| "all".to_owned()));
         }
         row.extend([code(&model.address), plain(&model.file_words()), model.scheme.clone()]);
+        row.push(memory(evidence, model));
         row.push(evidence.weights_bytes(&model.address).map_or_else(|| UNMEASURED.to_owned(), mib));
         row.push(bits(evidence, model));
-        row.push(process_peak(evidence, model));
         row.extend(columns.cells(evidence, model));
         table.row(row);
     }
@@ -121,10 +121,10 @@ fn bits(evidence: &Evidence<'_>, model: &Model) -> String {
     }
 }
 
-/// Returns the highest peak of the model's measurements.
-fn process_peak(evidence: &Evidence<'_>, model: &Model) -> String {
+/// Returns what it takes to run the model: the most of its measurements.
+fn memory(evidence: &Evidence<'_>, model: &Model) -> String {
     let of_model = evidence.memories.iter().filter(|row| row.model == model.address);
-    of_model.filter_map(|row| row.result.process_peak_bytes).max().map_or_else(|| UNMEASURED.to_owned(), mib)
+    of_model.filter_map(|row| row.result.memory_bytes).max().map_or_else(|| UNMEASURED.to_owned(), mib)
 }
 
 fn notes(evidence: &Evidence<'_>, columns: &Columns<'_>) -> Vec<String> {
@@ -138,13 +138,14 @@ fn notes(evidence: &Evidence<'_>, columns: &Columns<'_>) -> Vec<String> {
     let methods: BTreeSet<&str> = evidence
         .memories
         .iter()
-        .filter(|row| row.result.process_peak_bytes.is_some())
-        .map(|row| row.result.process_peak_method.as_str())
+        .filter(|row| row.result.memory_bytes.is_some())
+        .filter_map(|row| row.result.memory_method.as_deref())
         .collect();
     if !methods.is_empty() {
         let methods: Vec<&str> = methods.into_iter().collect();
         notes.push(format!(
-            "Process peak: the highest over a model's speed measurements, n = 1 each; {}.",
+            "Memory: what it takes to run the model, weights, cache and activations together; the highest over its speed \
+             measurements, n = 1 each; parts under [Memory](#memory). How: {}.",
             methods.join("; ")
         ));
     }

@@ -266,11 +266,13 @@ fn memory(evidence: &Evidence<'_>) -> Option<Section> {
     let mut table = Table::new([
         "stage",
         "model",
+        "memory",
         "weights",
         "key-value cache",
+        "activations and the rest",
+        "mapped pages in it",
         "allocator pool peak",
-        "process peak",
-        "how the process peak was measured",
+        "how memory was measured",
     ]);
     let cell = |bytes: Option<u64>| bytes.map_or_else(|| "not measured".to_owned(), mib);
     for row in &evidence.memories {
@@ -278,16 +280,18 @@ fn memory(evidence: &Evidence<'_>) -> Option<Section> {
         table.row([
             code(&row.stage),
             code(&row.model),
+            cell(one.memory_bytes),
             cell(one.weights_bytes),
             cell(one.kv_cache_bytes),
+            cell(one.memory_rest_bytes),
+            cell(one.memory_mapped_bytes),
             cell(one.pool_peak_bytes),
-            cell(one.process_peak_bytes),
-            one.process_peak_bytes.map_or_else(|| "n/a".to_owned(), |_| one.process_peak_method.clone()),
+            one.memory_method.clone().unwrap_or_else(|| "n/a".to_owned()),
         ]);
     }
     let intro = "Each figure is one reading (n = 1). Weights: bytes of parameters as stored. Pool peak: the most that the \
-        device's allocator held when asked. Process \
-                 peak: as the last column says.";
+        device's allocator held when asked. Memory: the whole at the stage's peak, as the last column says; its parts are beside it, \
+        the key-value cache is that of the stage's longest sequence.";
     section("Memory", intro, &table, &[])
 }
 

@@ -222,11 +222,17 @@ impl Source<'_> {
 
     /// Returns what is known of a record's memory figures.
     pub fn memory(&self, figures: &MemoryFigures) -> Vec<Measure> {
+        let method = figures.memory_method.as_deref().unwrap_or_default();
+        // Older records have no other figure of the whole.
+        let process_peak = figures.process_peak_bytes.filter(|_| figures.memory_bytes.is_none());
         let known = [
             ("weights_bytes", figures.weights_bytes, "bytes of parameters as stored"),
             ("kv_cache_bytes", figures.kv_cache_bytes, "bytes of the key-value cache as allocated"),
             ("pool_peak_bytes", figures.pool_peak_bytes, figures.pool_peak_method.as_deref().unwrap_or_default()),
-            ("process_peak_bytes", figures.process_peak_bytes, figures.process_peak_method.as_str()),
+            ("memory_bytes", figures.memory_bytes, method),
+            ("memory_mapped_bytes", figures.memory_mapped_bytes, "of memory_bytes, pages of the model's mapped files"),
+            ("memory_rest_bytes", figures.memory_rest_bytes, "of memory_bytes, neither weights nor cache"),
+            ("process_peak_bytes", process_peak, figures.process_peak_method.as_str()),
         ];
         let measures = known.into_iter().filter_map(|(metric, bytes, method)| {
             bytes.map(|bytes| self.measure(metric, self.stage, bytes as f64, "bytes", 1).method(method))

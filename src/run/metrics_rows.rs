@@ -1,6 +1,6 @@
 //! Rows for `results/metrics.csv`: one a model that a run measured.
 
-use crate::artifact::{DecodeRecord, MemoryFigures, PplRecord, PrefillRecord, RecordError};
+use crate::artifact::{DecodeRecord, PplRecord, PrefillRecord, RecordError};
 use crate::inference::{LoadRecord, QuantizeRecord, stored_words};
 use crate::report::Model;
 use crate::stage::StageInput;
@@ -31,7 +31,7 @@ pub fn metrics_rows(results: &BTreeMap<String, Arc<StageInput>>, ts: &str) -> Re
         match result.kind.as_str() {
             "prefill-bench" => {
                 let record: PrefillRecord = result.record.read()?;
-                note_memory(row, &record.memory());
+                note_memory(row, result, record.memory_bytes);
                 let prefills = record.results.into_iter().filter(|row| !row.scores);
                 if let Some(longest) = prefills.max_by_key(|row| row.n_prompt) {
                     row.prompt_length = Some(longest.n_prompt as u64);
@@ -40,13 +40,24 @@ pub fn metrics_rows(results: &BTreeMap<String, Arc<StageInput>>, ts: &str) -> Re
             }
             "decode-bench" => {
                 let record: DecodeRecord = result.record.read()?;
-                note_memory(row, &record.memory());
+                note_memory(row, result, record.memory_bytes);
                 row.avg_decode_tps = record.results.first().map(|row| row.tokens_per_second);
             }
             _ => row.perplexity = result.record.read::<PplRecord>()?.results.first().map(|row| row.perplexity),
         }
     }
     Ok(rows.into_values().collect())
+}
+
+/// Keeps the most of what the model's measurements took.
+fn note_memory(row: &mut MetricsRow, result: &StageInput, memory_bytes: Option<u64>) {
+    row.memory_bytes = row.memory_bytes.max(memory_bytes);
+    // `cuda:0: NVIDIA H200`; a CPU's name stands in `device` alone.
+    let device = result.record.head.device.as_deref().and_then(|device| device.split_once(": "));
+    if let Some((_, name)) = device.filter(|(device, _)| *device != "cpu") {
+        row.gpu_name = name.to_owned();
+        row.max_vram_gb = row.memory_bytes.map(|bytes| bytes as f64 / 1e9);
+    }
 }
 
 fn start(model: &StageInput, ts: &str) -> Result<MetricsRow, RecordError> {
@@ -76,17 +87,4 @@ fn start(model: &StageInput, ts: &str) -> Result<MetricsRow, RecordError> {
         source_types: stored_words(&shown.source_types).unwrap_or_default(),
         ..MetricsRow::default()
     })
-}
-
-/// Notes a GPU's name and the memory that it took.
-fn note_memory(row: &mut MetricsRow, memory: &MemoryFigures) {
-    // `cuda:0: NVIDIA H200`; a CPU's name stands in `device` alone.
-    let Some((_, name)) = row.device.split_once(": ").filter(|(device, _)| *device != "cpu") else { return };
-    row.gpu_name = name.to_owned();
-    let bytes = memory.process_peak_bytes.or(memory.pool_peak_bytes);
-    let gb = bytes.map(|bytes| bytes as f64 / 1e9);
-    row.max_vram_gb = match (row.max_vram_gb, gb) {
-        (Some(one), Some(other)) => Some(one.max(other)),
-        (one, other) => one.or(other),
-    };
 }

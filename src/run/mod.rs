@@ -6,6 +6,7 @@
 mod ending;
 mod environment;
 mod facts;
+mod forecast;
 mod group;
 mod inputs;
 mod job;
@@ -23,6 +24,7 @@ mod workers;
 
 pub use environment::{environment, load_average};
 pub use facts::StoreFacts;
+pub use forecast::{Forecaster, Predicted, StageMemory, forecast};
 pub use inputs::{Verified, planned_keys, verify_cached};
 pub use metrics_rows::metrics_rows;
 pub use progress::StageProgress;

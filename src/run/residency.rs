@@ -76,6 +76,9 @@ impl ModelPool for Residency {
             let (took, bytes) = (format_seconds(start.elapsed().as_secs_f64()), format_bytes(model.weights_bytes()));
             progress.note(Level::Debug, &format!("model loaded in {took}, {bytes} of weights"));
             *slot = Some(Resident { recipe: recipe.clone(), model });
+        } else if let Some(resident) = slot.as_mut() {
+            // What the last stage needed beside weights is not this one's.
+            resident.model.release();
         }
         Ok(Box::new(Lease { slot }))
     }

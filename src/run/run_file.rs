@@ -29,6 +29,9 @@ pub struct RunFile {
     pub pipeline_text: String,
     pub set: Vec<(String, String)>,
     pub matrix: Vec<(String, Vec<String>)>,
+    /// `--memory-limit`, and the limit that held, in bytes; null without one.
+    pub memory_limit_asked: Option<u64>,
+    pub memory_limit_bytes: Option<u64>,
     /// As asked for (`auto`), as found, and why.
     pub device_asked: Option<String>,
     pub device: String,
@@ -83,6 +86,8 @@ impl RunFile {
             "set": set,
             "matrix": matrix,
             "device_asked": self.device_asked,
+            "memory_limit_asked": self.memory_limit_asked,
+            "memory_limit_bytes": self.memory_limit_bytes,
             "device": self.device,
             "device_reason": self.device_reason,
             "environment": self.environment,

@@ -58,16 +58,10 @@ pub fn combine_rows<T>(starts: &[Vec<T>], combine: impl Fn(&[&T]) -> Option<T>) 
     rows.ok_or_else(|| StageError::Other("combine the starts: they measured different things".to_owned()))
 }
 
-/// Returns the largest of every figure over the starts; what is the same in all stays.
-pub fn largest(starts: impl Iterator<Item = MemoryFigures>) -> MemoryFigures {
-    starts.fold(MemoryFigures::default(), |all, one| MemoryFigures {
-        weights_bytes: all.weights_bytes.max(one.weights_bytes),
-        kv_cache_bytes: all.kv_cache_bytes.max(one.kv_cache_bytes),
-        pool_peak_bytes: all.pool_peak_bytes.max(one.pool_peak_bytes),
-        pool_peak_method: one.pool_peak_method,
-        process_peak_bytes: all.process_peak_bytes.max(one.process_peak_bytes),
-        process_peak_method: one.process_peak_method,
-    })
+/// Returns the figures of the start that took most.
+pub fn most(starts: impl Iterator<Item = MemoryFigures>) -> MemoryFigures {
+    let size = |figures: &MemoryFigures| (figures.memory_bytes, figures.pool_peak_bytes, figures.process_peak_bytes);
+    starts.max_by_key(size).unwrap_or_default()
 }
 
 /// Makes one power row of those of the starts: clocks of all, energy of the first one, which alone reads it.
@@ -107,6 +101,11 @@ pub fn combine_disturbance(seen: &[Option<&Disturbance>], starts: &mut [StartRes
     let reason = worst.disturbed.clone().unwrap_or_default();
     let text = format!("{} of {} starts, {reason}", disturbed.len(), seen.len());
     Some(Disturbance { disturbed: Some(text), ..(*worst).clone() })
+}
+
+/// Returns a record's summary: that of every case, and the memory that it took.
+pub fn record_summary(cases: impl Iterator<Item = String>, memory: &MemoryFigures) -> String {
+    cases.chain(memory.summary()).collect::<Vec<_>>().join(", ")
 }
 
 /// Returns a case's summary: `pp128 15374 [14950, 15811] t/s, 5 starts, 1.53 J/token`, and what disturbed it.

@@ -2,11 +2,12 @@
 
 use super::MODELS;
 use super::bench_tokens::{random_tokens, seed, size, too_long};
+use super::peak_memory::note_peak;
 use super::text::tokenize;
 use crate::artifact::{CaptureRecord, CapturedTensor, RecordBody};
-use crate::inference::{CaptureFilter, CaptureSink, CaptureSite, InferenceError, ModelInfo};
+use crate::inference::{CaptureFilter, CaptureSink, CaptureSite, InferenceError, MemoryNeed, ModelInfo, Workload};
 use crate::stage::{
-    ParamDefault, ParamDesc, ParamType, Stage, StageContext, StageDescription, StageError, StageOutput,
+    ParamDefault, ParamDesc, ParamType, Params, Stage, StageContext, StageDescription, StageError, StageOutput,
 };
 use crate::store::{ActivationFile, ActivationWriter, StoreError};
 use crate::units::{DType, format_bytes};
@@ -79,6 +80,16 @@ impl Stage for CaptureActivations {
         &DESCRIPTION
     }
 
+    fn memory_need(&self, params: &Params, _base: Option<&Params>) -> MemoryNeed {
+        let reads_text = params.get("text").is_some_and(|text| !text.is_null());
+        let n = match (size(params, "n_tokens"), reads_text) {
+            (0, true) => return MemoryNeed::Unknown("it runs the whole of its text; n_tokens would bound it"),
+            (0, false) => RANDOM_TOKENS,
+            (n, _) => n,
+        };
+        MemoryNeed::Known(Workload { n_ctx: 0, n_pass: n, n_logits: n, n_gen: 0, captures: true, reads_text })
+    }
+
     fn run(&self, context: &StageContext<'_>) -> Result<StageOutput, StageError> {
         let recipe = context.recipe("model")?;
         let info = context.engine.inspect(&recipe)?;
@@ -104,7 +115,9 @@ impl Stage for CaptureActivations {
             key: context.input("model")?.key.clone(),
         };
         let mut model = context.models.acquire(&recipe, context.progress)?;
+        let memory = context.engine.memory_probe();
         let tensors = capture(&mut **model, &tokens, &filter, template, &dir, context)?;
+        note_peak(context, memory, &**model);
         drop(model);
         if tensors.is_empty() {
             let reason = "no module matches; labpipe show on a capture without modules: lists the names".to_owned();

@@ -2,14 +2,15 @@
 
 use super::MODELS;
 use super::bench_starts::{
-    STARTS, check, combine_disturbance, combine_power, combine_rows, largest, n_starts, sample_plan, summary,
+    STARTS, check, combine_disturbance, combine_power, combine_rows, most, n_starts, record_summary, sample_plan,
+    summary,
 };
 use super::bench_tokens::{size, sizes, tokens, too_long};
 use super::bench_watch::{Watch, Work};
 use crate::artifact::{DecodeRecord, DecodeResult, Disturbance, PowerResult, RecordBody};
 use crate::bench::{combine_decodes, decode_label, decode_result};
 use crate::event::Level;
-use crate::inference::{CHECKED_POSITIONS, ModelInfo, ModelRecipe, check_decode, decode_budget};
+use crate::inference::{CHECKED_POSITIONS, MemoryNeed, ModelInfo, ModelRecipe, Workload, check_decode, decode_budget};
 use crate::stage::{
     ParamDefault, ParamDesc, ParamType, Params, Stage, StageContext, StageDescription, StageError, StageOutput,
 };
@@ -93,6 +94,14 @@ impl Stage for DecodeBench {
         n_starts(params, is_host)
     }
 
+    fn memory_need(&self, params: &Params, _base: Option<&Params>) -> MemoryNeed {
+        let n_gen = size(params, "n_gen");
+        let deepest = sizes(params, "n_depth").into_iter().max().unwrap_or(0).max(1);
+        let reads_text = params.get("text").is_some_and(|text| !text.is_null());
+        let n_ctx = deepest + n_gen;
+        MemoryNeed::Known(Workload { n_ctx, n_pass: deepest, n_logits: 1, n_gen, captures: false, reads_text })
+    }
+
     fn run(&self, context: &StageContext<'_>) -> Result<StageOutput, StageError> {
         let recipe = context.recipe("model")?;
         let info = context.engine.inspect(&recipe)?;
@@ -124,7 +133,7 @@ impl Stage for DecodeBench {
                 sequences.iter().flatten().sum::<f64>() / sequences.iter().map(Vec::len).sum::<usize>() as f64
             };
             let mut case = watch.sample(&label, plan, mean_s, |counts, regions| {
-                model.prefill(prompt).map_err(|error| error.in_case(&label))?;
+                model.fill(prompt).map_err(|error| error.in_case(&label))?;
                 if counts {
                     regions.begin();
                 }
@@ -133,7 +142,7 @@ impl Stage for DecodeBench {
                 Ok(decoded?.iter().map(|token| token.duration_s).collect::<Vec<f64>>())
             })?;
             watch.energy(&label, &mut case, n_gen, true, |work| {
-                model.prefill(prompt).map_err(|error| error.in_case(&label))?;
+                model.fill(prompt).map_err(|error| error.in_case(&label))?;
                 if work == Work::Whole {
                     model.decode(n_gen).map_err(|error| error.in_case(&label))?;
                 }
@@ -143,7 +152,8 @@ impl Stage for DecodeBench {
             let row = decode_result(n_gen, n_depth, &[case.samples]);
             results.extend(row.map(|row| DecodeResult { disturbance: Some(case.disturbance), ..row }));
         }
-        let (watched, memory, engine) = (watch.finish(), probe.finish(), context.engine.info());
+        let memory = probe.finish().of_model(model.weights_bytes(), model.kv_cache_bytes());
+        let (watched, engine) = (watch.finish(), context.engine.info());
         let record = DecodeRecord {
             results,
             decode_check_n_positions: check.n_positions,
@@ -152,12 +162,16 @@ impl Stage for DecodeBench {
             power: watched.power,
             n_other_processes: watched.others.map(|others| others.n),
             other_processes_bytes: watched.others.and_then(|others| others.bytes),
-            weights_bytes: Some(model.weights_bytes()),
-            kv_cache_bytes: Some(model.kv_cache_bytes()),
+            weights_bytes: memory.weights_bytes,
+            kv_cache_bytes: memory.kv_cache_bytes,
             pool_peak_bytes: memory.pool_peak_bytes,
             pool_peak_method: memory.pool_peak_method,
             process_peak_bytes: memory.process_peak_bytes,
             process_peak_method: memory.process_peak_method,
+            memory_bytes: memory.memory_bytes,
+            memory_mapped_bytes: memory.memory_mapped_bytes,
+            memory_rest_bytes: memory.memory_rest_bytes,
+            memory_method: memory.memory_method,
             method: METHOD.to_owned(),
             clock: model.decode_clock().map_or(engine.clock, str::to_owned),
             engine: engine.backend,
@@ -172,7 +186,7 @@ impl Stage for DecodeBench {
             combine_rows(&starts.iter().map(|start| start.results.clone()).collect::<Vec<_>>(), combine_decode_starts)?;
         let power: Option<Vec<Vec<PowerResult>>> = starts.iter().map(|start| start.power.clone()).collect();
         let power = power.map(|power| combine_rows(&power, combine_power)).transpose()?;
-        let memory = largest(starts.iter().map(DecodeRecord::memory));
+        let memory = most(starts.iter().map(DecodeRecord::memory));
         let Some(first) = starts.first() else { return Ok(StageOutput::default()) };
         Ok(output(&DecodeRecord {
             results: rows,
@@ -185,6 +199,10 @@ impl Stage for DecodeBench {
             pool_peak_method: memory.pool_peak_method,
             process_peak_bytes: memory.process_peak_bytes,
             process_peak_method: memory.process_peak_method,
+            memory_bytes: memory.memory_bytes,
+            memory_mapped_bytes: memory.memory_mapped_bytes,
+            memory_rest_bytes: memory.memory_rest_bytes,
+            memory_method: memory.memory_method,
             decode_check_relative_error_max: starts
                 .iter()
                 .map(|start| start.decode_check_relative_error_max)
@@ -208,22 +226,18 @@ fn read(start: StageOutput) -> Result<DecodeRecord, StageError> {
 }
 
 fn output(record: &DecodeRecord) -> StageOutput {
-    let rows: Vec<String> = record
-        .results
-        .iter()
-        .map(|row| {
-            summary(
-                &row.label,
-                row.tokens_per_second,
-                (row.tokens_per_second_low, row.tokens_per_second_high),
-                &row.starts,
-                record.power.as_deref(),
-                row.disturbance.as_ref(),
-                1,
-            )
-        })
-        .collect();
-    StageOutput { body: record.to_fields(), summary: rows.join(", ") }
+    let rows = record.results.iter().map(|row| {
+        summary(
+            &row.label,
+            row.tokens_per_second,
+            (row.tokens_per_second_low, row.tokens_per_second_high),
+            &row.starts,
+            record.power.as_deref(),
+            row.disturbance.as_ref(),
+            1,
+        )
+    });
+    StageOutput { body: record.to_fields(), summary: record_summary(rows, &record.memory()) }
 }
 
 /// Returns true where a product quantizes what it is given, by this recipe or by the model's own files.

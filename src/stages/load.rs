@@ -10,7 +10,7 @@ use crate::stage::{
 };
 use crate::units::{DType, format_bytes};
 use serde_json::Value;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 /// The kind.
 pub struct Load;
@@ -72,8 +72,17 @@ impl Stage for Load {
         }
     }
 
+    fn recipe(
+        &self,
+        params: &Params,
+        root: &Path,
+        _model: Option<ModelRecipe>,
+    ) -> Result<Option<ModelRecipe>, StageError> {
+        recipe(params, root).map(Some)
+    }
+
     fn run(&self, context: &StageContext<'_>) -> Result<StageOutput, StageError> {
-        let recipe = recipe(context)?;
+        let recipe = recipe(context.params, context.root)?;
         let rooted = recipe.rooted(context.root);
         let info = context.engine.inspect(&rooted)?;
         context.engine.check_values(&rooted, context.progress)?;
@@ -121,11 +130,10 @@ fn commit(id: &str) -> Option<String> {
     crate::hub::commit(&reference, &HubSettings::from_env())
 }
 
-fn recipe(context: &StageContext<'_>) -> Result<ModelRecipe, StageError> {
-    let params = context.params;
+fn recipe(params: &Params, root: &Path) -> Result<ModelRecipe, StageError> {
     let dtype = |name: &str| params.get(name).and_then(Value::as_str).and_then(DType::parse);
     let source = match params.get("model").and_then(Value::as_str) {
-        Some(model) => match ModelLocation::parse(model, context.root) {
+        Some(model) => match ModelLocation::parse(model, root) {
             Ok(ModelLocation::Path(path)) => ModelSource::Path(path),
             Ok(ModelLocation::Hub(reference)) => ModelSource::Hub(reference.to_string()),
             Err(error) => return Err(StageError::Other(error.to_string())),

@@ -8,6 +8,7 @@ mod chat;
 mod decode_bench;
 mod diff;
 mod load;
+mod peak_memory;
 mod ppl;
 mod prefill_bench;
 mod quantize;

@@ -2,12 +2,14 @@
 
 use super::MODELS;
 use super::bench_starts::{
-    STARTS, check, combine_disturbance, combine_power, combine_rows, largest, n_starts, sample_plan, summary,
+    STARTS, check, combine_disturbance, combine_power, combine_rows, most, n_starts, record_summary, sample_plan,
+    summary,
 };
 use super::bench_tokens::{sizes, tokens, too_long};
 use super::bench_watch::Watch;
 use crate::artifact::{Disturbance, PowerResult, PrefillRecord, PrefillResult, RecordBody};
 use crate::bench::{combine_prefills, prefill_label, prefill_result};
+use crate::inference::{MemoryNeed, Workload};
 use crate::stage::{
     ParamDefault, ParamDesc, ParamType, Params, Stage, StageContext, StageDescription, StageError, StageOutput,
 };
@@ -99,6 +101,13 @@ impl Stage for PrefillBench {
         n_starts(params, is_host)
     }
 
+    fn memory_need(&self, params: &Params, _base: Option<&Params>) -> MemoryNeed {
+        let n = sizes(params, "n_prompt").into_iter().max().unwrap_or(0);
+        let n_logits = if scores(params) { n.saturating_sub(1) } else { 1 };
+        let reads_text = params.get("text").is_some_and(|text| !text.is_null());
+        MemoryNeed::Known(Workload { n_ctx: n, n_pass: n, n_logits, reads_text, ..Workload::default() })
+    }
+
     fn run(&self, context: &StageContext<'_>) -> Result<StageOutput, StageError> {
         let recipe = context.recipe("model")?;
         let info = context.engine.inspect(&recipe)?;
@@ -139,19 +148,24 @@ impl Stage for PrefillBench {
             let row = prefill_result(n_prompt, scores, &[case.samples]);
             results.extend(row.map(|row| PrefillResult { disturbance: Some(case.disturbance), ..row }));
         }
-        let (watched, memory, engine) = (watch.finish(), probe.finish(), context.engine.info());
+        let memory = probe.finish().of_model(model.weights_bytes(), model.kv_cache_bytes());
+        let (watched, engine) = (watch.finish(), context.engine.info());
         let method = if scores { SCORE_METHOD } else { METHOD };
         let record = PrefillRecord {
             results,
             power: watched.power,
             n_other_processes: watched.others.map(|others| others.n),
             other_processes_bytes: watched.others.and_then(|others| others.bytes),
-            weights_bytes: Some(model.weights_bytes()),
-            kv_cache_bytes: Some(model.kv_cache_bytes()),
+            weights_bytes: memory.weights_bytes,
+            kv_cache_bytes: memory.kv_cache_bytes,
             pool_peak_bytes: memory.pool_peak_bytes,
             pool_peak_method: memory.pool_peak_method,
             process_peak_bytes: memory.process_peak_bytes,
             process_peak_method: memory.process_peak_method,
+            memory_bytes: memory.memory_bytes,
+            memory_mapped_bytes: memory.memory_mapped_bytes,
+            memory_rest_bytes: memory.memory_rest_bytes,
+            memory_method: memory.memory_method,
             method: method.to_owned(),
             clock: engine.clock,
             engine: engine.backend,
@@ -168,7 +182,7 @@ impl Stage for PrefillBench {
         )?;
         let power: Option<Vec<Vec<PowerResult>>> = starts.iter().map(|start| start.power.clone()).collect();
         let power = power.map(|power| combine_rows(&power, combine_power)).transpose()?;
-        let memory = largest(starts.iter().map(PrefillRecord::memory));
+        let memory = most(starts.iter().map(PrefillRecord::memory));
         let Some(first) = starts.first() else { return Ok(StageOutput::default()) };
         Ok(output(&PrefillRecord {
             results: rows,
@@ -181,6 +195,10 @@ impl Stage for PrefillBench {
             pool_peak_method: memory.pool_peak_method,
             process_peak_bytes: memory.process_peak_bytes,
             process_peak_method: memory.process_peak_method,
+            memory_bytes: memory.memory_bytes,
+            memory_mapped_bytes: memory.memory_mapped_bytes,
+            memory_rest_bytes: memory.memory_rest_bytes,
+            memory_method: memory.memory_method,
             ..first.clone()
         }))
     }
@@ -200,22 +218,18 @@ fn read(start: StageOutput) -> Result<PrefillRecord, StageError> {
 }
 
 fn output(record: &PrefillRecord) -> StageOutput {
-    let rows: Vec<String> = record
-        .results
-        .iter()
-        .map(|row| {
-            summary(
-                &row.label,
-                row.tokens_per_second,
-                (row.tokens_per_second_low, row.tokens_per_second_high),
-                &row.starts,
-                record.power.as_deref(),
-                row.disturbance.as_ref(),
-                0,
-            )
-        })
-        .collect();
-    StageOutput { body: record.to_fields(), summary: rows.join(", ") }
+    let rows = record.results.iter().map(|row| {
+        summary(
+            &row.label,
+            row.tokens_per_second,
+            (row.tokens_per_second_low, row.tokens_per_second_high),
+            &row.starts,
+            record.power.as_deref(),
+            row.disturbance.as_ref(),
+            0,
+        )
+    });
+    StageOutput { body: record.to_fields(), summary: record_summary(rows, &record.memory()) }
 }
 
 /// Returns true where every token of a prompt is scored.

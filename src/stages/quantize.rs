@@ -3,14 +3,15 @@
 
 use crate::artifact::{QuantizeTotals, QuantizedModule, RecordBody, SavedFolder};
 use crate::event::Level;
-use crate::inference::QuantizeRecord;
+use crate::inference::{ModelRecipe, QuantizeRecord};
 use crate::quantization::{self, QuantizationConfig};
 use crate::stage::{
-    ParamDefault, ParamDesc, ParamType, Stage, StageContext, StageDescription, StageError, StageOutput,
+    ParamDefault, ParamDesc, ParamType, Params, Stage, StageContext, StageDescription, StageError, StageOutput,
 };
 use crate::units::format_bytes;
 use crate::yaml;
 use serde_json::Value;
+use std::path::Path;
 
 /// Folder of a saved model in the stage's artifact.
 const SAVED: &str = "model";
@@ -54,11 +55,19 @@ impl Stage for Quantize {
         &DESCRIPTION
     }
 
+    fn recipe(
+        &self,
+        params: &Params,
+        root: &Path,
+        model: Option<ModelRecipe>,
+    ) -> Result<Option<ModelRecipe>, StageError> {
+        model.map(|model| Ok(ModelRecipe { quantization: Some(applied(&config(params, root)?)), ..model })).transpose()
+    }
+
     fn run(&self, context: &StageContext<'_>) -> Result<StageOutput, StageError> {
         let mut recipe = context.input("model")?.recipe()?;
-        let config = config(context)?;
-        // Named and unnamed spellings of one meaning leave one record.
-        let applied = QuantizationConfig { name: config.name.clone(), ..config.canonical() };
+        let config = config(context.params, context.root)?;
+        let applied = applied(&config);
         recipe.quantization = Some(applied.clone());
         let rooted = recipe.rooted(context.root);
         let info = context.engine.inspect(&rooted)?;
@@ -93,13 +102,18 @@ impl Stage for Quantize {
     }
 }
 
-fn config(context: &StageContext<'_>) -> Result<QuantizationConfig, StageError> {
-    let value = context.params.get("config").unwrap_or(&Value::Null);
+/// Returns a config as records hold it: named and unnamed spellings of one meaning leave one record.
+fn applied(config: &QuantizationConfig) -> QuantizationConfig {
+    QuantizationConfig { name: config.name.clone(), ..config.canonical() }
+}
+
+fn config(params: &Params, root: &Path) -> Result<QuantizationConfig, StageError> {
+    let value = params.get("config").unwrap_or(&Value::Null);
     let wrap = |error: quantization::QuantizationError| StageError::Other(error.to_string());
     let Some(written) = value.as_str() else {
         return quantization::from_value(value, "inline").map_err(wrap);
     };
-    let path = context.root.join(written);
+    let path = root.join(written);
     let failed = |reason: String| StageError::Read { path: path.clone(), reason };
     let bytes = std::fs::read(&path).map_err(|error| failed(error.to_string()))?;
     let text = yaml::decode(bytes).map_err(|error| failed(error.message))?;

@@ -43,6 +43,8 @@ pub struct MetricsRow {
     pub model_file: String,
     pub model_blake3: String,
     pub source_types: String,
+    /// The most that it took to run the model; empty where it was not measured.
+    pub memory_bytes: Option<u64>,
 }
 
 /// Appends rows, with a header where the file is new. A file of an earlier labpipe, which had fewer columns, gets the new header and
@@ -178,7 +180,7 @@ mod tests {
         append_metrics_csv(&path, &[MetricsRow { avg_decode_tps, perplexity, ..MetricsRow::default() }])
             .expect("a row");
         let text = std::fs::read_to_string(&path).expect("the file");
-        assert!(text.trim_end().ends_with(",,nan,,inf,,,,,,,,"), "{text}");
+        assert!(text.trim_end().ends_with(",,nan,,inf,,,,,,,,,"), "{text}");
     }
 
     #[test]

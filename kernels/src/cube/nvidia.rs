@@ -88,6 +88,16 @@ impl CudaParts {
     }
 }
 
+/// Bytes of stack that a thread is given from the start; the driver gives a kernel more where it needs more.
+const STACK_BYTES: usize = 256;
+
+/// Lowers what the driver sets aside on a device for the stacks of all threads that it can run at once, by default 1 KiB for each: kernels
+/// here call nothing, and what one needs is known when it is launched. Where it is refused that memory stays taken.
+pub fn shrink_stacks(index: usize) {
+    let Ok(context) = cudarc::driver::CudaContext::new(index) else { return };
+    let _ = context.set_limit(cudarc::driver::sys::CUlimit::CU_LIMIT_STACK_SIZE, STACK_BYTES);
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

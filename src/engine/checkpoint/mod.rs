@@ -118,6 +118,15 @@ impl Checkpoint {
         }
     }
 
+    /// Gives back the resident pages of the files: what was converted or quantized is not needed as the files have it.
+    pub fn drop_pages(&self) {
+        match self {
+            Checkpoint::Folder(folder) => folder.drop_pages(),
+            Checkpoint::Gguf(file) => file.drop_pages(),
+            Checkpoint::Random { .. } => {}
+        }
+    }
+
     /// Returns true if there is a tensor of that name.
     pub fn contains(&self, name: &str) -> bool {
         match self {

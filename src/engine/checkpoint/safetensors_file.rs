@@ -28,6 +28,8 @@ pub struct SafetensorsFolder {
     config: Value,
     /// What a user must hear of the files, a sentence each.
     warnings: Vec<String>,
+    /// The files' maps, which tensors are parts of.
+    maps: Vec<Arc<Mmap>>,
     /// Its tensors were part of a larger model and are named as if they weren't.
     is_inner: bool,
 }
@@ -80,8 +82,14 @@ impl SafetensorsFolder {
         let config = parse_json(&std::fs::read(dir.join("config.json")).unwrap_or_default()).unwrap_or_default();
         refuse_declared(dir, &config)?;
         let WeightFiles { paths, index, warnings } = find_weight_files(dir)?;
-        let mut folder =
-            SafetensorsFolder { dir: dir.to_owned(), tensors: BTreeMap::new(), config, warnings, is_inner: false };
+        let mut folder = SafetensorsFolder {
+            dir: dir.to_owned(),
+            tensors: BTreeMap::new(),
+            config,
+            warnings,
+            maps: Vec::new(),
+            is_inner: false,
+        };
         for path in &paths {
             folder.add_file(path)?;
         }
@@ -117,6 +125,15 @@ impl SafetensorsFolder {
     /// Returns a tensor of plain floats.
     pub fn get(&self, name: &str) -> Option<StoredTensor> {
         self.tensors.get(name)?.stored()
+    }
+
+    /// Gives back the resident pages of the files' maps; they are read again when next used.
+    pub fn drop_pages(&self) {
+        #[cfg(unix)]
+        for map in &self.maps {
+            // SAFETY: the map is of a file and nobody writes through it: dropped pages come back with the same content.
+            let _ = unsafe { map.unchecked_advise(memmap2::UncheckedAdvice::DontNeed) };
+        }
     }
 
     /// Returns the element type of a tensor of plain floats.
@@ -210,6 +227,7 @@ impl SafetensorsFolder {
         // with every program that maps models.
         let map = unsafe { Mmap::map(&*file) }.map_err(|error| fail(path, error.to_string()))?;
         let owner: Arc<Mmap> = Arc::new(map);
+        self.maps.push(Arc::clone(&owner));
         let parsed = SafeTensors::deserialize(&owner).map_err(|error| {
             fail(path, format!("its header does not fit the file ({error}); was the download cut short?"))
         })?;

@@ -3,6 +3,7 @@
 use super::products::element;
 use super::rope::RopeTable;
 use super::weights::GpuBlock;
+use crate::engine::footprint::cache_bytes;
 use crate::engine::spec::ModelSpec;
 use crate::units::DType;
 use cubecl::client::Client;
@@ -32,7 +33,7 @@ impl GpuCache {
 
     /// Returns the bytes that keys and values of `capacity` tokens take.
     pub fn bytes_of(spec: &ModelSpec, compute: DType, capacity: usize) -> u64 {
-        2 * spec.n_layers as u64 * capacity as u64 * (spec.kv_width() * compute.size_bytes()) as u64
+        cache_bytes(spec, compute, capacity)
     }
 
     pub fn n_bytes(&self) -> u64 {

@@ -8,7 +8,7 @@ use super::cache::GpuCache;
 use super::pass::{Passes, gate};
 use super::rows::device_error;
 use super::weights::{GpuBlock, Projection};
-use crate::engine::spec::Activation;
+use crate::engine::spec::{Activation, ModelSpec};
 use crate::inference::{Decoded, InferenceError};
 use crate::units::DType;
 use cubecl::client::{Client, Graph};
@@ -43,6 +43,14 @@ pub struct Decoder {
 }
 
 impl Decoder {
+    /// Returns the bytes of a step's buffers, the scratch of attention apart.
+    pub fn bytes_of(spec: &ModelSpec, capacity: usize) -> u64 {
+        let activations =
+            3 * spec.hidden_size + 3 * spec.q_width() + 2 * spec.kv_width() + 3 * spec.ffn_size + spec.vocab_size;
+        let n_state = STATE_HISTORY as usize + capacity + 2;
+        (4 * activations + 12 * n_state) as u64
+    }
+
     pub fn new(passes: &Passes, cache: &GpuCache) -> Decoder {
         let (client, spec) = (passes.client(), &passes.spec);
         let floats = |n: usize| client.empty(4 * n);

@@ -1,6 +1,7 @@
 //! The [`Engine`] on a GPU.
 
 use super::arena::Arena;
+use super::forecast::Shape;
 use super::model::GpuModel;
 use super::pass::Passes;
 use super::products::{Products, element};
@@ -10,13 +11,13 @@ use super::weights::GpuWeights;
 use crate::artifact::QuantizedModule;
 use crate::engine::burn_engine::BurnEngine;
 use crate::engine::computed_with;
-use crate::engine::footprint::weights_bytes;
+use crate::engine::footprint::{cache_bytes, weights_bytes};
 use crate::engine::survey::survey;
 use crate::engine::weights::{WeightReader, has_compute_dtype};
 use crate::event::Progress;
 use crate::inference::{
-    DeviceProbe, Engine, EngineInfo, HostProbe, InferenceError, MemoryProbe, Model, ModelInfo, ModelRecipe, SavedModel,
-    SourceAccount,
+    DeviceProbe, Engine, EngineInfo, HostProbe, InferenceError, MemoryPrediction, MemoryProbe, Model, ModelInfo,
+    ModelRecipe, SavedModel, SourceAccount, Workload,
 };
 use crate::units::DType;
 use burn::tensor::Device;
@@ -25,6 +26,10 @@ use labpipe_kernels::cube::Element;
 use labpipe_kernels::cube::kernel_store::KernelStore;
 use std::collections::BTreeMap;
 use std::path::Path;
+use std::sync::OnceLock;
+
+/// A tile on the device that weights pass through when they are loaded.
+const LOADING_BYTES: u64 = 32 << 20;
 
 /// Grows when the numbers that this engine computes change.
 const NUMERICS_VERSION: u32 = 4;
@@ -37,6 +42,8 @@ pub struct GpuEngine {
     info: EngineInfo,
     senses: Senses,
     room: Room,
+    /// What the process takes of the device beside the allocator's memory, once libraries are open.
+    program_bytes: OnceLock<u64>,
     /// Written when the engine goes: what was compiled has been by then.
     _kernels: Option<KernelStore>,
 }
@@ -63,7 +70,15 @@ impl GpuEngine {
             computed_with: computed_with::gpu(client.name(), &chip, parts),
         };
         let room = Room::new(&client, &senses);
-        GpuEngine { client, host: BurnEngine::cpu(), info, senses, room, _kernels: kernels }
+        GpuEngine {
+            client,
+            host: BurnEngine::cpu(),
+            info,
+            senses,
+            room,
+            program_bytes: OnceLock::new(),
+            _kernels: kernels,
+        }
     }
 
     /// Fills in what a GPU computes in where the recipe leaves it open: what weights are stored in, so far as the device can.
@@ -88,6 +103,17 @@ impl GpuEngine {
         let _ = self.client.memory_cleanup();
     }
 
+    /// Returns what the process takes of the device beside the allocator's memory: asked once, with cuBLAS open.
+    fn program_bytes(&self, compute: DType) -> u64 {
+        *self.program_bytes.get_or_init(|| {
+            let products = Products::new(self.client.clone(), element(compute));
+            let bytes = self.room.program_bytes();
+            drop(products);
+            self.tidy();
+            bytes.unwrap_or(0)
+        })
+    }
+
     fn load(
         &self,
         recipe: &ModelRecipe,
@@ -104,7 +130,7 @@ impl GpuEngine {
             )));
         }
         self.tidy();
-        self.room.check("the model's weights", weights_bytes(&info, &recipe)?)?;
+        self.room.check("the model's weights", weights_bytes(&info, &recipe)? + LOADING_BYTES)?;
         let (spec, checkpoint) = self.host.prepare(&recipe)?;
         let host = Device::flex();
         let reader = WeightReader { checkpoint: &checkpoint, spec: &spec, recipe: &recipe, device: &host };
@@ -183,6 +209,26 @@ impl Engine for GpuEngine {
         self.host.host_probe()
     }
 
+    fn predict_memory(
+        &self,
+        recipe: &ModelRecipe,
+        work: &Workload,
+    ) -> Result<Option<MemoryPrediction>, InferenceError> {
+        let recipe = self.settled(recipe)?;
+        let info = self.host.inspect(&recipe)?;
+        let (spec, _) = self.host.prepare(&recipe)?;
+        let weights_bytes = weights_bytes(&info, &recipe)?;
+        let has_panels = self.info.computed_with.get("cublas").is_some_and(|version| version != "absent");
+        let shape = Shape { spec: &spec, compute: info.compute_dtype, recipe: &recipe, dtype: info.dtype, has_panels };
+        let n_ctx = work.n_ctx.max(work.n_pass);
+        Ok(Some(MemoryPrediction {
+            weights_bytes,
+            kv_cache_bytes: cache_bytes(&spec, info.compute_dtype, n_ctx),
+            activations_bytes: shape.working_bytes(work),
+            program_bytes: self.program_bytes(info.compute_dtype),
+        }))
+    }
+
     fn free_bytes(&self) -> Option<u64> {
         self.room.free_bytes()
     }
@@ -203,6 +249,8 @@ mod tests {
             memory: Box::new(|| Box::new(crate::engine::memory::HostProbe::start())),
             device: Box::new(|| None),
             free_bytes: Arc::new(|| None),
+            used_bytes: Arc::new(|| None),
+            limit_bytes: None,
         };
         GpuEngine::new(client, "a GPU".to_owned(), BTreeMap::new(), senses, None)
     }
@@ -244,6 +292,53 @@ mod tests {
                 }
             }
         }
+    }
+
+    #[test]
+    fn a_context_filled_in_parts_goes_on_as_one_of_one_pass_does() {
+        let engine = engine();
+        for folder in ["models/stories260k", "tests/fixtures/families/gemma2"] {
+            let recipe = recipe(folder, None, DType::F32);
+            let mut model = engine.load(&recipe, &NullProgress, Products::new).expect("a model");
+            let vocab = model.info().vocab_size as u32;
+            let tokens: Vec<u32> = (0..40).map(|i| (i * 37 + 11) % vocab).collect();
+            let mut logits = |fill: &dyn Fn(&mut GpuModel)| {
+                model.reserve(48).expect("room");
+                fill(&mut model);
+                let mut all: Vec<f32> = Vec::new();
+                model
+                    .decode_keeping(4, &mut |row: &[f32]| {
+                        all.extend_from_slice(row);
+                        Ok(())
+                    })
+                    .expect("tokens");
+                all
+            };
+            let whole = logits(&|model| model.prefill(&tokens).map(|_| ()).expect("a pass"));
+            let parts = logits(&|model| model.fill_by(&tokens, 7).expect("passes"));
+            let (difference, norm) = whole
+                .iter()
+                .zip(&parts)
+                .fold((0.0f64, 0.0f64), |(d, n), (a, b)| (d + f64::from(a - b).powi(2), n + f64::from(*a).powi(2)));
+            let error = (difference / norm).sqrt();
+            assert!(error < 1e-4 && whole.len() == parts.len(), "{folder}: {error:.2e}");
+        }
+    }
+
+    #[test]
+    fn released_memory_is_not_the_next_stage_s() {
+        let engine = engine();
+        let recipe = recipe("models/stories260k", Some("nf4"), DType::F32);
+        let mut model = engine.load(&recipe, &NullProgress, Products::new).expect("a model");
+        let tokens: Vec<u32> = (3..43).collect();
+        let mut bytes = |n_ctx: usize| {
+            model.release();
+            model.reserve(n_ctx).expect("room");
+            model.prefill(&tokens[..n_ctx]).expect("a pass");
+            model.kv_cache_bytes()
+        };
+        let (long, short) = (bytes(40), bytes(10));
+        assert_eq!((long, short), (40 * bytes(1), 10 * bytes(1)));
     }
 
     #[test]

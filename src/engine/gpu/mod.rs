@@ -8,6 +8,7 @@ mod arena;
 mod cache;
 mod decode;
 mod engine;
+mod forecast;
 mod model;
 mod pass;
 mod products;

@@ -18,6 +18,9 @@ use std::time::Instant;
 /// Bytes of logits on the device at a time. They lie where the pass had its own buffers; the head is read once for each.
 const LOGIT_BYTES: usize = 48 << 20;
 
+/// Tokens of a context that are filled in at a time: what their activations take matters beside a long cache.
+pub const FILLED_TOKENS: usize = 512;
+
 /// A loaded model on a GPU.
 pub struct GpuModel {
     info: ModelInfo,
@@ -59,6 +62,11 @@ impl GpuModel {
     /// Makes room for a pass of `n_tokens`, in an emptied cache, and for `n_rows` rows of its logits at a time.
     fn prepare(&mut self, n_tokens: usize, is_unseen: bool, n_rows: usize) -> Result<PassPlan, InferenceError> {
         self.emptied_cache(n_tokens)?;
+        self.planned(n_tokens, is_unseen, n_rows)
+    }
+
+    /// Makes room for a pass of `n_tokens` behind those in the cache.
+    fn planned(&mut self, n_tokens: usize, is_unseen: bool, n_rows: usize) -> Result<PassPlan, InferenceError> {
         let plan = self.passes.plan(n_tokens, is_unseen, 4 * self.info.vocab_size * n_rows);
         let n_bytes = plan.layout.n_bytes;
         if !self.passes.arena.holds(n_bytes) {
@@ -135,6 +143,30 @@ impl GpuModel {
         Ok(nll.iter().zip(choices).map(|(nll, argmax)| TokenScore { nll: f64::from(*nll), argmax }).collect())
     }
 
+    /// Fills the emptied cache `n_at_once` tokens at a time.
+    pub fn fill_by(&mut self, tokens: &[u32], n_at_once: usize) -> Result<(), InferenceError> {
+        // Rotary frequencies that depend on the length are those of the whole context.
+        let follows_length = self.passes.spec.attentions.iter().any(|attention| attention.rope.depends_on_length());
+        if tokens.len() <= n_at_once || follows_length {
+            return self.prefill(tokens).map(|_| ());
+        }
+        self.emptied_cache(tokens.len())?;
+        let client = self.passes.client().clone();
+        let mut logits = Vec::new();
+        for chunk in tokens.chunks(n_at_once) {
+            let plan = self.planned(chunk.len(), true, 1)?;
+            logits = self.settled(|model| {
+                let hidden = model.pass(chunk, &mut Tap::closed(), &plan)?;
+                model.capped_logits(&hidden, [chunk.len() - 1, 1])?;
+                read(&client, &hidden.logits, Element::F32, model.info.vocab_size)
+            })?;
+        }
+        let next_token = argmax(&logits);
+        self.next_token =
+            Some(next_token.ok_or_else(|| InferenceError::NotFiniteResult { what: "logits".to_owned() })?);
+        Ok(())
+    }
+
     fn refuse_empty(tokens: &[u32], what: &str) -> Result<(), InferenceError> {
         if tokens.is_empty() {
             return Err(InferenceError::Unsupported(format!("{what} no tokens: at least one is needed")));
@@ -154,6 +186,17 @@ impl Model for GpuModel {
 
     fn kv_cache_bytes(&self) -> u64 {
         self.cache.as_ref().map_or(0, GpuCache::n_bytes)
+    }
+
+    fn release(&mut self) {
+        // The recording names the other two's buffers.
+        self.decoder = None;
+        (self.cache, self.next_token) = (None, None);
+        self.passes.arena.release();
+    }
+
+    fn fill(&mut self, tokens: &[u32]) -> Result<(), InferenceError> {
+        self.fill_by(tokens, FILLED_TOKENS)
     }
 
     fn reserve(&mut self, n_ctx: usize) -> Result<(), InferenceError> {
@@ -192,6 +235,10 @@ impl Model for GpuModel {
         if cache.n_tokens + n_gen > cache.capacity {
             let (asked, n_ctx_max) = (cache.n_tokens + n_gen, cache.capacity);
             return Err(InferenceError::ContextTooLong { asked, n_ctx_max });
+        }
+        if self.decoder.is_none() {
+            let asked_bytes = Decoder::bytes_of(&self.passes.spec, cache.capacity);
+            self.room.check("the buffers of a decoded token", asked_bytes)?;
         }
         let passes = &self.passes;
         let decoder = self.decoder.get_or_insert_with(|| Decoder::new(passes, cache));
@@ -302,7 +349,7 @@ impl Model for GpuModel {
 }
 
 /// Returns how many rows of logits fit, in tiles of tensor cores where there are that many.
-fn logit_rows(vocab_size: usize) -> usize {
+pub fn logit_rows(vocab_size: usize) -> usize {
     let n = LOGIT_BYTES / (4 * vocab_size);
     if n >= 32 { (n / 32 * 32).min(1024) } else { n.max(1) }
 }

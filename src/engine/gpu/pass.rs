@@ -16,7 +16,7 @@ use labpipe_kernels::cube::ops::{Gate, STATE_POSITION};
 use labpipe_kernels::cube::{self, Element, Residual};
 
 /// Bytes of gate and up rows beyond which a pass computes them panel by panel.
-const GATED_BYTES: usize = 32 << 20;
+pub const GATED_BYTES: usize = 32 << 20;
 
 /// Returns the kernels' name for an activation.
 pub fn gate(activation: Activation) -> Gate {

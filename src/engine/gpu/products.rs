@@ -16,11 +16,11 @@ use labpipe_kernels::cube::{self, DeviceMatrix, Element, Kind, Piece, Place};
 use std::ops::Range;
 
 /// Bytes of decoded rows at most: they stay in L2 between the two kernels.
-const PANEL_BYTES: usize = 24 << 20;
+pub const PANEL_BYTES: usize = 24 << 20;
 
 /// Rows that are decoded at a time where memory counts. At 2,048 tokens their product is 128 tiles of 128 by 256, which the 132
 /// multiprocessors of a Hopper GPU do at once.
-const PANEL_ROWS: usize = 2048;
+pub const PANEL_ROWS: usize = 2048;
 
 /// Returns the kernels' name for an element type.
 pub fn element(dtype: DType) -> Element {

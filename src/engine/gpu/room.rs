@@ -16,6 +16,10 @@ pub struct Senses {
     pub device: Box<dyn Fn() -> Option<Box<dyn DeviceProbe>> + Send + Sync>,
     /// Returns the bytes that the driver could still hand out; nothing where it does not tell.
     pub free_bytes: Arc<dyn Fn() -> Option<u64> + Send + Sync>,
+    /// Returns the bytes of the device's memory that this process has; nothing where nobody tells.
+    pub used_bytes: Arc<dyn Fn() -> Option<u64> + Send + Sync>,
+    /// Most bytes of the device's memory that this process may have.
+    pub limit_bytes: Option<u64>,
 }
 
 /// The memory of one device.
@@ -23,11 +27,18 @@ pub struct Senses {
 pub struct Room {
     client: Client,
     free_bytes: Arc<dyn Fn() -> Option<u64> + Send + Sync>,
+    used_bytes: Arc<dyn Fn() -> Option<u64> + Send + Sync>,
+    limit_bytes: Option<u64>,
 }
 
 impl Room {
     pub fn new(client: &Client, senses: &Senses) -> Room {
-        Room { client: client.clone(), free_bytes: Arc::clone(&senses.free_bytes) }
+        Room {
+            client: client.clone(),
+            free_bytes: Arc::clone(&senses.free_bytes),
+            used_bytes: Arc::clone(&senses.used_bytes),
+            limit_bytes: senses.limit_bytes,
+        }
     }
 
     /// Returns what could still be allocated: what the driver has free, and what the allocator holds without need.
@@ -36,11 +47,43 @@ impl Room {
         (self.free_bytes)().map(|free| free + usage.bytes_reserved.saturating_sub(usage.bytes_in_use))
     }
 
-    /// Refuses what can't fit, before any of it is allocated; lets everything pass where the device does not tell.
+    /// Returns what this process has of the device's memory outside of the allocator: the driver's context, libraries, code. Nothing
+    /// where nobody tells.
+    pub fn program_bytes(&self) -> Option<u64> {
+        let reserved = self.client.memory_report(MemoryScope::Device).usage().bytes_reserved;
+        (self.used_bytes)().map(|used| used.saturating_sub(reserved))
+    }
+
+    /// Returns what this process has of the device's memory: by the driver, else what the allocator holds.
+    fn held_bytes(&self) -> u64 {
+        let reserved = self.client.memory_report(MemoryScope::Device).usage().bytes_reserved;
+        (self.used_bytes)().map_or(reserved, |used| used.max(reserved))
+    }
+
+    /// Refuses what can't fit, before any of it is allocated: the device's free memory and the limit. Lets everything pass where the
+    /// device does not tell and there is no limit.
     ///
     /// # Errors
-    /// `OutOfMemory`.
+    /// `OutOfMemory`, `OverLimit`.
     pub fn check(&self, what: &str, asked_bytes: u64) -> Result<(), InferenceError> {
+        self.check_limit(what, asked_bytes)?;
+        self.check_free(what, asked_bytes)
+    }
+
+    fn check_limit(&self, what: &str, asked_bytes: u64) -> Result<(), InferenceError> {
+        let Some(limit) = self.limit_bytes else { return Ok(()) };
+        if self.held_bytes() + asked_bytes <= limit {
+            return Ok(());
+        }
+        let _ = self.client.memory_cleanup();
+        let usage = self.client.memory_report(MemoryScope::Device).usage();
+        // What the allocator could not give back it can still give out.
+        let kept = usage.bytes_reserved.saturating_sub(usage.bytes_in_use);
+        let left = limit.saturating_sub(self.held_bytes().saturating_sub(kept));
+        if asked_bytes <= left { Ok(()) } else { Err(InferenceError::over_limit(what, asked_bytes, left, limit)) }
+    }
+
+    fn check_free(&self, what: &str, asked_bytes: u64) -> Result<(), InferenceError> {
         match (self.free_bytes)() {
             Some(free) if free < asked_bytes => {}
             _ => return Ok(()),
@@ -83,6 +126,24 @@ impl PoolProbe {
     }
 }
 
+const POOL_MEMORY_METHOD: &str = "the most that cubecl's allocator held of the device's memory when asked: weights, cache, activations; what \
+                                  the driver takes for itself is not told here and not in it";
+
+/// Takes the allocator's peak for the device's memory where the driver names none.
+fn with_pool(seen: MemoryFigures, peak_bytes: u64) -> MemoryFigures {
+    // Of a process's memory on the host nothing is said here: it is not where the model is.
+    let is_of_device = seen.memory_bytes.is_some() && seen.memory_mapped_bytes.is_none();
+    if is_of_device || peak_bytes == 0 {
+        return seen;
+    }
+    MemoryFigures {
+        memory_bytes: Some(peak_bytes),
+        memory_mapped_bytes: None,
+        memory_method: Some(POOL_MEMORY_METHOD.to_owned()),
+        ..seen
+    }
+}
+
 impl MemoryProbe for PoolProbe {
     fn mark(&mut self) {
         self.inner.mark();
@@ -97,7 +158,7 @@ impl MemoryProbe for PoolProbe {
             // A runtime without pools reports none.
             pool_peak_bytes: (peak_bytes > 0).then_some(peak_bytes),
             pool_peak_method: (peak_bytes > 0).then(|| POOL_METHOD.to_owned()),
-            ..inner.finish()
+            ..with_pool(inner.finish(), peak_bytes)
         }
     }
 }

@@ -2,7 +2,7 @@
 
 use super::protocol::{FromWorker, Task, ToWorker, read_inputs};
 use crate::event::{Level, Progress};
-use crate::inference::{Engine, InferenceError};
+use crate::inference::{Engine, InferenceError, ModelRecipe, Workload};
 use crate::run::runner::{InProcess, RunnerError, StageRunner, StageTask};
 use crate::stage::{Catalogue, StageError, StageOutput};
 use crate::store::take_notes;
@@ -41,8 +41,21 @@ pub fn serve(
         }
     };
     tell(&FromWorker::Ready { info: engine.info(), reason });
-    let runner = InProcess::new(engine).accepting_disturbed(accept_disturbed);
-    while let Ok(task) = tasks.recv() {
+    let runner = InProcess::new(Arc::clone(&engine)).accepting_disturbed(accept_disturbed);
+    while let Ok(request) = tasks.recv() {
+        let task = match request {
+            Request::Run(task) => *task,
+            Request::Predict(recipe, work) => {
+                let answer = match engine.predict_memory(&recipe, &work) {
+                    Ok(prediction) => FromWorker::Predicted { prediction },
+                    Err(error) => FromWorker::failure(&RunnerError::Stage(error.into())),
+                };
+                if !tell(&answer) {
+                    break;
+                }
+                continue;
+            }
+        };
         let result = run(catalogue, &runner, task, &cancel);
         for text in take_notes() {
             tell(&FromWorker::Note { level: Level::Warning, text });
@@ -58,6 +71,12 @@ pub fn serve(
     0
 }
 
+/// What the parent asks for.
+enum Request {
+    Run(Box<Task>),
+    Predict(Box<ModelRecipe>, Workload),
+}
+
 /// Ctrl-C reaches every process of a terminal's group; the parent decides what it means.
 fn ignore_interrupts() {
     for signal in [signal_hook::consts::SIGINT, signal_hook::consts::SIGTERM] {
@@ -67,7 +86,7 @@ fn ignore_interrupts() {
 }
 
 /// Reads what the parent says on a thread of its own, so that a cancellation is heard while a stage runs.
-fn listen(cancel: &Arc<AtomicBool>) -> Receiver<Task> {
+fn listen(cancel: &Arc<AtomicBool>) -> Receiver<Request> {
     let (sender, tasks) = channel();
     let cancel = Arc::clone(cancel);
     let spawned = std::thread::Builder::new().name("parent".to_owned()).spawn(move || {
@@ -83,18 +102,21 @@ fn listen(cancel: &Arc<AtomicBool>) -> Receiver<Task> {
     tasks
 }
 
-fn follow(lines: impl BufRead, tasks: &Sender<Task>, cancel: &AtomicBool) {
+fn follow(lines: impl BufRead, tasks: &Sender<Request>, cancel: &AtomicBool) {
     for line in lines.lines() {
         let Ok(line) = line else { return };
-        match serde_json::from_str(&line) {
-            Ok(ToWorker::Run(task)) => {
-                if tasks.send(*task).is_err() {
-                    return;
-                }
+        let request = match serde_json::from_str(&line) {
+            Ok(ToWorker::Run(task)) => Request::Run(task),
+            Ok(ToWorker::Predict { recipe, work }) => Request::Predict(recipe, work),
+            Ok(ToWorker::Cancel) => {
+                cancel.store(true, Ordering::Relaxed);
+                continue;
             }
-            Ok(ToWorker::Cancel) => cancel.store(true, Ordering::Relaxed),
             // The parent is this same program: a line that is no message is half of one, and the parent is gone.
             Err(_) => return,
+        };
+        if tasks.send(request).is_err() {
+            return;
         }
     }
 }

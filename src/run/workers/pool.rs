@@ -2,7 +2,8 @@
 
 use super::process::{Greeting, Worker, WorkerError};
 use super::protocol::Task;
-use crate::inference::{EngineInfo, ModelRecipe};
+use crate::inference::{EngineInfo, MemoryPrediction, ModelRecipe, Workload};
+use crate::run::forecast::Forecaster;
 use crate::run::runner::{RunnerError, StageRunner, StageTask, run_without_models};
 use crate::stage::{Stage, StageError, StageOutput};
 use std::path::PathBuf;
@@ -15,6 +16,8 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 pub struct Workers {
     program: PathBuf,
     device: String,
+    /// In bytes.
+    memory_limit: Option<u64>,
     greeting: Greeting,
     accept_disturbed: bool,
     /// Lent to one stage at a time.
@@ -37,15 +40,16 @@ impl Holder {
 }
 
 impl Workers {
-    /// Starts the first worker, which says what the device is. `program` is this program's own file.
+    /// Starts the first worker, which says what the device is. `program` is this program's own file; models keep below `memory_limit`
+    /// bytes.
     ///
     /// # Errors
     /// `Spawn`, `Lost`, `Device`.
-    pub fn start(program: PathBuf, device: &str) -> Result<Workers, WorkerError> {
-        let (worker, greeting) = Worker::start(&program, device, false)?;
+    pub fn start(program: PathBuf, device: &str, memory_limit: Option<u64>) -> Result<Workers, WorkerError> {
+        let (worker, greeting) = Worker::start(&program, device, memory_limit, false)?;
         let general = Mutex::new(Some(worker));
         let (device, holder) = (device.to_owned(), Mutex::new(None));
-        Ok(Workers { program, device, greeting, accept_disturbed: false, holder, general })
+        Ok(Workers { program, device, memory_limit, greeting, accept_disturbed: false, holder, general })
     }
 
     /// Sets whether workers that are started from here on keep disturbed measurements as they are. The first worker holds no model and
@@ -65,7 +69,7 @@ impl Workers {
     }
 
     fn start_one(&self) -> Result<Worker, RunnerError> {
-        match Worker::start(&self.program, &self.device, self.accept_disturbed) {
+        match Worker::start(&self.program, &self.device, self.memory_limit, self.accept_disturbed) {
             Ok((worker, _)) => Ok(worker),
             Err(WorkerError::Device(error)) => Err(StageError::from(error).into()),
             Err(error) => Err(StageError::Other(error.to_string()).into()),
@@ -118,6 +122,25 @@ impl Workers {
             *general = Some(worker);
         } else {
             worker.kill();
+        }
+        result
+    }
+}
+
+impl Forecaster for Workers {
+    fn memory_limit(&self) -> Option<u64> {
+        self.memory_limit
+    }
+
+    fn predict(&self, recipe: &ModelRecipe, work: Workload) -> Result<Option<MemoryPrediction>, RunnerError> {
+        let mut general = lock(&self.general);
+        let mut worker = match general.take() {
+            Some(worker) => worker,
+            None => self.start_one()?,
+        };
+        let result = worker.predict(recipe, work);
+        if !matches!(result, Err(RunnerError::WorkerLost { .. })) {
+            *general = Some(worker);
         }
         result
     }

@@ -2,7 +2,7 @@
 
 use super::protocol::{FromWorker, Task, ToWorker};
 use crate::event::Progress;
-use crate::inference::{EngineInfo, InferenceError};
+use crate::inference::{EngineInfo, InferenceError, MemoryPrediction, ModelRecipe, Workload};
 use crate::run::runner::RunnerError;
 use crate::stage::{StageError, StageOutput};
 use std::io::{BufRead, BufReader, Read, Write};
@@ -52,14 +52,22 @@ pub struct Greeting {
 }
 
 impl Worker {
-    /// Starts a worker on a device and waits until its engine is there.
+    /// Starts a worker on a device and waits until its engine is there. Its models keep below `memory_limit` bytes.
     ///
     /// # Errors
     /// `Spawn`, `Lost`; `Device` where the device can't be used.
-    pub fn start(program: &Path, device: &str, accept_disturbed: bool) -> Result<(Worker, Greeting), WorkerError> {
+    pub fn start(
+        program: &Path,
+        device: &str,
+        memory_limit: Option<u64>,
+        accept_disturbed: bool,
+    ) -> Result<(Worker, Greeting), WorkerError> {
         let mut command = Command::new(program);
         command.args(["worker", "--device", device]);
         command.args(accept_disturbed.then_some("--accept-disturbed"));
+        if let Some(bytes) = memory_limit {
+            command.arg("--memory-limit").arg(bytes.to_string());
+        }
         command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
         let spawn = |source| WorkerError::Spawn { program: program.display().to_string(), source };
         let mut child = command.spawn().map_err(spawn)?;
@@ -93,7 +101,7 @@ impl Worker {
                 Ok(FromWorker::Note { level, text }) => progress.note(level, &text),
                 Ok(FromWorker::Done { body, summary }) => return Ok(StageOutput { body, summary }),
                 Ok(FromWorker::Failed { kind, text }) => return Err(kind.error(text)),
-                Ok(FromWorker::Ready { .. } | FromWorker::NoDevice { .. }) => {}
+                Ok(FromWorker::Ready { .. } | FromWorker::NoDevice { .. } | FromWorker::Predicted { .. }) => {}
                 Err(RecvTimeoutError::Disconnected) if progress.is_cancelled() => {
                     return Err(StageError::Cancelled.into());
                 }
@@ -110,6 +118,24 @@ impl Worker {
                     return Err(StageError::Cancelled.into());
                 }
                 _ => {}
+            }
+        }
+    }
+
+    /// Asks what a stage would take with a model; `None` where the engine predicts nothing.
+    ///
+    /// # Errors
+    /// What is wrong with the model; `WorkerLost`.
+    pub fn predict(&mut self, recipe: &ModelRecipe, work: Workload) -> Result<Option<MemoryPrediction>, RunnerError> {
+        if !self.say(&ToWorker::Predict { recipe: Box::new(recipe.clone()), work }) {
+            return Err(self.lost());
+        }
+        loop {
+            match self.messages.recv() {
+                Ok(FromWorker::Predicted { prediction }) => return Ok(prediction),
+                Ok(FromWorker::Failed { kind, text }) => return Err(kind.error(text)),
+                Ok(_) => {}
+                Err(_) => return Err(self.lost()),
             }
         }
     }

@@ -2,7 +2,7 @@
 
 use crate::artifact::{Record, RecordError};
 use crate::event::Level;
-use crate::inference::EngineInfo;
+use crate::inference::{EngineInfo, MemoryPrediction, ModelRecipe, Workload};
 use crate::run::runner::{RunnerError, StageTask};
 use crate::stage::{Params, StageError, StageInput, Start};
 use serde::{Deserialize, Serialize};
@@ -16,6 +16,11 @@ use std::sync::Arc;
 #[serde(rename_all = "snake_case")]
 pub enum ToWorker {
     Run(Box<Task>),
+    /// What a stage would take with a model.
+    Predict {
+        recipe: Box<ModelRecipe>,
+        work: Workload,
+    },
     /// The stage that runs is to stop at its next step, and no other follows.
     Cancel,
 }
@@ -72,6 +77,10 @@ pub enum FromWorker {
     Done {
         body: Map<String, Value>,
         summary: String,
+    },
+    /// Null where the engine predicts nothing.
+    Predicted {
+        prediction: Option<MemoryPrediction>,
     },
     Failed {
         kind: FailureKind,

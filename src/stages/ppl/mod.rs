@@ -8,11 +8,12 @@ mod passes;
 mod settings;
 
 use super::MODELS;
+use super::peak_memory::note_peak;
 use super::text::TextForModel;
 use crate::artifact::{
     BlockInterval, DivergenceResult, KeptLogProbs, PplRecord, PplResult, RecordBody, TokenScores, TokenScoresFile,
 };
-use crate::inference::{LogProbFormat, Model, ModelInfo, run_for_scores};
+use crate::inference::{LogProbFormat, MemoryNeed, Model, ModelInfo, Workload, run_for_scores};
 use crate::metrics::{Convention, PerplexitySum, TokenPair, by_document, divergence, mean_interval};
 use crate::stage::{
     ParamDefault, ParamDesc, ParamType, Params, Stage, StageContext, StageDescription, StageError, StageOutput,
@@ -129,6 +130,17 @@ impl Stage for Ppl {
         settings::complete(params);
     }
 
+    fn memory_need(&self, params: &Params, base: Option<&Params>) -> MemoryNeed {
+        let n = settings::max_length(params, base);
+        MemoryNeed::Known(Workload {
+            n_ctx: 0,
+            n_pass: n,
+            n_logits: n.saturating_sub(1),
+            reads_text: true,
+            ..Workload::default()
+        })
+    }
+
     fn run(&self, context: &StageContext<'_>) -> Result<StageOutput, StageError> {
         let recipe = context.recipe("model")?;
         let info = context.engine.inspect(&recipe)?;
@@ -136,11 +148,14 @@ impl Stage for Ppl {
         settings.fits(&info)?;
         let text = TextForModel::open(context, &settings.text, &info)?;
         let passes = passes(&settings, &text)?;
+        // A tokenizer takes more than the activations of a window.
+        drop(text);
         let base = settings.base.map(|input| Base::open(input, &info, &passes[0].tokenizer_hash)).transpose()?;
         let keep = settings.keep;
         let n_scored: usize = passes.iter().map(Pass::n_scored).sum();
         settings.fits_disk(n_scored, info.vocab_size)?;
         let mut model = context.models.acquire(&recipe, context.progress)?;
+        let memory = context.engine.memory_probe();
         let mut outcome = Outcome::default();
         for pass in &passes {
             let mut base = base.as_ref().map(|base| base.pass(pass)).transpose()?;
@@ -156,6 +171,7 @@ impl Stage for Ppl {
             write_token_scores(&context.out_dir.join(&file), &scores).map_err(store)?;
             outcome.token_files.push(TokenScoresFile { windows: pass.cut.name(), file });
         }
+        note_peak(context, memory, &**model);
         outcome.results.sort_by_key(|row| settings.conventions.iter().position(|one| one.name() == row.convention));
         Ok(outcome.output(&settings, &info))
     }

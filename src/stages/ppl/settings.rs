@@ -47,6 +47,12 @@ pub fn complete(params: &mut Params) {
     }
 }
 
+/// Returns the most tokens that a window has, by a stage's own parameters or its base's.
+pub fn max_length(params: &Params, base: Option<&Params>) -> usize {
+    let asked = given(params, "max_length").or_else(|| given(base?, "max_length"));
+    asked.and_then(Value::as_u64).unwrap_or(DEFAULT_MAX_LENGTH) as usize
+}
+
 /// Returns what is wrong with parameters together.
 pub fn check(params: &Params) -> Vec<(&'static str, String, Option<String>)> {
     let mut found = Vec::new();

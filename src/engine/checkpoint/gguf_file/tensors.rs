@@ -22,6 +22,13 @@ pub struct GgufCheckpoint {
     pub(super) biased_modules: BTreeSet<String>,
 }
 
+impl GgufCheckpoint {
+    /// Gives back the resident pages of the file.
+    pub fn drop_pages(&self) {
+        self.file.drop_pages();
+    }
+}
+
 impl From<GgufError> for InferenceError {
     fn from(error: GgufError) -> InferenceError {
         match error {
