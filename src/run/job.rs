@@ -10,6 +10,7 @@ use crate::event::{Level, Progress};
 use crate::plan::{Key, KeyFields, PlanNode, Source};
 use crate::stage::{Stage, StageError, StageInput, StageOutput, Start};
 use crate::store::{Artifact, ManifestDraft, Part, Staging, Store, StoreError};
+use serde_json::Value;
 use std::cell::Cell;
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -56,6 +57,8 @@ pub struct Work {
     /// Time that its starts took together.
     pub took: Duration,
     outputs: Vec<StageOutput>,
+    /// A measurement was made again and was disturbed again: later starts don't try.
+    repeated_in_vain: bool,
 }
 
 impl Job<'_> {
@@ -80,7 +83,15 @@ impl Job<'_> {
         let commits = self.verify_inputs()?;
         let stamps = self.sources.verify(&self.reads)?;
         let (started_at, took) = (timestamp(), Duration::ZERO);
-        Ok(Begun::Work(Box::new(Work { staging, commits, stamps, started_at, took, outputs: Vec::new() })))
+        Ok(Begun::Work(Box::new(Work {
+            staging,
+            commits,
+            stamps,
+            started_at,
+            took,
+            outputs: Vec::new(),
+            repeated_in_vain: false,
+        })))
     }
 
     /// Runs one start; `session` as in [`StageTask::session`].
@@ -99,11 +110,14 @@ impl Job<'_> {
             out_dir: work.staging.dir(),
             start,
             session,
+            may_repeat: !work.repeated_in_vain,
             progress: &self.progress,
         };
         let output = self.runner.run(self.stage.as_ref(), &task);
         work.took += begin.elapsed();
-        work.outputs.push(output.map_err(|error| self.failure(error, &work.stamps))?);
+        let output = output.map_err(|error| self.failure(error, &work.stamps))?;
+        work.repeated_in_vain |= was_repeated_in_vain(&output);
+        work.outputs.push(output);
         if self.progress.is_cancelled() {
             return Err(StageError::Cancelled.into());
         }
@@ -115,7 +129,7 @@ impl Job<'_> {
     /// # Errors
     /// Where what the stage read has changed meanwhile, or the disk refuses.
     pub fn finish(&self, work: Work) -> Result<(Artifact, String), JobError> {
-        let Work { staging, commits, stamps, started_at, took, mut outputs } = work;
+        let Work { staging, commits, stamps, started_at, took, mut outputs, .. } = work;
         let output = match outputs.pop() {
             Some(only) if outputs.is_empty() => only,
             last => self.stage.combine(outputs.into_iter().chain(last).collect())?,
@@ -201,4 +215,10 @@ impl Job<'_> {
             _ => error.into(),
         }
     }
+}
+
+/// Returns true if a row of a benchmark was measured again and disturbed again.
+fn was_repeated_in_vain(output: &StageOutput) -> bool {
+    let rows = output.body.get("results").and_then(Value::as_array).into_iter().flatten();
+    rows.map(|row| &row["disturbance"]).any(|seen| seen["repeated"] == true && !seen["disturbed"].is_null())
 }

@@ -23,6 +23,8 @@ pub struct StageTask<'a> {
     /// Stages of one session run in one process with one copy of the model; a session begins in a fresh process. Without one any process
     /// will do.
     pub session: Option<u64>,
+    /// A disturbed measurement may be made once more; not where that was in vain in an earlier start.
+    pub may_repeat: bool,
     pub progress: &'a dyn Progress,
 }
 
@@ -106,7 +108,8 @@ impl InProcess {
 impl StageRunner for InProcess {
     fn run(&self, stage: &dyn Stage, task: &StageTask<'_>) -> Result<StageOutput, RunnerError> {
         self.enter(task.session);
-        let result = run_here(stage, task, self.engine.as_ref(), &self.models, self.accept_disturbed);
+        let accept_disturbed = self.accept_disturbed || !task.may_repeat;
+        let result = run_here(stage, task, self.engine.as_ref(), &self.models, accept_disturbed);
         result.map_err(|error| match error {
             RunnerError::Stage(error) => RunnerError::Stage(self.device_failure(error)),
             other => other,

@@ -143,6 +143,7 @@ fn run(
             start: task.start,
             // A worker holds one session's model: the parent starts another for another.
             session: None,
+            may_repeat: task.may_repeat,
             progress: &progress,
         },
     )

@@ -36,6 +36,7 @@ pub struct Task {
     pub missing_inputs: Vec<String>,
     pub out_dir: PathBuf,
     pub start: Start,
+    pub may_repeat: bool,
 }
 
 /// A committed artifact that the stage reads, with its own inputs.
@@ -117,6 +118,7 @@ impl Task {
             missing_inputs: task.missing_inputs.to_vec(),
             out_dir: task.out_dir.to_owned(),
             start: task.start,
+            may_repeat: task.may_repeat,
         }
     }
 }
