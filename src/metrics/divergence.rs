@@ -80,6 +80,9 @@ impl Pairs<'_> {
 /// mean, else its value and the influence of each token on it.
 pub type LinearFigure = (&'static str, Vec<f64>);
 
+/// A value of one token.
+type OfToken = fn(&TokenPair) -> f64;
+
 /// Returns the figures of a divergence as series over tokens, so that those of two models on the same tokens can be paired. A figure
 /// without an error is left out.
 pub fn linear_figures(pairs: &[TokenPair], document_idx: &[u32]) -> Vec<LinearFigure> {
@@ -92,7 +95,7 @@ pub fn linear_figures(pairs: &[TokenPair], document_idx: &[u32]) -> Vec<LinearFi
         ("top1_agreement", series(&|pair| f64::from(u8::from(pair.same_top)))),
     ];
     let kl = |pair: &TokenPair| pair.kl;
-    let quantiles: [(&str, fn(&TokenPair) -> f64, f64); 8] = [
+    let quantiles: [(&str, OfToken, f64); 8] = [
         ("kl_median", kl, 50.0),
         ("kl_p90", kl, 90.0),
         ("kl_p95", kl, 95.0),

@@ -44,25 +44,17 @@ pub fn with_spread(value: f64, spread: Option<f64>) -> String {
     }
 }
 
-/// Formats a value with its 95 % interval, `15374 [14950, 15811]`, with as many decimals as the two leading digits of half the interval
-/// need; without an interval the value alone.
+/// Formats a value with its 95 % interval, as [`with_ends`]; without an interval the value alone.
 pub fn with_interval(value: f64, interval: Option<(f64, f64)>) -> String {
-    let half = |(low, high): (f64, f64)| (high - low) / 2.0;
-    let known = interval.filter(|interval| half(*interval) > 0.0 && half(*interval).is_finite() && value.is_finite());
-    let Some((low, high)) = known else { return significant(value) };
-    if half((low, high)) < 1e-5 {
-        return format!("{} [{}, {}]", significant(value), significant(low), significant(high));
-    }
-    let n_decimals = (1.0 - half((low, high)).log10().floor()).clamp(0.0, 6.0) as usize;
-    format!("{value:.n_decimals$} [{low:.n_decimals$}, {high:.n_decimals$}]")
+    interval.map_or_else(|| significant(value), |(low, high)| with_ends(value, low, high))
 }
 
-/// Formats `value [low, high]` with as many decimals as three leading digits of half the width need; without an interval the value alone.
+/// Formats a value with the interval that blocks of text give.
 pub fn with_block_interval(value: f64, interval: Option<&BlockInterval>) -> String {
-    interval.map_or_else(|| significant(value), |found| with_ends(value, found.low, found.high))
+    with_interval(value, interval.map(|found| (found.low, found.high)))
 }
 
-/// Formats `value [low, high]`; the value alone where an end is not finite or there is no width.
+/// Formats `value [low, high]` with as many decimals as three leading digits of half the width need; the value alone where an end is not finite or there is no width.
 pub fn with_ends(value: f64, low: f64, high: f64) -> String {
     let half_width = (high - low) / 2.0;
     if !(half_width > 0.0 && half_width.is_finite() && value.is_finite()) {
@@ -124,7 +116,7 @@ pub fn times(ratio: f64) -> String {
 /// Formats a ratio with its 95 % interval: `1.20x [1.18, 1.22]`.
 pub fn times_with_interval(ratio: f64, low: f64, high: f64) -> String {
     let half = (high - low) / 2.0;
-    if !ratio.is_finite() || !(half > 0.0 && half.is_finite()) {
+    if !(ratio.is_finite() && half > 0.0 && half.is_finite()) {
         return times(ratio);
     }
     let n_decimals = (1.0 - half.log10().floor()).clamp(1.0, 4.0) as usize;
@@ -145,7 +137,7 @@ mod tests {
         assert_eq!(with_spread(1432.6, Some(38.2)), "1433 ± 38");
         assert_eq!(with_spread(9.0614, None), "9.061");
         assert_eq!(with_interval(15374.2, Some((14950.3, 15811.0))), "15374 [14950, 15811]");
-        assert_eq!(with_interval(0.81237, Some((0.78541, 0.84))), "0.812 [0.785, 0.840]");
+        assert_eq!(with_interval(0.81237, Some((0.78541, 0.84))), "0.8124 [0.7854, 0.8400]");
         assert_eq!(with_interval(9.0614, None), "9.061");
         assert_eq!(times_with_interval(1.2, 1.1974, 1.2026), "1.2000x [1.1974, 1.2026]");
         assert_eq!(times_with_interval(0.769, 0.751, 0.788), "0.769x [0.751, 0.788]");

@@ -59,8 +59,8 @@ pub fn paired_differences(first: Scored<'_>, second: Scored<'_>, tokens: &dyn To
         }
         // Divergence is measured once for all conventions that cut the same windows, under the first of them.
         let of_label = |record: &PplRecord| -> Option<DivergenceResult> {
-            let rows = record.divergence.iter().flatten();
-            rows.filter(|one| window_label(&one.convention, one.max_length, one.stride) == label).next().cloned()
+            let mut rows = record.divergence.iter().flatten();
+            rows.find(|one| window_label(&one.convention, one.max_length, one.stride) == label).cloned()
         };
         if let (Some(one), Some(another)) = (of_label(first.record), of_label(second.record)) {
             for (metric, interval) in of_divergence((&one, &ours), (&another, &theirs)) {

@@ -204,7 +204,7 @@ mod tests {
         let report = text_of(&files, "report.md");
         assert!(
             report.contains(
-                "| `fp16` | x abababab | f16 | not measured | not measured | n/a | 9.00 [8.63, 9.39] (n_scored = 9,612) |"
+                "| `fp16` | x abababab | f16 | not measured | not measured | n/a | 9.000 [8.630, 9.386] (n_scored = 9,612) |"
             ),
             "{report}"
         );

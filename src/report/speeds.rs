@@ -138,3 +138,86 @@ impl<'a> Spreads<'a> {
             .ok_or(NoVerdict::NoSpread)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::path::Path;
+
+    /// Rates of the starts of two names of one model, by figure (`prefill pp64`), as `.ci/extended/start_spread.sh` keeps them.
+    #[derive(serde::Deserialize)]
+    struct Campaign {
+        figures: BTreeMap<String, BTreeMap<String, Vec<f64>>>,
+    }
+
+    /// Pairs of runs with `n_starts` starts each, cut from a campaign: how many there are, how many identical ones are flagged, and in how
+    /// many a slowdown is found.
+    #[derive(Debug, Default)]
+    struct Judged {
+        n_pairs: usize,
+        n_flagged: usize,
+        n_found: usize,
+        n_without_verdict: usize,
+    }
+
+    impl Campaign {
+        fn read(path: &Path) -> Campaign {
+            serde_json::from_str(&std::fs::read_to_string(path).expect("the rates")).expect("JSON")
+        }
+
+        fn starts(&self, figure: &str, name: &str, of: std::ops::Range<usize>) -> Starts {
+            let work = if figure.starts_with("prefill") { Work::Prefill } else { Work::Decode };
+            Starts {
+                work,
+                device: "cpu".to_owned(),
+                run: "r".to_owned(),
+                started_at: "2026-01-02T03:04:05Z".to_owned(),
+                log_rates: self.figures[figure][name][of].iter().map(|rate| rate.ln()).collect(),
+            }
+        }
+
+        /// Judges every figure of every pair as a report does; `slowdown` is 0.1 for one by 10 %.
+        fn judge(&self, n_starts: usize, slowdown: f64) -> Judged {
+            let n_all = self.figures.values().flat_map(BTreeMap::values).map(Vec::len).min().unwrap_or(0);
+            let mut judged = Judged::default();
+            for first in (0..n_all / n_starts).map(|run| run * n_starts) {
+                let of = first..first + n_starts;
+                let pairs: Vec<[Starts; 2]> = self
+                    .figures
+                    .keys()
+                    .map(|figure| ["a", "b"].map(|name| self.starts(figure, name, of.clone())))
+                    .collect();
+                let mut spreads = Spreads::default();
+                for starts in pairs.iter().flatten() {
+                    spreads.figures.entry(starts.group()).or_default().push(&starts.log_rates);
+                }
+                for [a, b] in &pairs {
+                    let mut slower = b.clone();
+                    slower.log_rates.iter_mut().for_each(|rate| *rate += (1.0 - slowdown).ln());
+                    let verdict = |other: &Starts| spreads.ratio(a, other).ok().and_then(|ratio| ratio.differs);
+                    judged.n_pairs += 1;
+                    judged.n_flagged += usize::from(verdict(b) == Some(true));
+                    judged.n_found += usize::from(verdict(&slower) == Some(true));
+                    judged.n_without_verdict += usize::from(verdict(b).is_none());
+                }
+            }
+            judged
+        }
+    }
+
+    /// `.ci/extended/start_spread.sh` measures the rates and calls this with `STARTS_JSON`.
+    #[test]
+    #[ignore = "needs rates that were measured on this machine"]
+    fn speeds_of_this_machine() {
+        let path = std::env::var_os("STARTS_JSON").expect("STARTS_JSON names the rates");
+        let campaign = Campaign::read(Path::new(&path));
+        for (n_starts, slowdown) in [(5, 0.1), (3, 0.05)] {
+            let Judged { n_pairs, n_flagged, n_found, n_without_verdict } = campaign.judge(n_starts, slowdown);
+            println!(
+                "{n_pairs} identical pairs of {n_starts} starts each: {n_flagged} flagged, {n_without_verdict} without a verdict; slowdowns by {} %: \
+                 {n_found} found",
+                100.0 * slowdown
+            );
+        }
+    }
+}
