@@ -114,11 +114,13 @@ PY
 
 lengths=(--set "n_prompt=${N_PROMPT:-[512, 2048]}" --set "n_depth=${N_DEPTH:-[0, 512]}")
 windows=(--set "max_length=${MAX_LENGTH:-2048}" --set "stride=${STRIDE:-512}")
-run pipelines/sensitivity.yaml --set "model=$work/model" "${lengths[@]}" "${windows[@]}"
-run pipelines/benchmark.yaml --set "model=$work/model" "${lengths[@]}" "${windows[@]}"
+wanted=" ${PIPELINES:-sensitivity benchmark llama-3.2-3b} "
+for name in sensitivity benchmark; do
+  [[ $wanted == *" $name "* ]] && run "pipelines/$name.yaml" --set "model=$work/model" "${lengths[@]}" "${windows[@]}"
+done
 long=()
 [[ -n ${N_PROMPT:-} ]] && long+=(--set "n_prompt=$N_PROMPT" --set "n_score=${MAX_LENGTH:-2048}" --set samples=2)
 [[ -n ${N_DEPTH:-} ]] && long+=(--set "n_depth=$N_DEPTH")
-run pipelines/llama-3.2-3b.yaml --set "shape=$shape" "${long[@]}"
+[[ $wanted == *" llama-3.2-3b "* ]] && run pipelines/llama-3.2-3b.yaml --set "shape=$shape" "${long[@]}"
 ((status == 0)) && echo "all stages stayed below $limit, predictions within 10 %" || echo "failed: see above"
 exit $status
