@@ -53,6 +53,9 @@ pub struct HostFigures {
     /// Processor time of other processes, and of interrupts.
     #[serde(default, with = "number::optional")]
     pub others_cpu_share: Option<f64>,
+    /// Processor time of the process that was measured.
+    #[serde(default, with = "number::optional")]
+    pub own_cpu_share: Option<f64>,
     /// Processor time of labpipe's parent process and of its other workers; not in `others_cpu_share`.
     #[serde(default, with = "number::optional")]
     pub labpipe_cpu_share: Option<f64>,

@@ -7,6 +7,8 @@ use crate::inference::QUIET_CPUS;
 
 /// Time that the most delayed computing thread waited for a processor.
 const WAITING_SHARE: f64 = 0.05;
+/// Processor time of the process itself from which on its own threads are what they wait for.
+const OWN_CROWD_SHARE: f64 = 0.7;
 /// Processor time that the hypervisor gave to others.
 const STEAL_SHARE: f64 = 0.05;
 /// Times in `/proc/stat` are whole hundredths of a second for each processor: less than this tells nothing.
@@ -53,7 +55,10 @@ fn host_reasons(host: &HostFigures, is_host: bool) -> Vec<Reason> {
     let others = over(others, QUIET_CPUS / n_cpus, cpu_s, &|share| {
         format!("others took {:.2} of {} CPUs", share * n_cpus, host.n_cpus)
     });
-    let waiting = over(host.waiting_share, WAITING_SHARE, host.window_s, &|share| {
+    // Where the process keeps nearly all processors busy itself, its threads wait for one another.
+    let is_own_crowd = host.own_cpu_share.is_some_and(|share| share >= OWN_CROWD_SHARE);
+    let waiting = host.waiting_share.filter(|_| !is_own_crowd);
+    let waiting = over(waiting, WAITING_SHARE, host.window_s, &|share| {
         format!("it waited for a CPU {:.0} % of the time", share * 100.0)
     });
     let steal = over(host.steal_share, STEAL_SHARE, cpu_s, &|share| {
@@ -144,6 +149,16 @@ mod tests {
         // On a device the host only matters where it keeps the process waiting.
         let beside = HostFigures { waiting_share: Some(0.0), ..busy };
         assert_eq!(disturbance(Some(&beside), None, false), None);
+    }
+
+    #[test]
+    fn threads_that_wait_for_their_own_kind_are_not_disturbed() {
+        let crowd = HostFigures { waiting_share: Some(0.3), own_cpu_share: Some(0.9), ..host() };
+        assert_eq!(of_host(&crowd), None);
+        let shared = HostFigures { own_cpu_share: Some(0.5), ..crowd.clone() };
+        assert_eq!(of_host(&shared).as_deref(), Some("it waited for a CPU 30 % of the time"));
+        let stolen = HostFigures { steal_share: Some(0.08), ..crowd };
+        assert_eq!(of_host(&stolen).as_deref(), Some("the hypervisor took 8 % of the CPUs"));
     }
 
     #[test]

@@ -96,6 +96,7 @@ impl Sums {
             window_s: self.window_s,
             n_cpus,
             others_cpu_share: share(others_s, cpu_s),
+            own_cpu_share: share((!self.threads.is_empty()).then_some(self.own_s), cpu_s),
             labpipe_cpu_share: share(Some(self.relatives_s), cpu_s),
             steal_share: share(self.steal_s, cpu_s),
             waiting_share: share(waited_s, self.window_s).map(|share| share.min(1.0)),

@@ -7,15 +7,16 @@ use super::statistics::t_quantile;
 use statrs::distribution::{ChiSquared, ContinuousCDF};
 
 /// Below this number of degrees of freedom a difference gets no verdict.
-pub const MIN_VERDICT_DF: usize = 8;
+pub const MIN_VERDICT_DF: f64 = 8.0;
 /// Variances are pooled unless Bartlett's test rejects at this level that they agree.
-const AGREEMENT_LEVEL: f64 = 0.01;
+const AGREEMENT_LEVEL: f64 = 0.1;
 
 /// The variance between starts of log rate.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct StartVariance {
     pub variance: f64,
-    pub degrees_of_freedom: usize,
+    /// Fewer than Σ(starts − 1) where figures that share their starts vary together.
+    pub degrees_of_freedom: f64,
     /// Figures that it was pooled from.
     pub n_figures: usize,
 }
@@ -41,23 +42,60 @@ pub struct RateRatio {
     pub differs: Option<bool>,
 }
 
-/// Returns the variance between starts, pooled over figures of one kind on one device; each slice holds one figure's log rates, one per
-/// start. `None` where no figure has two starts, or where the figures' variances do not agree.
-pub fn pooled_variance(figures: &[&[f64]]) -> Option<StartVariance> {
-    let repeated: Vec<(f64, usize)> =
-        figures.iter().filter(|starts| starts.len() > 1).map(|starts| (variance(starts), starts.len() - 1)).collect();
-    let degrees_of_freedom: usize = repeated.iter().map(|(_, df)| df).sum();
-    if repeated.is_empty() || !agree(&repeated) {
+/// The log rates of a figure, one per start.
+#[derive(Debug, Clone, Copy)]
+pub struct FigureStarts<'a, P> {
+    /// Figures with the same value were measured in the same starts, of one model: what a start has of its own is in all of them.
+    pub processes: P,
+    pub log_rates: &'a [f64],
+}
+
+/// Returns the variance between starts, pooled over figures of one kind on one device. `None` where no figure has two starts, or where the
+/// figures' variances do not agree.
+///
+/// A sum of k variances of ν degrees of freedom each, from values that correlate by ρ, varies like one of kν/(1 + (k − 1)ρ²); ρ² is the
+/// mean over pairs of figures that share their starts.
+pub fn pooled_variance<P: PartialEq>(figures: &[FigureStarts<'_, P>]) -> Option<StartVariance> {
+    let repeated: Vec<&FigureStarts<'_, P>> = figures.iter().filter(|figure| figure.log_rates.len() > 1).collect();
+    let variances: Vec<(f64, usize)> =
+        repeated.iter().map(|figure| (variance(figure.log_rates), figure.log_rates.len() - 1)).collect();
+    if variances.is_empty() || !agree(&variances) {
         return None;
     }
-    let squares: f64 = repeated.iter().map(|(variance, df)| variance * *df as f64).sum();
-    let variance = squares / degrees_of_freedom as f64;
-    Some(StartVariance { variance, degrees_of_freedom, n_figures: repeated.len() })
+    let total_df: f64 = variances.iter().map(|(_, df)| *df as f64).sum();
+    let squares: f64 = variances.iter().map(|(variance, df)| variance * *df as f64).sum();
+    // Σ ν_j + Σ ν ρ², the second over ordered pairs.
+    let mut covariances = 0.0;
+    for (idx, one) in repeated.iter().enumerate() {
+        for other in repeated.iter().skip(idx + 1).filter(|other| other.processes == one.processes) {
+            let df = (one.log_rates.len().min(other.log_rates.len()) - 1) as f64;
+            covariances += 2.0 * df * squared_correlation(one.log_rates, other.log_rates);
+        }
+    }
+    let spread_of_sum = total_df + covariances;
+    Some(StartVariance {
+        variance: squares / total_df,
+        degrees_of_freedom: total_df * total_df / spread_of_sum,
+        n_figures: repeated.len(),
+    })
 }
 
 /// Returns the variance of one figure's log rates by itself; `None` for fewer than two starts.
 pub fn own_variance(starts: &[f64]) -> Option<StartVariance> {
-    pooled_variance(&[starts])
+    pooled_variance(&[FigureStarts { processes: (), log_rates: starts }])
+}
+
+/// Returns the square of Pearson's correlation, start by start; 1 where it can't be told. So few starts correlate by chance too: that
+/// leaves fewer degrees of freedom than there are, never more.
+fn squared_correlation(first: &[f64], second: &[f64]) -> f64 {
+    if first.len() != second.len() {
+        return 1.0;
+    }
+    let (mean_first, mean_second) = (mean(first), mean(second));
+    let product: f64 = first.iter().zip(second).map(|(one, other)| (one - mean_first) * (other - mean_second)).sum();
+    let squares = |values: &[f64], mean: f64| values.iter().map(|value| (value - mean).powi(2)).sum::<f64>();
+    let found = product * product / (squares(first, mean_first) * squares(second, mean_second));
+    if found.is_finite() { found.min(1.0) } else { 1.0 }
 }
 
 /// Returns the mean rate of a figure; `None` where it has no start.
@@ -66,7 +104,7 @@ pub fn rate_interval(starts: &[f64], spread: &StartVariance) -> Option<RateInter
     if n_starts == 0 {
         return None;
     }
-    let half = t_quantile(spread.degrees_of_freedom as f64) * (spread.variance / n_starts as f64).sqrt();
+    let half = t_quantile(spread.degrees_of_freedom) * (spread.variance / n_starts as f64).sqrt();
     let mean = mean(starts);
     Some(RateInterval { rate: mean.exp(), low: (mean - half).exp(), high: (mean + half).exp(), n_starts })
 }
@@ -88,7 +126,7 @@ fn ratio_of(figures: &[(&[f64], f64)], spread: &StartVariance) -> Option<RateRat
         return None;
     }
     let per_start: f64 = figures.iter().map(|(starts, _)| 1.0 / starts.len() as f64).sum();
-    let half = t_quantile(spread.degrees_of_freedom as f64) * (spread.variance * per_start).sqrt();
+    let half = t_quantile(spread.degrees_of_freedom) * (spread.variance * per_start).sqrt();
     let log_ratio: f64 = figures.iter().map(|(starts, sign)| sign * mean(starts)).sum();
     let has_verdict = spread.degrees_of_freedom >= MIN_VERDICT_DF;
     Some(RateRatio {
@@ -146,20 +184,45 @@ mod tests {
         }
     }
 
+    /// Every figure from starts of its own.
+    fn pooled(figures: &[&[f64]]) -> Option<StartVariance> {
+        let figures: Vec<FigureStarts<'_, usize>> =
+            figures.iter().enumerate().map(|(processes, log_rates)| FigureStarts { processes, log_rates }).collect();
+        pooled_variance(&figures)
+    }
+
+    #[test]
+    fn figures_of_the_same_starts_count_by_how_little_they_vary_together() {
+        let degrees_of_freedom = |second: &[f64], processes: usize| {
+            let first: &[f64] = &[1.0, 2.0, 3.0, 4.0, 5.0];
+            let figures =
+                [FigureStarts { processes: 0, log_rates: first }, FigureStarts { processes, log_rates: second }];
+            pooled_variance(&figures).expect("a variance").degrees_of_freedom
+        };
+        // The same deviations twice: 8²/(8 + 2 · 4 · 1).
+        assert!((degrees_of_freedom(&[2.0, 3.0, 4.0, 5.0, 6.0], 0) - 4.0).abs() < 1e-12);
+        assert!((degrees_of_freedom(&[2.0, 3.0, 4.0, 5.0, 6.0], 1) - 8.0).abs() < 1e-12);
+        // Deviations −1, 2, −2, 2, −1 have no correlation with −2 … 2.
+        assert!((degrees_of_freedom(&[0.0, 3.0, -1.0, 3.0, 0.0], 0) - 8.0).abs() < 1e-12);
+        // SciPy 1.17: pearsonr([1,2,3,4,5], [1,2,3,5,4]) is 0.9.
+        let expected = 64.0 / (8.0 + 8.0 * 0.81);
+        assert!((degrees_of_freedom(&[1.0, 2.0, 3.0, 5.0, 4.0], 0) - expected).abs() < 1e-9);
+    }
+
     #[test]
     fn variances_are_pooled_by_their_degrees_of_freedom() {
         // Variances 1 (df 2) and 2 (df 1): (2 · 1 + 1 · 2) / 3.
-        let pooled = pooled_variance(&[&[1.0, 2.0, 3.0], &[0.0, 2.0], &[5.0]]).expect("a variance");
-        assert!((pooled.variance - 4.0 / 3.0).abs() < 1e-12);
-        assert_eq!((pooled.degrees_of_freedom, pooled.n_figures), (3, 2));
-        assert!(pooled_variance(&[&[1.0]]).is_none());
+        let spread = pooled(&[&[1.0, 2.0, 3.0], &[0.0, 2.0], &[5.0]]).expect("a variance");
+        assert!((spread.variance - 4.0 / 3.0).abs() < 1e-12);
+        assert_eq!((spread.degrees_of_freedom, spread.n_figures), (3.0, 2));
+        assert!(pooled(&[&[1.0]]).is_none());
     }
 
     #[test]
     fn variances_that_disagree_are_not_pooled() {
         // SciPy 1.17: bartlett([1,2,3,4,5], [1,1.01,1.02,1.03,1.04]) has p = 1.3e-7, bartlett([1,2,3,4,5], [1,3,5,7,9]) p = 0.21.
-        assert!(pooled_variance(&[&[1.0, 2.0, 3.0, 4.0, 5.0], &[1.0, 1.01, 1.02, 1.03, 1.04]]).is_none());
-        assert!(pooled_variance(&[&[1.0, 2.0, 3.0, 4.0, 5.0], &[1.0, 3.0, 5.0, 7.0, 9.0]]).is_some());
+        assert!(pooled(&[&[1.0, 2.0, 3.0, 4.0, 5.0], &[1.0, 1.01, 1.02, 1.03, 1.04]]).is_none());
+        assert!(pooled(&[&[1.0, 2.0, 3.0, 4.0, 5.0], &[1.0, 3.0, 5.0, 7.0, 9.0]]).is_some());
     }
 
     #[test]
@@ -168,7 +231,7 @@ mod tests {
         // half width 2.306004 · √(2.5e-4 · 2/5) = 0.02306.
         let first: Vec<f64> = [-0.02, -0.01, 0.0, 0.01, 0.02].to_vec();
         let second: Vec<f64> = first.iter().map(|value| value + 0.03).collect();
-        let spread = pooled_variance(&[&first, &second]).expect("a variance");
+        let spread = pooled(&[&first, &second]).expect("a variance");
         let ratio = rate_ratio(&first, &second, &spread).expect("a ratio");
         assert!(
             (ratio.ratio.ln() - 0.03).abs() < 1e-12 && (ratio.low.ln() - 0.03 + 0.023_060).abs() < 1e-5,
@@ -184,7 +247,7 @@ mod tests {
         // Everything half as fast on the second day, the figure a tenth slower beside: ratio 0.9, its variance that of four means.
         let starts: Vec<f64> = [-0.02, -0.01, 0.0, 0.01, 0.02].to_vec();
         let shifted = |by: f64| starts.iter().map(|value| value + by.ln()).collect::<Vec<f64>>();
-        let spread = pooled_variance(&[&starts, &starts]).expect("a variance");
+        let spread = pooled(&[&starts, &starts]).expect("a variance");
         let (figure, reference) = (shifted(0.45), shifted(0.5));
         let ratio = referred_ratio((&starts, &starts), (&figure, &reference), &spread).expect("a ratio");
         // 2.306004 · √(2.5e-4 · 4/5) = 0.032612.
@@ -205,8 +268,11 @@ mod tests {
             let figures: Vec<Vec<f64>> = (0..4).map(|_| normals.starts(0.0, 0.03)).collect();
             let slower: Vec<f64> = normals.starts(-(1.1f64.ln()), 0.03);
             let slices: Vec<&[f64]> = figures.iter().map(Vec::as_slice).collect();
-            let Some(spread) = pooled_variance(&slices) else { continue };
-            let differs = |second: &[f64]| rate_ratio(&figures[0], second, &spread).and_then(|ratio| ratio.differs);
+            // As reports do: where the spreads of all do not agree, those of the two.
+            let differs = |second: &[f64]| {
+                let spread = pooled(&slices).or_else(|| pooled(&[&figures[0], second]))?;
+                rate_ratio(&figures[0], second, &spread)?.differs
+            };
             flagged += u32::from(differs(&figures[1]) == Some(true));
             found += u32::from(differs(&slower) == Some(true));
         }

@@ -357,12 +357,13 @@ mod tests {
 
     #[test]
     fn more_speeds_give_a_verdict_and_other_days_need_a_reference() {
-        let model = load("fp16");
+        // Each of a model of its own.
+        let decode = |name: &str, seconds| decode(name, &load(&format!("model-{name}")), seconds, 1000);
         let figures: Vec<Vec<Measure>> =
-            ["d", "e", "f", "g"].iter().map(|name| of(&decode(name, &model, 0.001, 1000))).collect();
-        let slower = of(&later(&decode("d", &model, 0.002, 1001), 1));
-        let other_day = of(&later(&decode("d", &model, 0.002, 1001), 30));
-        let reference = of(&later(&decode("e", &model, 0.002, 1001), 30));
+            ["d", "e", "f", "g", "h"].iter().map(|name| of(&decode(name, 0.001))).collect();
+        let slower = of(&later(&decode("d", 0.002), 1));
+        let other_day = of(&later(&decode("d", 0.002), 30));
+        let reference = of(&later(&decode("e", 0.002), 30));
         let all = || figures.iter().flatten().chain(&slower).chain(&other_day).chain(&reference);
         let spreads = || Spreads::of(all());
         let rows =

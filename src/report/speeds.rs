@@ -2,7 +2,7 @@
 
 use super::measure::Measure;
 use crate::metrics::{
-    RateRatio, StartVariance, own_variance, pooled_variance, rate_interval, rate_ratio, referred_ratio,
+    FigureStarts, RateRatio, StartVariance, pooled_variance, rate_interval, rate_ratio, referred_ratio,
 };
 use crate::stage::StageInput;
 use jiff::{SignedDuration, Timestamp};
@@ -25,6 +25,8 @@ pub struct Starts {
     pub device: String,
     /// The run that measured them.
     pub run: String,
+    /// The model that they are of: figures of one model and run share their starts.
+    pub model: String,
     /// RFC 3339, UTC.
     pub started_at: String,
     /// Logarithms of tokens/s, one a start.
@@ -38,9 +40,14 @@ impl Starts {
             work,
             device: head.device.clone().unwrap_or_default(),
             run: head.produced_by_run.clone(),
+            model: model_of(input),
             started_at: head.started_at.clone(),
             log_rates: rates.map(f64::ln).collect(),
         }
+    }
+
+    fn figure(&self) -> FigureStarts<'_, Processes<'_>> {
+        FigureStarts { processes: (&self.run, &self.model), log_rates: &self.log_rates }
     }
 
     fn group(&self) -> Group<'_> {
@@ -57,13 +64,26 @@ impl Starts {
     }
 }
 
+/// Whose starts: the run and the model.
+type Processes<'a> = (&'a str, &'a str);
+
+/// Returns the address of a stage's model: of its input, or, where only the record is at hand, as its parameters name it.
+fn model_of(input: &StageInput) -> String {
+    if let Some(model) = input.input("model") {
+        return model.address.clone();
+    }
+    let name = input.record.head.params.get("model").and_then(|model| model.as_str());
+    let cell = input.address.find('[').map_or("", |at| &input.address[at..]);
+    name.map_or_else(|| input.address.clone(), |name| format!("{name}{cell}"))
+}
+
 type Group<'a> = (Work, &'a str, &'a str);
 
 /// The spreads between starts of all speeds at hand.
 #[derive(Debug, Default)]
 pub struct Spreads<'a> {
     /// The starts of every figure, by kind of work, device and run.
-    figures: BTreeMap<Group<'a>, Vec<&'a [f64]>>,
+    figures: BTreeMap<Group<'a>, Vec<FigureStarts<'a, Processes<'a>>>>,
 }
 
 /// Why a difference of two speeds has no verdict.
@@ -82,7 +102,7 @@ impl<'a> Spreads<'a> {
         let mut spreads = Spreads::default();
         for measure in measures.filter(|measure| measure.metric.ends_with("tokens_per_second")) {
             if let Some(starts) = &measure.starts {
-                spreads.figures.entry(starts.group()).or_default().push(&starts.log_rates);
+                spreads.figures.entry(starts.group()).or_default().push(starts.figure());
             }
         }
         spreads
@@ -92,12 +112,10 @@ impl<'a> Spreads<'a> {
     /// those of all do not agree.
     pub fn variance(&self, of: &[&Starts]) -> Option<StartVariance> {
         let groups: BTreeSet<Group<'_>> = of.iter().map(|starts| starts.group()).collect();
-        let all: Vec<&[f64]> = groups.iter().filter_map(|group| self.figures.get(group)).flatten().copied().collect();
-        let own: Vec<&[f64]> = of.iter().map(|starts| starts.log_rates.as_slice()).collect();
-        pooled_variance(&all).or_else(|| match own.as_slice() {
-            [one] => own_variance(one),
-            several => pooled_variance(several),
-        })
+        let all: Vec<FigureStarts<'_, Processes<'_>>> =
+            groups.iter().filter_map(|group| self.figures.get(group)).flatten().copied().collect();
+        let own: Vec<FigureStarts<'_, Processes<'_>>> = of.iter().map(|starts| starts.figure()).collect();
+        pooled_variance(&all).or_else(|| pooled_variance(&own))
     }
 
     /// Returns the 95 % interval of a speed, as factors of it.
@@ -171,6 +189,7 @@ mod tests {
                 work,
                 device: "cpu".to_owned(),
                 run: "r".to_owned(),
+                model: name.to_owned(),
                 started_at: "2026-01-02T03:04:05Z".to_owned(),
                 log_rates: self.figures[figure][name][of].iter().map(|rate| rate.ln()).collect(),
             }
@@ -189,7 +208,7 @@ mod tests {
                     .collect();
                 let mut spreads = Spreads::default();
                 for starts in pairs.iter().flatten() {
-                    spreads.figures.entry(starts.group()).or_default().push(&starts.log_rates);
+                    spreads.figures.entry(starts.group()).or_default().push(starts.figure());
                 }
                 for [a, b] in &pairs {
                     let mut slower = b.clone();
@@ -203,6 +222,30 @@ mod tests {
             }
             judged
         }
+    }
+
+    fn fixture(name: &str) -> Campaign {
+        Campaign::read(&Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/starts").join(name))
+    }
+
+    #[test]
+    fn of_200_identical_pairs_on_a_cpu_at_most_one_in_twenty_is_flagged() {
+        let judged = fixture("stories260k_cpu.json").judge(5, 0.1);
+        assert_eq!(judged.n_pairs, 200);
+        assert!(judged.n_flagged <= 10, "{judged:?}");
+        // Starts of that machine spread by 17 to 25 %: few could be told apart.
+        assert!(judged.n_found < 40, "{judged:?}");
+    }
+
+    #[test]
+    fn on_a_gpu_a_decode_that_is_five_percent_slower_is_found() {
+        let mut campaign = fixture("llama_3b_shape_h200.json");
+        let all = campaign.judge(3, 0.05);
+        assert_eq!((all.n_pairs, all.n_flagged), (60, 0), "{all:?}");
+        campaign.figures.retain(|figure, _| figure.starts_with("decode"));
+        let judged = campaign.judge(5, 0.05);
+        assert_eq!((judged.n_pairs, judged.n_found), (14, 14), "{judged:?}");
+        assert!(judged.n_flagged <= 1, "{judged:?}");
     }
 
     /// `.ci/extended/start_spread.sh` measures the rates and calls this with `STARTS_JSON`.
