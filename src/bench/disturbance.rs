@@ -7,8 +7,6 @@ use crate::inference::QUIET_CPUS;
 
 /// Time that the most delayed computing thread waited for a processor.
 const WAITING_SHARE: f64 = 0.05;
-/// Processor time of the process itself from which on its own threads are what they wait for.
-const OWN_CROWD_SHARE: f64 = 0.7;
 /// Processor time that the hypervisor gave to others.
 const STEAL_SHARE: f64 = 0.05;
 /// Times in `/proc/stat` are whole hundredths of a second for each processor: less than this tells nothing.
@@ -55,9 +53,11 @@ fn host_reasons(host: &HostFigures, is_host: bool) -> Vec<Reason> {
     let others = over(others, QUIET_CPUS / n_cpus, cpu_s, &|share| {
         format!("others took {:.2} of {} CPUs", share * n_cpus, host.n_cpus)
     });
-    // Where the process keeps nearly all processors busy itself, its threads wait for one another.
-    let is_own_crowd = host.own_cpu_share.is_some_and(|share| share >= OWN_CROWD_SHARE);
-    let waiting = host.waiting_share.filter(|_| !is_own_crowd);
+    // Threads wait for one another too, but for others no longer than those ran.
+    let of_others = host
+        .others_cpu_share
+        .map(|others| n_cpus * (others + host.steal_share.unwrap_or(0.0) + host.labpipe_cpu_share.unwrap_or(0.0)));
+    let waiting = host.waiting_share.map(|waiting| waiting.min(of_others.unwrap_or(waiting)));
     let waiting = over(waiting, WAITING_SHARE, host.window_s, &|share| {
         format!("it waited for a CPU {:.0} % of the time", share * 100.0)
     });
@@ -152,13 +152,16 @@ mod tests {
     }
 
     #[test]
-    fn threads_that_wait_for_their_own_kind_are_not_disturbed() {
-        let crowd = HostFigures { waiting_share: Some(0.3), own_cpu_share: Some(0.9), ..host() };
-        assert_eq!(of_host(&crowd), None);
-        let shared = HostFigures { own_cpu_share: Some(0.5), ..crowd.clone() };
-        assert_eq!(of_host(&shared).as_deref(), Some("it waited for a CPU 30 % of the time"));
-        let stolen = HostFigures { steal_share: Some(0.08), ..crowd };
-        assert_eq!(of_host(&stolen).as_deref(), Some("the hypervisor took 8 % of the CPUs"));
+    fn threads_wait_for_others_no_longer_than_those_ran() {
+        let own = HostFigures { waiting_share: Some(0.48), others_cpu_share: Some(0.02), ..host() };
+        assert_eq!(of_host(&own), None, "others ran for 4 % of the time");
+        let others = HostFigures { others_cpu_share: Some(0.04), ..own.clone() };
+        assert_eq!(of_host(&others).as_deref(), Some("it waited for a CPU 8 % of the time"));
+        let unknown = HostFigures { others_cpu_share: None, ..own.clone() };
+        assert_eq!(of_host(&unknown).as_deref(), Some("it waited for a CPU 48 % of the time"));
+        let stolen = HostFigures { steal_share: Some(0.08), ..own };
+        let told = of_host(&stolen).expect("a reason");
+        assert!(told.ends_with("the hypervisor took 8 % of the CPUs"), "{told}");
     }
 
     #[test]

@@ -104,11 +104,11 @@ fn speed_ratio(evidence: &Evidence<'_>, before: &Measure, now: &Measure) -> (Str
     };
     let (Some(first), Some(second)) = (&before.starts, &now.starts) else { return (ratio, starts) };
     match Spreads::of(evidence.measures.iter()).ratio(first, second) {
-        Ok(found) if found.differs.is_some() => {
+        Ok(found) => {
             let ratio = times_with_interval(now.value / before.value, found.low, found.high);
-            (ratio, format!("95 %, {starts}"))
+            let few = if found.differs.is_none() { ", too few for a verdict" } else { "" };
+            (ratio, format!("95 %, {starts}{few}"))
         }
-        Ok(_) => (ratio, format!("{starts}, too few to tell how much of it is noise")),
         Err(NoVerdict::OtherDay) => (ratio, format!("{starts}, measured on different days")),
         Err(NoVerdict::OtherDevice) => (ratio, format!("{starts}, on different devices")),
         Err(NoVerdict::NoSpread) => (ratio, format!("{starts}: their noise is not known")),
