@@ -142,7 +142,10 @@ fn a_quantized_file_is_never_called_an_f32_baseline() {
     assert!(summary.contains("as f32 (stored as f16 41 %, Q8_0 18 %, "), "{summary}");
     let report = std::fs::read_to_string(lab.path("results/latest/report/report.md")).expect("the report");
     assert!(report.contains("is no unquantized baseline"), "{report}");
-    assert!(report.contains("| `base` | f32 from ") && report.contains("| `nf4` | nf4, block 64, from "), "{report}");
+    let hash = blake3::hash(&std::fs::read(fixture("llama-mixed.gguf")).expect("the fixture")).to_hex();
+    let file = format!("tiny.gguf {}", &hash[..8]);
+    assert!(report.contains(&format!("| `base` | {file} | f32 from ")), "{report}");
+    assert!(report.contains(&format!("| `nf4` | {file} | nf4, block 64, from ")), "{report}");
     let csv = std::fs::read_to_string(lab.path("results/latest/report/report.csv")).expect("the table");
     assert!(csv.contains("base,source_bytes,Q4_1,"), "{csv}");
 }
