@@ -71,7 +71,7 @@ pub fn combine_power(rows: &[&PowerResult]) -> Option<PowerResult> {
     let median = |of: fn(&PowerResult) -> Option<f64>| {
         let mut values: Vec<f64> = rows.iter().filter_map(|row| of(row)).collect();
         values.sort_by(f64::total_cmp);
-        (!values.is_empty()).then(|| percentile(&values, 0.5))
+        (!values.is_empty()).then(|| percentile(&values, 50.0))
     };
     let throttle_reasons: BTreeSet<&String> = rows.iter().flat_map(|row| &row.throttle_reasons).collect();
     Some(PowerResult {
@@ -136,6 +136,23 @@ pub fn summary(
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn clocks_are_those_of_all_starts_and_energy_is_the_first_one_s() {
+        let start = |median: f64, joules: Option<f64>| PowerResult {
+            n_tokens: 10,
+            window_s: 0.5,
+            sm_clock_mhz_min: Some(median - 100.0),
+            sm_clock_mhz_median: Some(median),
+            energy_per_token_j: joules,
+            ..PowerResult::default()
+        };
+        let starts = [start(1800.0, Some(1.5)), start(1980.0, None), start(1900.0, None)];
+        let row = combine_power(&starts.iter().collect::<Vec<_>>()).expect("a row");
+        assert_eq!((row.sm_clock_mhz_median, row.sm_clock_mhz_min), (Some(1900.0), Some(1700.0)));
+        assert_eq!((row.n_tokens, row.window_s, row.energy_per_token_j), (30, 1.5, Some(1.5)));
+        assert_eq!(row.memory_clock_mhz_median, None);
+    }
 
     #[test]
     fn one_disturbed_start_marks_the_row_and_itself() {
