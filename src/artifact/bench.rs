@@ -10,31 +10,8 @@ use serde::{Deserialize, Serialize};
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct PrefillRecord {
     pub results: Vec<PrefillResult>,
-    /// Null where the device does not tell of its board.
-    pub power: Option<Vec<PowerResult>>,
-    /// Who else computed on the device while it was timed; null where it is not told.
-    pub n_other_processes: Option<usize>,
-    pub other_processes_bytes: Option<u64>,
-    pub weights_bytes: Option<u64>,
-    pub kv_cache_bytes: Option<u64>,
-    pub pool_peak_bytes: Option<u64>,
-    #[serde(default)]
-    pub pool_peak_method: Option<String>,
-    pub process_peak_bytes: Option<u64>,
-    pub process_peak_method: String,
-    #[serde(default)]
-    pub memory_bytes: Option<u64>,
-    #[serde(default)]
-    pub memory_mapped_bytes: Option<u64>,
-    #[serde(default)]
-    pub memory_rest_bytes: Option<u64>,
-    #[serde(default)]
-    pub memory_method: Option<String>,
-    /// What one sample is.
-    pub method: String,
-    pub clock: String,
-    pub engine: String,
-    pub compute_dtype: DType,
+    #[serde(flatten)]
+    pub common: BenchCommon,
 }
 
 /// The body of a `decode-bench` record.
@@ -47,26 +24,20 @@ pub struct DecodeRecord {
     pub decode_check_relative_error_max: f64,
     #[serde(with = "number")]
     pub decode_check_budget: f64,
+    #[serde(flatten)]
+    pub common: BenchCommon,
+}
+
+/// What the records of both benchmarks hold, among their own fields.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct BenchCommon {
     /// Null where the device does not tell of its board.
     pub power: Option<Vec<PowerResult>>,
-    /// Who else computed on the device while it was timed; null where it is not told.
+    /// Other processes that computed on the device while it was timed; null where it is not told.
     pub n_other_processes: Option<usize>,
     pub other_processes_bytes: Option<u64>,
-    pub weights_bytes: Option<u64>,
-    pub kv_cache_bytes: Option<u64>,
-    pub pool_peak_bytes: Option<u64>,
-    #[serde(default)]
-    pub pool_peak_method: Option<String>,
-    pub process_peak_bytes: Option<u64>,
-    pub process_peak_method: String,
-    #[serde(default)]
-    pub memory_bytes: Option<u64>,
-    #[serde(default)]
-    pub memory_mapped_bytes: Option<u64>,
-    #[serde(default)]
-    pub memory_rest_bytes: Option<u64>,
-    #[serde(default)]
-    pub memory_method: Option<String>,
+    #[serde(flatten)]
+    pub memory: MemoryFigures,
     /// What one sample is.
     pub method: String,
     pub clock: String,
@@ -306,40 +277,4 @@ pub struct PowerResult {
     pub throttle_reasons: Vec<String>,
     /// Where `energy_j` comes from, or why there is none.
     pub energy_method: String,
-}
-
-impl PrefillRecord {
-    /// Returns the memory figures.
-    pub fn memory(&self) -> MemoryFigures {
-        MemoryFigures {
-            weights_bytes: self.weights_bytes,
-            kv_cache_bytes: self.kv_cache_bytes,
-            pool_peak_bytes: self.pool_peak_bytes,
-            pool_peak_method: self.pool_peak_method.clone(),
-            process_peak_bytes: self.process_peak_bytes,
-            process_peak_method: self.process_peak_method.clone(),
-            memory_bytes: self.memory_bytes,
-            memory_mapped_bytes: self.memory_mapped_bytes,
-            memory_rest_bytes: self.memory_rest_bytes,
-            memory_method: self.memory_method.clone(),
-        }
-    }
-}
-
-impl DecodeRecord {
-    /// Returns the memory figures.
-    pub fn memory(&self) -> MemoryFigures {
-        MemoryFigures {
-            weights_bytes: self.weights_bytes,
-            kv_cache_bytes: self.kv_cache_bytes,
-            pool_peak_bytes: self.pool_peak_bytes,
-            pool_peak_method: self.pool_peak_method.clone(),
-            process_peak_bytes: self.process_peak_bytes,
-            process_peak_method: self.process_peak_method.clone(),
-            memory_bytes: self.memory_bytes,
-            memory_mapped_bytes: self.memory_mapped_bytes,
-            memory_rest_bytes: self.memory_rest_bytes,
-            memory_method: self.memory_method.clone(),
-        }
-    }
 }

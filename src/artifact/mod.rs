@@ -14,7 +14,8 @@ mod record;
 mod run;
 
 pub use bench::{
-    DecodeRecord, DecodeResult, MemoryFigures, PowerResult, PrefillRecord, PrefillResult, StartResult, Statistics,
+    BenchCommon, DecodeRecord, DecodeResult, MemoryFigures, PowerResult, PrefillRecord, PrefillResult, StartResult,
+    Statistics,
 };
 pub use disturbance::{DeviceUse, DiscardedAttempt, Disturbance, HostFigures};
 pub use interval::BlockInterval;

@@ -6,7 +6,7 @@ mod energy;
 pub use disturbance::{Reason, disturbance};
 pub use energy::{LONGEST_S, N_WINDOWS, NoEnergy, Repeated, TokenEnergy, is_enough, token_energy};
 
-use crate::artifact::{DecodeResult, DeviceUse, PowerResult, PrefillResult, StartResult};
+use crate::artifact::{DecodeResult, DeviceUse, Disturbance, PowerResult, PrefillResult, StartResult};
 use crate::event::Progress;
 use crate::inference::DeviceFigures;
 use crate::metrics::{RateInterval, own_variance, rate_interval, statistics};
@@ -203,7 +203,10 @@ impl Rates {
 pub fn combine_prefills(rows: &[&PrefillResult]) -> Option<PrefillResult> {
     let first = rows.first()?;
     let starts_s: Vec<Vec<f64>> = rows.iter().map(|row| row.samples_s.clone()).collect();
-    prefill_result(first.n_prompt, first.scores, &starts_s)
+    let mut row = prefill_result(first.n_prompt, first.scores, &starts_s)?;
+    let seen: Vec<Option<&Disturbance>> = rows.iter().map(|row| row.disturbance.as_ref()).collect();
+    row.disturbance = combine_disturbance(&seen, &mut row.starts);
+    Some(row)
 }
 
 /// Makes one decode row of those of its starts.
@@ -211,7 +214,26 @@ pub fn combine_decodes(rows: &[&DecodeResult]) -> Option<DecodeResult> {
     let first = rows.first()?;
     let sequences = |row: &&DecodeResult| row.samples_s.chunks(first.n_gen.max(1)).map(<[f64]>::to_vec).collect();
     let starts_s: Vec<Vec<Vec<f64>>> = rows.iter().map(sequences).collect();
-    decode_result(first.n_gen, first.n_depth, &starts_s)
+    let mut row = decode_result(first.n_gen, first.n_depth, &starts_s)?;
+    let seen: Vec<Option<&Disturbance>> = rows.iter().map(|row| row.disturbance.as_ref()).collect();
+    row.disturbance = combine_disturbance(&seen, &mut row.starts);
+    Some(row)
+}
+
+/// Returns what was seen in the start that was disturbed, else in one that was measured again, else in the first; says how many were, and
+/// marks the starts.
+fn combine_disturbance(seen: &[Option<&Disturbance>], starts: &mut [StartResult]) -> Option<Disturbance> {
+    for (start, seen) in starts.iter_mut().zip(seen) {
+        start.disturbance = seen.and_then(Disturbance::mark);
+    }
+    let known: Vec<&Disturbance> = seen.iter().flatten().copied().collect();
+    let disturbed: Vec<&Disturbance> = known.iter().copied().filter(|one| one.disturbed.is_some()).collect();
+    let Some(worst) = disturbed.first() else {
+        return known.iter().find(|one| one.repeated).or(known.first()).map(|one| (*one).clone());
+    };
+    let reason = worst.disturbed.clone().unwrap_or_default();
+    let text = format!("{} of {} starts, {reason}", disturbed.len(), seen.len());
+    Some(Disturbance { disturbed: Some(text), ..(*worst).clone() })
 }
 
 #[cfg(test)]
@@ -283,5 +305,21 @@ mod tests {
         let rows: Vec<DecodeResult> =
             starts_s.iter().filter_map(|start| decode_result(2, 0, std::slice::from_ref(start))).collect();
         assert_eq!(combine_decodes(&rows.iter().collect::<Vec<_>>()), decode_result(2, 0, &starts_s));
+    }
+
+    #[test]
+    fn one_disturbed_start_marks_the_row_and_itself() {
+        let quiet = Disturbance::default();
+        let again = Disturbance { repeated: true, ..Disturbance::default() };
+        let disturbed = Disturbance { disturbed: Some("others took 0.9 CPUs".to_owned()), ..Disturbance::default() };
+        let start = StartResult { n_samples: 1, tokens_per_second: 1.0, disturbance: None };
+        let mut starts = vec![start; 3];
+        let row = combine_disturbance(&[Some(&quiet), Some(&disturbed), Some(&again)], &mut starts).expect("figures");
+        assert_eq!(row.disturbed.as_deref(), Some("1 of 3 starts, others took 0.9 CPUs"));
+        let marked: Vec<bool> = starts.iter().map(|start| start.disturbance.is_some()).collect();
+        assert_eq!(marked, [false, true, false]);
+        let row = combine_disturbance(&[Some(&quiet), Some(&again)], &mut starts).expect("figures");
+        assert!(row.repeated && row.disturbed.is_none());
+        assert_eq!(combine_disturbance(&[None, None], &mut starts), None);
     }
 }

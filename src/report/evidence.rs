@@ -7,8 +7,8 @@ use super::paired::{AgainstBaseline, against_baselines};
 use super::request::{ReportError, ReportRequest};
 use super::speeds::{Spreads, Starts, Work};
 use crate::artifact::{
-    DecodeRecord, DecodeResult, DiffRecord, DivergenceResult, MemoryFigures, ModuleDiff, PowerResult, PplRecord,
-    PplResult, PrefillRecord, PrefillResult, StartResult,
+    BenchCommon, DecodeRecord, DecodeResult, DiffRecord, DivergenceResult, MemoryFigures, ModuleDiff, PowerResult,
+    PplRecord, PplResult, PrefillRecord, PrefillResult, StartResult,
 };
 use crate::inference::{LoadRecord, QuantizeRecord};
 use crate::stage::StageInput;
@@ -112,19 +112,13 @@ impl<'a> Evidence<'a> {
         match input.kind.as_str() {
             "prefill-bench" => {
                 let record: PrefillRecord = input.record.read()?;
-                self.memories.push(row(input, record.memory()));
-                self.powers.extend(rows(input, record.power.unwrap_or_default()));
+                self.add_bench(input, record.common);
                 self.prefills.extend(rows(input, timed(input, Work::Prefill, record.results, |row| &row.starts)));
-                self.engines.insert(record.engine);
-                self.clocks.insert(record.clock);
             }
             "decode-bench" => {
                 let record: DecodeRecord = input.record.read()?;
-                self.memories.push(row(input, record.memory()));
-                self.powers.extend(rows(input, record.power.unwrap_or_default()));
+                self.add_bench(input, record.common);
                 self.decodes.extend(rows(input, timed(input, Work::Decode, record.results, |row| &row.starts)));
-                self.engines.insert(record.engine);
-                self.clocks.insert(record.clock);
             }
             "ppl" => {
                 let record: PplRecord = input.record.read()?;
@@ -139,6 +133,13 @@ impl<'a> Evidence<'a> {
             _ => {}
         }
         Ok(())
+    }
+
+    fn add_bench(&mut self, input: &StageInput, common: BenchCommon) {
+        self.memories.push(row(input, common.memory));
+        self.powers.extend(rows(input, common.power.unwrap_or_default()));
+        self.engines.insert(common.engine);
+        self.clocks.insert(common.clock);
     }
 
     /// Notes the bytes of a model's weights; a record that does not have them leaves them unknown.

@@ -4,8 +4,8 @@ use super::{
     NoTokens, ReportError, ReportFile, ReportRequest, ScatterFailure, ScatterPoints, ScatterSource, TokenSource, render,
 };
 use crate::artifact::{
-    BlockInterval, DecodeRecord, DecodeResult, DiffRecord, ModuleDiff, PplRecord, PplResult, PrefillRecord,
-    PrefillResult, QuantizeTotals, QuantizedModule, Record, RecordBody, RecordHead,
+    BenchCommon, BlockInterval, DecodeRecord, DecodeResult, DiffRecord, MemoryFigures, ModuleDiff, PplRecord,
+    PplResult, PrefillRecord, PrefillResult, QuantizeTotals, QuantizedModule, Record, RecordBody, RecordHead,
 };
 use crate::bench::{decode_result, prefill_result};
 use crate::inference::{LoadRecord, ModelInfo, ModelRecipe, ModelSource, QuantizeRecord, SourceAccount, StoredType};
@@ -171,28 +171,32 @@ fn decode_row(n_gen: usize, n_depth: usize, sequences: &[Vec<f64>]) -> DecodeRes
     decode_result(n_gen, n_depth, &starts).expect("sequences")
 }
 
-/// Returns a prefill-bench record of `model`.
-pub fn prefill(address: &str, model: &Arc<StageInput>, seconds: &[f64], weights_bytes: u64) -> Arc<StageInput> {
-    let record = PrefillRecord {
-        results: vec![prefill_row(128, seconds)],
+fn bench_common(weights_bytes: u64) -> BenchCommon {
+    BenchCommon {
         power: None,
         n_other_processes: None,
         other_processes_bytes: None,
-        weights_bytes: Some(weights_bytes),
-        kv_cache_bytes: Some(65_536),
-        pool_peak_bytes: None,
-        pool_peak_method: None,
-        process_peak_bytes: Some(weights_bytes + 20_000_000),
-        process_peak_method: "peak anonymous RSS of the process".to_owned(),
-        memory_bytes: Some(weights_bytes + 30_000_000),
-        memory_mapped_bytes: Some(10_000_000),
-        memory_rest_bytes: Some(30_000_000 - 65_536),
-        memory_method: Some("resident memory of the worker".to_owned()),
+        memory: MemoryFigures {
+            weights_bytes: Some(weights_bytes),
+            kv_cache_bytes: Some(65_536),
+            process_peak_bytes: Some(weights_bytes + 20_000_000),
+            process_peak_method: "peak anonymous RSS of the process".to_owned(),
+            memory_bytes: Some(weights_bytes + 30_000_000),
+            memory_mapped_bytes: Some(10_000_000),
+            memory_rest_bytes: Some(30_000_000 - 65_536),
+            memory_method: Some("resident memory of the worker".to_owned()),
+            ..MemoryFigures::default()
+        },
         method: "a test".to_owned(),
         clock: "a clock".to_owned(),
         engine: "an engine".to_owned(),
         compute_dtype: DType::F32,
-    };
+    }
+}
+
+/// Returns a prefill-bench record of `model`.
+pub fn prefill(address: &str, model: &Arc<StageInput>, seconds: &[f64], weights_bytes: u64) -> Arc<StageInput> {
+    let record = PrefillRecord { results: vec![prefill_row(128, seconds)], common: bench_common(weights_bytes) };
     input(address, "prefill-bench", body(&record), &[("model", model)])
 }
 
@@ -205,23 +209,7 @@ pub fn decode(address: &str, model: &Arc<StageInput>, seconds: f64, weights_byte
         decode_check_n_positions: 4,
         decode_check_relative_error_max: 1e-6,
         decode_check_budget: 0.02,
-        power: None,
-        n_other_processes: None,
-        other_processes_bytes: None,
-        weights_bytes: Some(weights_bytes),
-        kv_cache_bytes: Some(65_536),
-        pool_peak_bytes: None,
-        pool_peak_method: None,
-        process_peak_bytes: Some(weights_bytes + 20_000_000),
-        process_peak_method: "peak anonymous RSS of the process".to_owned(),
-        memory_bytes: Some(weights_bytes + 30_000_000),
-        memory_mapped_bytes: Some(10_000_000),
-        memory_rest_bytes: Some(30_000_000 - 65_536),
-        memory_method: Some("resident memory of the worker".to_owned()),
-        method: "a test".to_owned(),
-        clock: "a clock".to_owned(),
-        engine: "an engine".to_owned(),
-        compute_dtype: DType::F32,
+        common: bench_common(weights_bytes),
     };
     input(address, "decode-bench", body(&record), &[("model", model)])
 }

@@ -31,7 +31,7 @@ pub fn metrics_rows(results: &BTreeMap<String, Arc<StageInput>>, ts: &str) -> Re
         match result.kind.as_str() {
             "prefill-bench" => {
                 let record: PrefillRecord = result.record.read()?;
-                note_memory(row, result, record.memory_bytes);
+                note_memory(row, result, record.common.memory.memory_bytes);
                 let prefills = record.results.into_iter().filter(|row| !row.scores);
                 if let Some(longest) = prefills.max_by_key(|row| row.n_prompt) {
                     row.prompt_length = Some(longest.n_prompt as u64);
@@ -40,7 +40,7 @@ pub fn metrics_rows(results: &BTreeMap<String, Arc<StageInput>>, ts: &str) -> Re
             }
             "decode-bench" => {
                 let record: DecodeRecord = result.record.read()?;
-                note_memory(row, result, record.memory_bytes);
+                note_memory(row, result, record.common.memory.memory_bytes);
                 row.avg_decode_tps = record.results.first().map(|row| row.tokens_per_second);
             }
             _ => row.perplexity = result.record.read::<PplRecord>()?.results.first().map(|row| row.perplexity),

@@ -1,10 +1,10 @@
 //! What both benchmarks do with starts: how many there are, what falls to each, and how their records become one.
 
 use super::bench_tokens::size;
-use crate::artifact::{Disturbance, MemoryFigures, PowerResult, StartResult};
+use crate::artifact::{BenchCommon, Disturbance, MemoryFigures, PowerResult, RecordBody, StartResult};
 use crate::bench::SamplePlan;
 use crate::metrics::percentile;
-use crate::stage::{ParamDefault, ParamDesc, ParamType, Params, StageContext, StageError};
+use crate::stage::{ParamDefault, ParamDesc, ParamType, Params, StageContext, StageError, StageOutput};
 use crate::units::format_significant;
 use serde_json::Value;
 use std::collections::BTreeSet;
@@ -58,12 +58,6 @@ pub fn combine_rows<T>(starts: &[Vec<T>], combine: impl Fn(&[&T]) -> Option<T>) 
     rows.ok_or_else(|| StageError::Other("combine the starts: they measured different things".to_owned()))
 }
 
-/// Returns the figures of the start that took most.
-pub fn most(starts: impl Iterator<Item = MemoryFigures>) -> MemoryFigures {
-    let size = |figures: &MemoryFigures| (figures.memory_bytes, figures.pool_peak_bytes, figures.process_peak_bytes);
-    starts.max_by_key(size).unwrap_or_default()
-}
-
 /// Makes one power row of those of the starts: clocks of all, energy of the first one, which alone reads it.
 pub fn combine_power(rows: &[&PowerResult]) -> Option<PowerResult> {
     let first = rows.first()?;
@@ -87,50 +81,74 @@ pub fn combine_power(rows: &[&PowerResult]) -> Option<PowerResult> {
     })
 }
 
-/// Returns what was seen in the start that was disturbed, else in one that was measured again, else in the first; says how many were, and
-/// marks the starts.
-pub fn combine_disturbance(seen: &[Option<&Disturbance>], starts: &mut [StartResult]) -> Option<Disturbance> {
-    for (start, seen) in starts.iter_mut().zip(seen) {
-        start.disturbance = seen.and_then(Disturbance::mark);
-    }
-    let known: Vec<&Disturbance> = seen.iter().flatten().copied().collect();
-    let disturbed: Vec<&Disturbance> = known.iter().copied().filter(|one| one.disturbed.is_some()).collect();
-    let Some(worst) = disturbed.first() else {
-        return known.iter().find(|one| one.repeated).or(known.first()).map(|one| (*one).clone());
-    };
-    let reason = worst.disturbed.clone().unwrap_or_default();
-    let text = format!("{} of {} starts, {reason}", disturbed.len(), seen.len());
-    Some(Disturbance { disturbed: Some(text), ..(*worst).clone() })
+/// Reads what the starts gave.
+///
+/// # Errors
+/// Where one is no record of its kind.
+pub fn read_starts<R: RecordBody>(outputs: Vec<StageOutput>) -> Result<Vec<R>, StageError> {
+    let read = |start: StageOutput| serde_json::from_value(start.body.into());
+    let starts: Result<Vec<R>, serde_json::Error> = outputs.into_iter().map(read).collect();
+    starts.map_err(|error| StageError::Other(format!("combine the starts: {error}")))
 }
 
-/// Returns a record's summary: that of every case, and the memory that it took.
-pub fn record_summary(cases: impl Iterator<Item = String>, memory: &MemoryFigures) -> String {
-    cases.chain(memory.summary()).collect::<Vec<_>>().join(", ")
+/// Makes one of what the starts measured beside their rows: the memory of the one that took most, the most other processes.
+///
+/// # Errors
+/// Where there is no start, or they have different rows.
+pub fn combine_common(starts: &[&BenchCommon]) -> Result<BenchCommon, StageError> {
+    let first = starts.first().ok_or_else(|| StageError::Other("combine the starts: there is none".to_owned()))?;
+    let power: Option<Vec<Vec<PowerResult>>> = starts.iter().map(|start| start.power.clone()).collect();
+    let size = |figures: &&MemoryFigures| (figures.memory_bytes, figures.pool_peak_bytes, figures.process_peak_bytes);
+    Ok(BenchCommon {
+        power: power.map(|power| combine_rows(&power, combine_power)).transpose()?,
+        n_other_processes: starts.iter().filter_map(|start| start.n_other_processes).max(),
+        other_processes_bytes: starts.iter().filter_map(|start| start.other_processes_bytes).max(),
+        memory: starts.iter().map(|start| &start.memory).max_by_key(size).cloned().unwrap_or_default(),
+        ..(*first).clone()
+    })
 }
 
-/// Returns a case's summary: `pp128 15374 [14950, 15811] t/s, 5 starts, 1.53 J/token`, and what disturbed it.
-pub fn summary(
-    label: &str,
-    rate: f64,
-    interval: (Option<f64>, Option<f64>),
-    starts: &[StartResult],
-    power: Option<&[PowerResult]>,
-    disturbance: Option<&Disturbance>,
+/// A row as its summary tells it.
+pub struct Speed<'a> {
+    pub label: &'a str,
+    pub tokens_per_second: f64,
+    pub low: Option<f64>,
+    pub high: Option<f64>,
+    pub starts: &'a [StartResult],
+    pub disturbance: Option<&'a Disturbance>,
+}
+
+/// Returns a record with its summary: every row's, rates with so many decimals, then the memory that it took.
+pub fn output<'a, R: RecordBody>(
+    record: &R,
+    common: &BenchCommon,
+    speeds: impl Iterator<Item = Speed<'a>>,
     n_decimals: usize,
-) -> String {
-    let interval = interval.0.zip(interval.1);
-    let interval =
-        interval.map_or_else(String::new, |(low, high)| format!(" [{low:.n_decimals$}, {high:.n_decimals$}]"));
-    let n_starts = if starts.len() == 1 { "1 start".to_owned() } else { format!("{} starts", starts.len()) };
-    let row = power.into_iter().flatten().find(|row| row.label == label);
-    let energy = row.and_then(|row| row.energy_per_token_j);
-    let energy = energy.map_or_else(String::new, |joules| format!(", {} J/token", format_significant(joules)));
-    let disturbed = match disturbance.map(|seen| (seen.disturbed.as_deref(), seen.repeated)) {
-        Some((Some(reason), _)) => format!(", disturbed: {reason}"),
-        Some((None, true)) => ", measured again, disturbed at first".to_owned(),
-        _ => String::new(),
-    };
-    format!("{label} {rate:.n_decimals$}{interval} t/s, {n_starts}{energy}{disturbed}")
+) -> StageOutput {
+    let rows = speeds.map(|speed| speed.summary(common.power.as_deref(), n_decimals));
+    let summary: Vec<String> = rows.chain(common.memory.summary()).collect();
+    StageOutput { body: record.to_fields(), summary: summary.join(", ") }
+}
+
+impl Speed<'_> {
+    /// Returns the row's summary: `pp128 15374 [14950, 15811] t/s, 5 starts, 1.53 J/token`, and what disturbed it.
+    fn summary(&self, power: Option<&[PowerResult]>, n_decimals: usize) -> String {
+        let Speed { label, tokens_per_second, .. } = self;
+        let interval = self.low.zip(self.high);
+        let interval =
+            interval.map_or_else(String::new, |(low, high)| format!(" [{low:.n_decimals$}, {high:.n_decimals$}]"));
+        let n_starts =
+            if self.starts.len() == 1 { "1 start".to_owned() } else { format!("{} starts", self.starts.len()) };
+        let row = power.into_iter().flatten().find(|row| row.label == *label);
+        let energy = row.and_then(|row| row.energy_per_token_j);
+        let energy = energy.map_or_else(String::new, |joules| format!(", {} J/token", format_significant(joules)));
+        let disturbed = match self.disturbance.map(|seen| (seen.disturbed.as_deref(), seen.repeated)) {
+            Some((Some(reason), _)) => format!(", disturbed: {reason}"),
+            Some((None, true)) => ", measured again, disturbed at first".to_owned(),
+            _ => String::new(),
+        };
+        format!("{label} {tokens_per_second:.n_decimals$}{interval} t/s, {n_starts}{energy}{disturbed}")
+    }
 }
 
 #[cfg(test)]
@@ -152,21 +170,5 @@ mod tests {
         assert_eq!((row.sm_clock_mhz_median, row.sm_clock_mhz_min), (Some(1900.0), Some(1700.0)));
         assert_eq!((row.n_tokens, row.window_s, row.energy_per_token_j), (30, 1.5, Some(1.5)));
         assert_eq!(row.memory_clock_mhz_median, None);
-    }
-
-    #[test]
-    fn one_disturbed_start_marks_the_row_and_itself() {
-        let quiet = Disturbance::default();
-        let again = Disturbance { repeated: true, ..Disturbance::default() };
-        let disturbed = Disturbance { disturbed: Some("others took 0.9 CPUs".to_owned()), ..Disturbance::default() };
-        let start = StartResult { n_samples: 1, tokens_per_second: 1.0, disturbance: None };
-        let mut starts = vec![start; 3];
-        let row = combine_disturbance(&[Some(&quiet), Some(&disturbed), Some(&again)], &mut starts).expect("figures");
-        assert_eq!(row.disturbed.as_deref(), Some("1 of 3 starts, others took 0.9 CPUs"));
-        let marked: Vec<bool> = starts.iter().map(|start| start.disturbance.is_some()).collect();
-        assert_eq!(marked, [false, true, false]);
-        let row = combine_disturbance(&[Some(&quiet), Some(&again)], &mut starts).expect("figures");
-        assert!(row.repeated && row.disturbed.is_none());
-        assert_eq!(combine_disturbance(&[None, None], &mut starts), None);
     }
 }

@@ -2,12 +2,11 @@
 
 use super::MODELS;
 use super::bench_starts::{
-    STARTS, check, combine_disturbance, combine_power, combine_rows, most, n_starts, record_summary, sample_plan,
-    summary,
+    self, STARTS, Speed, check, combine_common, combine_rows, n_starts, read_starts, sample_plan,
 };
 use super::bench_tokens::{size, sizes, tokens, too_long};
 use super::bench_watch::{Watch, Work};
-use crate::artifact::{DecodeRecord, DecodeResult, Disturbance, PowerResult, RecordBody};
+use crate::artifact::{BenchCommon, DecodeRecord, DecodeResult};
 use crate::bench::{combine_decodes, decode_label, decode_result};
 use crate::event::Level;
 use crate::inference::{CHECKED_POSITIONS, MemoryNeed, ModelInfo, ModelRecipe, Workload, check_decode, decode_budget};
@@ -159,50 +158,28 @@ impl Stage for DecodeBench {
             decode_check_n_positions: check.n_positions,
             decode_check_relative_error_max: check.relative_error_max,
             decode_check_budget: check.budget,
-            power: watched.power,
-            n_other_processes: watched.others.map(|others| others.n),
-            other_processes_bytes: watched.others.and_then(|others| others.bytes),
-            weights_bytes: memory.weights_bytes,
-            kv_cache_bytes: memory.kv_cache_bytes,
-            pool_peak_bytes: memory.pool_peak_bytes,
-            pool_peak_method: memory.pool_peak_method,
-            process_peak_bytes: memory.process_peak_bytes,
-            process_peak_method: memory.process_peak_method,
-            memory_bytes: memory.memory_bytes,
-            memory_mapped_bytes: memory.memory_mapped_bytes,
-            memory_rest_bytes: memory.memory_rest_bytes,
-            memory_method: memory.memory_method,
-            method: METHOD.to_owned(),
-            clock: model.decode_clock().map_or(engine.clock, str::to_owned),
-            engine: engine.backend,
-            compute_dtype: model.info().compute_dtype,
+            common: BenchCommon {
+                power: watched.power,
+                n_other_processes: watched.others.map(|others| others.n),
+                other_processes_bytes: watched.others.and_then(|others| others.bytes),
+                memory,
+                method: METHOD.to_owned(),
+                clock: model.decode_clock().map_or(engine.clock, str::to_owned),
+                engine: engine.backend,
+                compute_dtype: model.info().compute_dtype,
+            },
         };
         Ok(output(&record))
     }
 
     fn combine(&self, outputs: Vec<StageOutput>) -> Result<StageOutput, StageError> {
-        let starts: Vec<DecodeRecord> = outputs.into_iter().map(read).collect::<Result<_, _>>()?;
-        let rows =
-            combine_rows(&starts.iter().map(|start| start.results.clone()).collect::<Vec<_>>(), combine_decode_starts)?;
-        let power: Option<Vec<Vec<PowerResult>>> = starts.iter().map(|start| start.power.clone()).collect();
-        let power = power.map(|power| combine_rows(&power, combine_power)).transpose()?;
-        let memory = most(starts.iter().map(DecodeRecord::memory));
+        let starts: Vec<DecodeRecord> = read_starts(outputs)?;
+        let rows: Vec<Vec<DecodeResult>> = starts.iter().map(|start| start.results.clone()).collect();
+        let common: Vec<&BenchCommon> = starts.iter().map(|start| &start.common).collect();
         let Some(first) = starts.first() else { return Ok(StageOutput::default()) };
         Ok(output(&DecodeRecord {
-            results: rows,
-            power,
-            n_other_processes: starts.iter().filter_map(|start| start.n_other_processes).max(),
-            other_processes_bytes: starts.iter().filter_map(|start| start.other_processes_bytes).max(),
-            weights_bytes: memory.weights_bytes,
-            kv_cache_bytes: memory.kv_cache_bytes,
-            pool_peak_bytes: memory.pool_peak_bytes,
-            pool_peak_method: memory.pool_peak_method,
-            process_peak_bytes: memory.process_peak_bytes,
-            process_peak_method: memory.process_peak_method,
-            memory_bytes: memory.memory_bytes,
-            memory_mapped_bytes: memory.memory_mapped_bytes,
-            memory_rest_bytes: memory.memory_rest_bytes,
-            memory_method: memory.memory_method,
+            results: combine_rows(&rows, combine_decodes)?,
+            common: combine_common(&common)?,
             decode_check_relative_error_max: starts
                 .iter()
                 .map(|start| start.decode_check_relative_error_max)
@@ -212,32 +189,16 @@ impl Stage for DecodeBench {
     }
 }
 
-/// Makes one row of those of its starts.
-fn combine_decode_starts(rows: &[&DecodeResult]) -> Option<DecodeResult> {
-    let mut row = combine_decodes(rows)?;
-    let seen: Vec<Option<&Disturbance>> = rows.iter().map(|row| row.disturbance.as_ref()).collect();
-    row.disturbance = combine_disturbance(&seen, &mut row.starts);
-    Some(row)
-}
-
-/// Reads what one start gave.
-fn read(start: StageOutput) -> Result<DecodeRecord, StageError> {
-    serde_json::from_value(start.body.into()).map_err(|error| StageError::Other(format!("combine the starts: {error}")))
-}
-
 fn output(record: &DecodeRecord) -> StageOutput {
-    let rows = record.results.iter().map(|row| {
-        summary(
-            &row.label,
-            row.tokens_per_second,
-            (row.tokens_per_second_low, row.tokens_per_second_high),
-            &row.starts,
-            record.power.as_deref(),
-            row.disturbance.as_ref(),
-            1,
-        )
+    let speeds = record.results.iter().map(|row| Speed {
+        label: &row.label,
+        tokens_per_second: row.tokens_per_second,
+        low: row.tokens_per_second_low,
+        high: row.tokens_per_second_high,
+        starts: &row.starts,
+        disturbance: row.disturbance.as_ref(),
     });
-    StageOutput { body: record.to_fields(), summary: record_summary(rows, &record.memory()) }
+    bench_starts::output(record, &record.common, speeds, 1)
 }
 
 /// Returns true where a product quantizes what it is given, by this recipe or by the model's own files.

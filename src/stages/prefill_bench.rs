@@ -2,12 +2,11 @@
 
 use super::MODELS;
 use super::bench_starts::{
-    STARTS, check, combine_disturbance, combine_power, combine_rows, most, n_starts, record_summary, sample_plan,
-    summary,
+    self, STARTS, Speed, check, combine_common, combine_rows, n_starts, read_starts, sample_plan,
 };
 use super::bench_tokens::{sizes, tokens, too_long};
 use super::bench_watch::Watch;
-use crate::artifact::{Disturbance, PowerResult, PrefillRecord, PrefillResult, RecordBody};
+use crate::artifact::{BenchCommon, PrefillRecord, PrefillResult};
 use crate::bench::{combine_prefills, prefill_label, prefill_result};
 use crate::inference::{MemoryNeed, Workload};
 use crate::stage::{
@@ -153,83 +152,38 @@ impl Stage for PrefillBench {
         let method = if scores { SCORE_METHOD } else { METHOD };
         let record = PrefillRecord {
             results,
-            power: watched.power,
-            n_other_processes: watched.others.map(|others| others.n),
-            other_processes_bytes: watched.others.and_then(|others| others.bytes),
-            weights_bytes: memory.weights_bytes,
-            kv_cache_bytes: memory.kv_cache_bytes,
-            pool_peak_bytes: memory.pool_peak_bytes,
-            pool_peak_method: memory.pool_peak_method,
-            process_peak_bytes: memory.process_peak_bytes,
-            process_peak_method: memory.process_peak_method,
-            memory_bytes: memory.memory_bytes,
-            memory_mapped_bytes: memory.memory_mapped_bytes,
-            memory_rest_bytes: memory.memory_rest_bytes,
-            memory_method: memory.memory_method,
-            method: method.to_owned(),
-            clock: engine.clock,
-            engine: engine.backend,
-            compute_dtype: model.info().compute_dtype,
+            common: BenchCommon {
+                power: watched.power,
+                n_other_processes: watched.others.map(|others| others.n),
+                other_processes_bytes: watched.others.and_then(|others| others.bytes),
+                memory,
+                method: method.to_owned(),
+                clock: engine.clock,
+                engine: engine.backend,
+                compute_dtype: model.info().compute_dtype,
+            },
         };
         Ok(output(&record))
     }
 
     fn combine(&self, outputs: Vec<StageOutput>) -> Result<StageOutput, StageError> {
-        let starts: Vec<PrefillRecord> = outputs.into_iter().map(read).collect::<Result<_, _>>()?;
-        let rows = combine_rows(
-            &starts.iter().map(|start| start.results.clone()).collect::<Vec<_>>(),
-            combine_prefill_starts,
-        )?;
-        let power: Option<Vec<Vec<PowerResult>>> = starts.iter().map(|start| start.power.clone()).collect();
-        let power = power.map(|power| combine_rows(&power, combine_power)).transpose()?;
-        let memory = most(starts.iter().map(PrefillRecord::memory));
-        let Some(first) = starts.first() else { return Ok(StageOutput::default()) };
-        Ok(output(&PrefillRecord {
-            results: rows,
-            power,
-            n_other_processes: starts.iter().filter_map(|start| start.n_other_processes).max(),
-            other_processes_bytes: starts.iter().filter_map(|start| start.other_processes_bytes).max(),
-            weights_bytes: memory.weights_bytes,
-            kv_cache_bytes: memory.kv_cache_bytes,
-            pool_peak_bytes: memory.pool_peak_bytes,
-            pool_peak_method: memory.pool_peak_method,
-            process_peak_bytes: memory.process_peak_bytes,
-            process_peak_method: memory.process_peak_method,
-            memory_bytes: memory.memory_bytes,
-            memory_mapped_bytes: memory.memory_mapped_bytes,
-            memory_rest_bytes: memory.memory_rest_bytes,
-            memory_method: memory.memory_method,
-            ..first.clone()
-        }))
+        let starts: Vec<PrefillRecord> = read_starts(outputs)?;
+        let rows: Vec<Vec<PrefillResult>> = starts.iter().map(|start| start.results.clone()).collect();
+        let common: Vec<&BenchCommon> = starts.iter().map(|start| &start.common).collect();
+        Ok(output(&PrefillRecord { results: combine_rows(&rows, combine_prefills)?, common: combine_common(&common)? }))
     }
 }
 
-/// Makes one row of those of its starts.
-fn combine_prefill_starts(rows: &[&PrefillResult]) -> Option<PrefillResult> {
-    let mut row = combine_prefills(rows)?;
-    let seen: Vec<Option<&Disturbance>> = rows.iter().map(|row| row.disturbance.as_ref()).collect();
-    row.disturbance = combine_disturbance(&seen, &mut row.starts);
-    Some(row)
-}
-
-/// Reads what one start gave.
-fn read(start: StageOutput) -> Result<PrefillRecord, StageError> {
-    serde_json::from_value(start.body.into()).map_err(|error| StageError::Other(format!("combine the starts: {error}")))
-}
-
 fn output(record: &PrefillRecord) -> StageOutput {
-    let rows = record.results.iter().map(|row| {
-        summary(
-            &row.label,
-            row.tokens_per_second,
-            (row.tokens_per_second_low, row.tokens_per_second_high),
-            &row.starts,
-            record.power.as_deref(),
-            row.disturbance.as_ref(),
-            0,
-        )
+    let speeds = record.results.iter().map(|row| Speed {
+        label: &row.label,
+        tokens_per_second: row.tokens_per_second,
+        low: row.tokens_per_second_low,
+        high: row.tokens_per_second_high,
+        starts: &row.starts,
+        disturbance: row.disturbance.as_ref(),
     });
-    StageOutput { body: record.to_fields(), summary: record_summary(rows, &record.memory()) }
+    bench_starts::output(record, &record.common, speeds, 0)
 }
 
 /// Returns true where every token of a prompt is scored.
