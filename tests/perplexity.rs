@@ -147,6 +147,8 @@ fn texts_come_from_files_lists_documents_parquet_and_the_hubs_cache() {
     let row_of = |stage: &str| {
         let mut row = lab.record(stage)["results"][0].clone();
         row.as_object_mut().expect("a row").remove("perplexity_interval");
+        row.as_object_mut().expect("a row").remove("stderr");
+        row.as_object_mut().expect("a row").remove("nll_stderr");
         let interval = row["nll_interval"].take();
         (row, interval)
     };

@@ -75,16 +75,21 @@ fn ppl_row(n: f64, o: Option<f64>) -> PplResult {
         perplexity: n,
         nll_interval: interval(n, o),
         perplexity_interval: interval(n, o),
+        stderr: o,
+        nll_stderr: o,
         llama_cpp_stderr: o,
         n_documents: None,
         n_words: Some(0),
         n_bytes: None,
         word_perplexity: o,
         word_perplexity_interval: None,
+        word_perplexity_stderr: o,
         byte_perplexity: o,
         byte_perplexity_interval: interval(n, o),
+        byte_perplexity_stderr: None,
         bits_per_byte: o,
         bits_per_byte_interval: interval(n, o),
+        bits_per_byte_stderr: o,
     }
 }
 

@@ -95,6 +95,12 @@ pub struct PplResult {
     /// The same of the perplexity.
     #[serde(default)]
     pub perplexity_interval: Option<BlockInterval>,
+    /// One standard error of the perplexity and of the mean NLL, those of the intervals; null where there are none. (Records of versions up
+    /// to 4 took tokens as independent.)
+    #[serde(default, with = "number::optional")]
+    pub stderr: Option<f64>,
+    #[serde(default, with = "number::optional")]
+    pub nll_stderr: Option<f64>,
     /// For `llama-cpp` only: the ± that llama.cpp prints, perplexity·√((mean(nll²) − mean(nll)²)/(n − 1)). It takes tokens as
     /// independent.
     #[serde(default, with = "number::optional", skip_serializing_if = "Option::is_none")]
@@ -112,13 +118,19 @@ pub struct PplResult {
     #[serde(default)]
     pub word_perplexity_interval: Option<BlockInterval>,
     #[serde(default, with = "number::optional")]
+    pub word_perplexity_stderr: Option<f64>,
+    #[serde(default, with = "number::optional")]
     pub byte_perplexity: Option<f64>,
     #[serde(default)]
     pub byte_perplexity_interval: Option<BlockInterval>,
     #[serde(default, with = "number::optional")]
+    pub byte_perplexity_stderr: Option<f64>,
+    #[serde(default, with = "number::optional")]
     pub bits_per_byte: Option<f64>,
     #[serde(default)]
     pub bits_per_byte_interval: Option<BlockInterval>,
+    #[serde(default, with = "number::optional")]
+    pub bits_per_byte_stderr: Option<f64>,
 }
 
 /// One row of a `ppl` record's `divergence`: the model against its base over the tokens that one way of cutting windows

@@ -267,16 +267,21 @@ pub fn ppl_row(perplexity: f64) -> PplResult {
         perplexity,
         nll_interval: Some(interval(perplexity.ln(), 0.021)),
         perplexity_interval: interval(perplexity.ln(), 0.021).exp(),
+        stderr: Some(0.021 * perplexity),
+        nll_stderr: Some(0.021),
         llama_cpp_stderr: None,
         n_documents: None,
         n_words: None,
         n_bytes: None,
         word_perplexity: None,
         word_perplexity_interval: None,
+        word_perplexity_stderr: None,
         byte_perplexity: None,
         byte_perplexity_interval: None,
+        byte_perplexity_stderr: None,
         bits_per_byte: None,
         bits_per_byte_interval: None,
+        bits_per_byte_stderr: None,
     }
 }
 

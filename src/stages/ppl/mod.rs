@@ -354,6 +354,11 @@ fn row(convention: Convention, pass: &Pass, sum: &PerplexitySum, nll: Option<&Bl
         let scale = per(n_bytes) / std::f64::consts::LN_2;
         nll.as_ref().and_then(|interval| interval.map(|nll| nll * scale, scale))
     };
+    let perplexity_interval = nll.as_ref().and_then(BlockInterval::exp);
+    let word_interval = units.and_then(|units| exp_per(units.n_words));
+    let byte_interval = units.and_then(|units| exp_per(units.n_bytes));
+    let bits_interval = units.and_then(|units| bits_interval(units.n_bytes));
+    let stderr_of = |interval: &Option<BlockInterval>| interval.as_ref().map(|interval| interval.stderr);
     PplResult {
         convention: convention.name().to_owned(),
         max_length: pass.max_length,
@@ -366,17 +371,22 @@ fn row(convention: Convention, pass: &Pass, sum: &PerplexitySum, nll: Option<&Bl
         tokenizer_hash: pass.tokenizer_hash.clone(),
         nll_mean,
         perplexity,
-        perplexity_interval: nll.as_ref().and_then(BlockInterval::exp),
+        stderr: stderr_of(&perplexity_interval),
+        nll_stderr: stderr_of(&nll),
+        perplexity_interval,
         llama_cpp_stderr: stderr.filter(|_| convention == Convention::LlamaCpp),
         n_documents: pass.n_documents,
         n_words: units.map(|units| units.n_words),
         n_bytes: units.map(|units| units.n_bytes),
         word_perplexity: units.map(|units| sum.perplexity_per(units.n_words)),
-        word_perplexity_interval: units.and_then(|units| exp_per(units.n_words)),
+        word_perplexity_stderr: stderr_of(&word_interval),
+        word_perplexity_interval: word_interval,
         byte_perplexity: units.map(|units| sum.perplexity_per(units.n_bytes)),
-        byte_perplexity_interval: units.and_then(|units| exp_per(units.n_bytes)),
+        byte_perplexity_stderr: stderr_of(&byte_interval),
+        byte_perplexity_interval: byte_interval,
         bits_per_byte: units.map(|units| sum.bits_per_byte(units.n_bytes)),
-        bits_per_byte_interval: units.and_then(|units| bits_interval(units.n_bytes)),
+        bits_per_byte_stderr: stderr_of(&bits_interval),
+        bits_per_byte_interval: bits_interval,
         nll_interval: nll,
     }
 }
