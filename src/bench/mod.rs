@@ -111,7 +111,7 @@ pub fn device_use(seen: &DeviceFigures) -> DeviceUse {
     }
 }
 
-/// Builds a prefill row from every start's samples in seconds; nothing where a start has none.
+/// Builds a prefill row from every start's samples in seconds; `None` where a start has no samples.
 pub fn prefill_result(n_prompt: usize, scores: bool, starts_s: &[Vec<f64>]) -> Option<PrefillResult> {
     let rates = Rates::of(n_prompt, starts_s)?;
     let samples_s = starts_s.concat();
@@ -138,7 +138,7 @@ pub fn prefill_result(n_prompt: usize, scores: bool, starts_s: &[Vec<f64>]) -> O
     })
 }
 
-/// Builds a decode row from every start's sequences of token latencies in seconds; nothing where a start has none.
+/// Builds a decode row from every start's sequences of token latencies in seconds; `None` where a start has no samples.
 pub fn decode_result(n_gen: usize, n_depth: usize, starts_s: &[Vec<Vec<f64>>]) -> Option<DecodeResult> {
     let sequences_s: Vec<Vec<f64>> =
         starts_s.iter().map(|start| start.iter().map(|latencies| latencies.iter().sum()).collect()).collect();
@@ -176,7 +176,7 @@ struct Rates {
 }
 
 impl Rates {
-    /// Returns the rates of samples of `n_tokens` each; nothing where a start has no sample.
+    /// Returns the rates of samples of `n_tokens` each; `None` where a start has no samples.
     fn of(n_tokens: usize, starts_s: &[Vec<f64>]) -> Option<Rates> {
         let rate = |samples_s: &[f64]| (n_tokens * samples_s.len()) as f64 / samples_s.iter().sum::<f64>();
         if starts_s.is_empty() || starts_s.iter().any(Vec::is_empty) {

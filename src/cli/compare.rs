@@ -32,7 +32,7 @@ impl Run {
         stages.filter(has_result).filter_map(|stage| stage["stage"].as_str()).collect()
     }
 
-    /// Returns the key of the `load` stage whose model a stage measured; nothing where that was quantized here.
+    /// Returns the key of the `load` stage whose model a stage measured; `None` for a model that `quantize` made.
     fn loaded_model(&self, stage: &StageInput) -> Option<&str> {
         let name = stage.record.head.params.get("model")?.as_str()?;
         let cell = stage.address.find('[').map_or("", |at| &stage.address[at..]);

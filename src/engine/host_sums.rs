@@ -5,8 +5,8 @@ use crate::metrics::statistics;
 use std::collections::BTreeMap;
 use std::time::Instant;
 
-/// A thread that ran for less of the window does not compute. A probe's thread wakes every 5 ms and, behind threads that compute on all
-/// processors, waits most of its time: 85 % of it was seen where nobody else waited.
+/// A thread that ran for less of the window does not compute. A probe's thread wakes every 5 ms; while threads
+/// compute on all processors it waits for one (85 % of the window was measured), which is no disturbance.
 const COMPUTES_SHARE: f64 = 0.1;
 
 /// Counters at one moment, in seconds.

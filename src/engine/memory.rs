@@ -200,7 +200,7 @@ Rss:                 100 kB
         let path = std::env::temp_dir().join(format!("labpipe-mapped-{}", std::process::id()));
         std::fs::write(&path, vec![1u8; 1 << 20]).expect("a writable folder");
         let file = std::fs::File::open(&path).expect("the file is there");
-        // SAFETY: nobody writes the file while it is mapped.
+        // SAFETY: the file is this test's own, and nothing changes it while it is mapped.
         let map = unsafe { memmap2::Mmap::map(&file) }.expect("a map");
         assert!(map.iter().step_by(4096).all(|byte| *byte == 1));
         let bytes = mapped_file_bytes().expect("a figure");

@@ -216,7 +216,7 @@ impl NvmlBoard {
         self.place.device(&self.nvml)
     }
 
-    /// Returns the bytes of device memory that this process has; nothing where they can't be told from others'.
+    /// Returns the bytes of device memory that this process has; `None` where the driver does not tell processes apart.
     pub fn used_bytes(&self) -> Option<u64> {
         used_bytes(&self.nvml, &self.place).filter(|(_, whose)| *whose != Whose::Device).map(|(bytes, _)| bytes)
     }

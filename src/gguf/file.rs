@@ -279,7 +279,7 @@ impl GgufFile {
     /// Gives back the resident pages of the file's map; they are read again when next used.
     pub fn drop_pages(&self) {
         #[cfg(unix)]
-        // SAFETY: the map is of a file and nobody writes through it: dropped pages come back with the same content.
+        // SAFETY: the map is read-only and backed by its file: a dropped page is read from the file again when next used.
         let _ = unsafe { self.map.unchecked_advise(memmap2::UncheckedAdvice::DontNeed) };
     }
 

@@ -17,7 +17,7 @@ pub trait Forecaster {
     /// Most bytes that a model and all it needs may take.
     fn memory_limit(&self) -> Option<u64>;
 
-    /// Returns the prediction; `None` where there is nobody to make one.
+    /// Returns the prediction; `None` where the engine makes none.
     ///
     /// # Errors
     /// What is wrong with the model.

@@ -131,7 +131,7 @@ impl SafetensorsFolder {
     pub fn drop_pages(&self) {
         #[cfg(unix)]
         for map in &self.maps {
-            // SAFETY: the map is of a file and nobody writes through it: dropped pages come back with the same content.
+            // SAFETY: the map is read-only and backed by its file: a dropped page is read from the file again when next used.
             let _ = unsafe { map.unchecked_advise(memmap2::UncheckedAdvice::DontNeed) };
         }
     }

@@ -16,7 +16,7 @@ pub struct Senses {
     pub device: Box<dyn Fn() -> Option<Box<dyn DeviceProbe>> + Send + Sync>,
     /// Returns the bytes that the driver could still hand out; nothing where it does not tell.
     pub free_bytes: Arc<dyn Fn() -> Option<u64> + Send + Sync>,
-    /// Returns the bytes of the device's memory that this process has; nothing where nobody tells.
+    /// Returns the bytes of the device's memory that this process has; `None` where the driver does not say.
     pub used_bytes: Arc<dyn Fn() -> Option<u64> + Send + Sync>,
     /// Most bytes of the device's memory that this process may have.
     pub limit_bytes: Option<u64>,
@@ -47,8 +47,8 @@ impl Room {
         (self.free_bytes)().map(|free| free + usage.bytes_reserved.saturating_sub(usage.bytes_in_use))
     }
 
-    /// Returns what this process has of the device's memory outside of the allocator: the driver's context, libraries, code. Nothing
-    /// where nobody tells.
+    /// Returns what this process has of the device's memory outside of the allocator: the driver's context, libraries, code; `None`
+    /// where the driver does not say.
     pub fn program_bytes(&self) -> Option<u64> {
         let reserved = self.client.memory_report(MemoryScope::Device).usage().bytes_reserved;
         (self.used_bytes)().map(|used| used.saturating_sub(reserved))
