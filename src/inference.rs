@@ -16,7 +16,7 @@ pub use account::{AccountPart, SourceAccount, StoredType, stored_words};
 pub use decode_check::{CHECKED_POSITIONS, DecodeCheck, check_decode, decode_budget};
 pub use device_probe::{DeviceFigures, DeviceProbe, EnergyWindow, GpuIdentity, OtherProcesses};
 pub use error::InferenceError;
-pub use host_probe::{HostProbe, QUIET_CPUS};
+pub use host_probe::{FULL_SPEED, HostProbe, QUIET_CPUS, Threads};
 pub use log_probs::{LogProbFormat, LogProbRows, LogProbSink, LogProbSource, argmax, diverge_logits, score_logits};
 pub use memory::{MemoryNeed, MemoryPrediction, Workload};
 pub use records::{HubRevision, LoadRecord, QuantizeRecord};

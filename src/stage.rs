@@ -188,6 +188,8 @@ pub struct StageContext<'a> {
     pub progress: &'a dyn Progress,
     /// `--accept-disturbed`: a disturbed measurement is kept without a second attempt and without a warning.
     pub accept_disturbed: bool,
+    /// A disturbed measurement may be made again as a whole: false once that was in vain.
+    pub may_repeat: bool,
 }
 
 impl StageContext<'_> {

@@ -58,6 +58,58 @@ fn of_two_disturbed_attempts_the_less_disturbed_is_kept_with_a_warning() {
     }
 }
 
+/// Runs a prefill of one case of three samples on processors of these speeds; the last one stays. Before the first sample fifty looks find
+/// full speed.
+fn slowed(speeds: &[f64], accept_disturbed: bool) -> (Value, String, String) {
+    let warm = if accept_disturbed { 0 } else { 50 };
+    let speeds = Arc::new(Mutex::new([vec![1.0; warm], speeds.to_vec()].concat()));
+    let script = Script { is_host: true, speeds, accept_disturbed, ..script(None, Fault::None) };
+    let params = json!({"n_prompt": [10], "samples": 3, "warmup": 0, "seed": 0});
+    let (output, _) = run("prefill-bench", params, &script);
+    let output = output.expect("a record");
+    (output.body["results"][0].clone(), output.summary, script.log.taken())
+}
+
+#[test]
+fn a_sample_on_a_slowed_processor_is_taken_once_more() {
+    // Right after the second sample one runs at half its speed, and still does when it is looked at again; then it is back.
+    let speeds = [vec![1.0, 1.0, 1.0, 0.5, 0.5], vec![1.0]].concat();
+    let (row, summary, log) = slowed(&speeds, false);
+    assert_eq!(log, "prefill prefill prefill prefill");
+    let seen = &row["disturbance"];
+    assert_eq!(
+        (&row["n_samples"], &seen["n_samples_repeated"], &seen["n_samples_set_aside"]),
+        (&json!(3), &json!(1), &json!(0))
+    );
+    assert_eq!((&seen["disturbed"], seen["host"]["processor_speed_min"].as_f64()), (&Value::Null, Some(1.0)));
+    assert!(!summary.contains("disturbed"), "{summary}");
+}
+
+#[test]
+fn a_sample_that_is_slowed_again_is_set_aside() {
+    let back = vec![1.0; 50];
+    // The second sample, the looks until the processor is back, and the same sample again.
+    let speeds = [vec![1.0, 1.0, 1.0, 0.5], back, vec![1.0, 0.6, 1.0]].concat();
+    let (row, _, log) = slowed(&speeds, false);
+    assert_eq!(log, "prefill prefill prefill prefill");
+    let seen = &row["disturbance"];
+    assert_eq!((&row["n_samples"], &seen["n_samples_set_aside"]), (&json!(2), &json!(1)));
+    assert_eq!(row["samples_s"].as_array().map(Vec::len), Some(2));
+    assert_eq!(seen["disturbed"], Value::Null);
+}
+
+#[test]
+fn where_all_samples_are_slowed_all_are_kept_and_marked() {
+    let speeds = [1.0, 1.0, 1.0, 1.0, 1.0, 0.5];
+    for accept_disturbed in [false, true] {
+        let speeds = if accept_disturbed { &speeds[..] } else { &[0.5] };
+        let (row, summary, log) = slowed(speeds, accept_disturbed);
+        assert_eq!((log.as_str(), &row["n_samples"]), ("prefill prefill prefill", &json!(3)));
+        assert_eq!(row["disturbance"]["disturbed"], "a processor ran at 50 % of its speed");
+        assert!(summary.contains("a processor ran at 50 %"), "{summary}");
+    }
+}
+
 #[test]
 fn an_accepted_disturbance_is_recorded_and_neither_repeated_nor_told() {
     let (seen, summary, notes, log) = shared(&[0.5, 0.0], true);

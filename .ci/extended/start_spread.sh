@@ -11,7 +11,8 @@ starts=${1:-200} device=${2:-cpu} model=${3:-models/stories260k}
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 out=${OUT:-$work/starts.json}
-[ "$device" = cpu ] && samples=1 || samples=2
+# As many in each start as in pipelines/sensitivity.yaml.
+passes=8 sequences=4
 cat > "$work/pairs.yaml" <<Y
 version: 1
 name: pairs
@@ -19,23 +20,25 @@ stages:
   # Two names of one model: their workers take turns. Another seed gives the same work another key.
   a: { kind: load, model: $model, dtype: f16 }
   b: { kind: load, model: $model, dtype: f16 }
-  prefill-a: { kind: prefill-bench, model: a, n_prompt: [64, 128, 256], samples: $((starts * samples)), starts: $starts, warmup: 2, seed: 1 }
-  prefill-b: { kind: prefill-bench, model: b, n_prompt: [64, 128, 256], samples: $((starts * samples)), starts: $starts, warmup: 2, seed: 2 }
-  decode-a:  { kind: decode-bench, model: a, n_gen: 64, n_depth: [0, 128], samples: $starts, starts: $starts, warmup: 1, seed: 1 }
-  decode-b:  { kind: decode-bench, model: b, n_gen: 64, n_depth: [0, 128], samples: $starts, starts: $starts, warmup: 1, seed: 2 }
+  prefill-a: { kind: prefill-bench, model: a, n_prompt: [64, 128, 256], samples: $((starts * passes)), starts: $starts, warmup: 2, seed: 1 }
+  prefill-b: { kind: prefill-bench, model: b, n_prompt: [64, 128, 256], samples: $((starts * passes)), starts: $starts, warmup: 2, seed: 2 }
+  decode-a:  { kind: decode-bench, model: a, n_gen: 64, n_depth: [0, 128], samples: $((starts * sequences)), starts: $starts, warmup: 1, seed: 1 }
+  decode-b:  { kind: decode-bench, model: b, n_gen: 64, n_depth: [0, 128], samples: $((starts * sequences)), starts: $starts, warmup: 1, seed: 2 }
 Y
-"$LP" --cache "$work/cache" --results "$work/results" run "$work/pairs.yaml" --device "$device" --accept-disturbed >/dev/null
+"$LP" --cache "$work/cache" --results "$work/results" run "$work/pairs.yaml" --device "$device" >/dev/null
 python3 - "$work/results/latest" "$out" <<'PY'
-import json, sys
+import json, math, statistics, sys
 folder, out = sys.argv[1:]
 kept = {}
 for kind in ("prefill", "decode"):
     for name in ("a", "b"):
         record = json.load(open(f"{folder}/{kind}-{name}/record.json"))
         for row in record["results"]:
-            kept.setdefault(f"{kind} {row['label']}", {})[name] = [round(start["tokens_per_second"], 2) for start in row["starts"]]
-            disturbed = sum(1 for start in row["starts"] if start["disturbance"])
-            print(f"{kind}-{name} {row['label']}: {len(row['starts'])} starts, {disturbed} disturbed")
+            rates = [None if start["is_left_out"] else round(start["tokens_per_second"], 2) for start in row["starts"]]
+            kept.setdefault(f"{kind} {row['label']}", {})[name] = rates
+            logs = [math.log(rate) for rate in rates if rate]
+            print(f"{kind}-{name} {row['label']}: {len(rates)} starts, {len(rates) - len(logs)} disturbed and left out, the others spread by "
+                  f"{100 * statistics.stdev(logs):.1f} %")
 json.dump({"device": record["device"], "figures": kept}, open(out, "w"))
 PY
 STARTS_JSON=$out cargo test --release --lib speeds_of_this_machine -- --ignored --nocapture 2>/dev/null | grep -E "pairs|slowdowns"

@@ -145,14 +145,12 @@ pub fn dot_f16(level: Level, bits: &[u16], x: &[f32]) -> Option<f32> {
 /// Writes half-precision values, given as bits, as f32.
 pub fn decode_f16(level: Level, bits: &[u16], out: &mut [f32]) {
     let n = bits.len().min(out.len());
-    let done = match level {
+    let (bits, out) = (&bits[..n], &mut out[..n]);
+    match level {
         // SAFETY: `level` is only ever a path that the processor has; both slices hold `n` values.
         #[cfg(target_arch = "x86_64")]
-        Level::Avx512 | Level::Avx2 => unsafe { x86::decode_f16(&bits[..n], &mut out[..n]) },
-        _ => 0,
-    };
-    for (value, raw) in out[done..n].iter_mut().zip(&bits[done..n]) {
-        *value = half::f16::from_bits(*raw).to_f32();
+        Level::Avx512 | Level::Avx2 => unsafe { x86::decode_f16(bits, out) },
+        _ => out.iter_mut().zip(bits).for_each(|(value, raw)| *value = half::f16::from_bits(*raw).to_f32()),
     }
 }
 
@@ -205,7 +203,7 @@ macro_rules! compiled_for_levels {
 }
 pub(crate) use compiled_for_levels;
 
-/// Returns Σ a·b, accumulated in fp32 over 64 partial sums.
+/// Returns Σ a·b, accumulated in fp32 over partial sums.
 pub fn dot(level: Level, a: &[f32], b: &[f32]) -> f32 {
     match level {
         // SAFETY: `level` is only ever a path that the processor has.
@@ -213,7 +211,7 @@ pub fn dot(level: Level, a: &[f32], b: &[f32]) -> f32 {
         Level::Avx512 => unsafe { x86::dot_avx512(a, b) },
         // SAFETY: as above.
         #[cfg(target_arch = "x86_64")]
-        Level::Avx2 => unsafe { x86::with_avx2(|| dot_body::<true>(a, b)) },
+        Level::Avx2 => unsafe { x86::dot_avx2(a, b) },
         _ => dot_body::<false>(a, b),
     }
 }
@@ -242,209 +240,7 @@ pub(crate) fn dot_body<const FUSED: bool>(a: &[f32], b: &[f32]) -> f32 {
 }
 
 #[cfg(target_arch = "x86_64")]
-mod x86 {
-    use std::arch::x86_64::*;
-
-    /// Runs `body` compiled for AVX-512.
-    ///
-    /// # Safety
-    /// The processor has avx512f, avx512bw and avx512vl.
-    #[target_feature(enable = "avx512f,avx512bw,avx512vl,fma")]
-    pub unsafe fn with_avx512<R>(body: impl FnOnce() -> R) -> R {
-        body()
-    }
-
-    /// Runs `body` compiled for AVX2.
-    ///
-    /// # Safety
-    /// The processor has avx2 and fma.
-    #[target_feature(enable = "avx2,fma")]
-    pub unsafe fn with_avx2<R>(body: impl FnOnce() -> R) -> R {
-        body()
-    }
-
-    /// Decodes 32 codes at a time; returns how many values it wrote.
-    ///
-    /// # Safety
-    /// The processor has avx512f; `codes` holds a nibble for every value of `out`.
-    #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
-    pub unsafe fn decode_nibbles_avx512(codes: &[u8], table: &[f32; 16], scale: f32, out: &mut [f32]) -> usize {
-        let n = out.len() / 32 * 32;
-        // SAFETY: loads of 16 bytes and stores of 16 values stay below `n / 2` and `n`; the table has 16 entries.
-        unsafe {
-            let table = _mm512_mul_ps(_mm512_loadu_ps(table.as_ptr()), _mm512_set1_ps(scale));
-            let low_mask = _mm_set1_epi8(15);
-            for at in (0..n).step_by(32) {
-                let bytes = _mm_loadu_si128(codes.as_ptr().add(at / 2).cast());
-                let high = _mm_and_si128(_mm_srli_epi16::<4>(bytes), low_mask);
-                let low = _mm_and_si128(bytes, low_mask);
-                let first = _mm512_cvtepu8_epi32(_mm_unpacklo_epi8(high, low));
-                let second = _mm512_cvtepu8_epi32(_mm_unpackhi_epi8(high, low));
-                _mm512_storeu_ps(out.as_mut_ptr().add(at), _mm512_permutexvar_ps(first, table));
-                _mm512_storeu_ps(out.as_mut_ptr().add(at + 16), _mm512_permutexvar_ps(second, table));
-            }
-        }
-        n
-    }
-
-    /// Returns Σ code·x.
-    ///
-    /// # Safety
-    /// The processor has avx512f, avx512bw and avx512vl; there is a code for every value of x.
-    #[target_feature(enable = "avx512f,avx512bw,avx512vl,fma")]
-    pub unsafe fn dot_i8_avx512(codes: &[i8], x: &[f32]) -> f32 {
-        let n = x.len() / 64 * 64;
-        let mut sums = [_mm512_setzero_ps(); 4];
-        for at in (0..n).step_by(64) {
-            for (lane, sum) in sums.iter_mut().enumerate() {
-                // SAFETY: `at + 16·lane + 16` stays at or below `n`.
-                unsafe {
-                    let codes = _mm_loadu_si128(codes.as_ptr().add(at + 16 * lane).cast());
-                    let x = _mm512_loadu_ps(x.as_ptr().add(at + 16 * lane));
-                    *sum = _mm512_fmadd_ps(_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(codes)), x, *sum);
-                }
-            }
-        }
-        let rest: f32 = codes[n..].iter().zip(&x[n..]).map(|(code, x)| f32::from(*code) * x).sum();
-        sum_of(sums) + rest
-    }
-
-    /// Returns Σ a·b with the sums of `dot_body`, which the compiler would take through memory.
-    ///
-    /// # Safety
-    /// The processor has avx512f.
-    #[target_feature(enable = "avx512f,avx512bw,avx512vl,fma")]
-    pub unsafe fn dot_avx512(a: &[f32], b: &[f32]) -> f32 {
-        let len = a.len().min(b.len());
-        let n = len / 64 * 64;
-        let mut sums = [_mm512_setzero_ps(); 4];
-        for at in (0..n).step_by(64) {
-            for (lane, sum) in sums.iter_mut().enumerate() {
-                // SAFETY: `at + 16·lane + 16` stays at or below `n`.
-                unsafe {
-                    let a = _mm512_loadu_ps(a.as_ptr().add(at + 16 * lane));
-                    *sum = _mm512_fmadd_ps(a, _mm512_loadu_ps(b.as_ptr().add(at + 16 * lane)), *sum);
-                }
-            }
-        }
-        let rest: f32 = a[n..len].iter().zip(&b[n..len]).map(|(a, b)| a * b).sum();
-        let [s0, s1, s2, s3] = sums;
-        _mm512_reduce_add_ps(_mm512_add_ps(_mm512_add_ps(s0, s2), _mm512_add_ps(s1, s3))) + rest
-    }
-
-    /// Returns Σ w·x.
-    ///
-    /// # Safety
-    /// The processor has avx512f; there is a value for every value of x.
-    #[target_feature(enable = "avx512f,avx512bw,avx512vl,fma")]
-    pub unsafe fn dot_f16_avx512(bits: &[u16], x: &[f32]) -> f32 {
-        let n = x.len() / 64 * 64;
-        let mut sums = [_mm512_setzero_ps(); 4];
-        for at in (0..n).step_by(64) {
-            for (lane, sum) in sums.iter_mut().enumerate() {
-                // SAFETY: `at + 16·lane + 16` stays at or below `n`.
-                unsafe {
-                    let half = _mm256_loadu_si256(bits.as_ptr().add(at + 16 * lane).cast());
-                    let x = _mm512_loadu_ps(x.as_ptr().add(at + 16 * lane));
-                    *sum = _mm512_fmadd_ps(_mm512_cvtph_ps(half), x, *sum);
-                }
-            }
-        }
-        let rest: f32 = bits[n..].iter().zip(&x[n..]).map(|(bits, x)| half::f16::from_bits(*bits).to_f32() * x).sum();
-        sum_of(sums) + rest
-    }
-
-    #[inline]
-    #[target_feature(enable = "avx512f,avx512bw,avx512vl,fma")]
-    fn sum_of([a, b, c, d]: [__m512; 4]) -> f32 {
-        _mm512_reduce_add_ps(_mm512_add_ps(_mm512_add_ps(a, b), _mm512_add_ps(c, d)))
-    }
-
-    /// Returns Σ (table[code] − zero)·scale·x.
-    ///
-    /// # Safety
-    /// The processor has avx512f, avx512bw and avx512vl; `x.len()` and `row.block` are multiples of 32; there is a nibble for
-    /// every value of x and a scale (and a zero point, if any) for every block.
-    #[target_feature(enable = "avx512f,avx512bw,avx512vl,fma")]
-    pub unsafe fn dot_nibbles_avx512(row: super::NibbleRow<'_>, x: &[f32]) -> f32 {
-        // SAFETY: every load stays below `x.len()` values and `x.len() / 2` bytes; the table has 16 entries.
-        unsafe {
-            let plain_table = _mm512_loadu_ps(row.table.as_ptr());
-            let low_mask = _mm_set1_epi8(15);
-            let (mut sum_a, mut sum_b) = (_mm512_setzero_ps(), _mm512_setzero_ps());
-            for (block_idx, x) in x.chunks(row.block).enumerate() {
-                let table = match row.zeros.get(block_idx) {
-                    None => plain_table,
-                    Some(zero) => _mm512_sub_ps(plain_table, _mm512_set1_ps(f32::from(*zero))),
-                };
-                let codes = row.codes.as_ptr().add(block_idx * row.block / 2);
-                let (mut block_a, mut block_b) = (_mm512_setzero_ps(), _mm512_setzero_ps());
-                for at in (0..x.len()).step_by(32) {
-                    let bytes = _mm_loadu_si128(codes.add(at / 2).cast());
-                    let high = _mm_and_si128(_mm_srli_epi16::<4>(bytes), low_mask);
-                    let low = _mm_and_si128(bytes, low_mask);
-                    let first = _mm512_cvtepu8_epi32(_mm_unpacklo_epi8(high, low));
-                    let second = _mm512_cvtepu8_epi32(_mm_unpackhi_epi8(high, low));
-                    let (x_a, x_b) = (_mm512_loadu_ps(x.as_ptr().add(at)), _mm512_loadu_ps(x.as_ptr().add(at + 16)));
-                    block_a = _mm512_fmadd_ps(_mm512_permutexvar_ps(first, table), x_a, block_a);
-                    block_b = _mm512_fmadd_ps(_mm512_permutexvar_ps(second, table), x_b, block_b);
-                }
-                let scale = _mm512_set1_ps(*row.scales.get_unchecked(block_idx));
-                sum_a = _mm512_fmadd_ps(block_a, scale, sum_a);
-                sum_b = _mm512_fmadd_ps(block_b, scale, sum_b);
-            }
-            _mm512_reduce_add_ps(_mm512_add_ps(sum_a, sum_b))
-        }
-    }
-
-    /// Decodes 16 codes at a time; returns how many values it wrote.
-    ///
-    /// # Safety
-    /// The processor has avx2; `codes` holds a nibble for every value of `out`.
-    #[target_feature(enable = "avx2,fma")]
-    pub unsafe fn decode_nibbles_avx2(codes: &[u8], table: &[f32; 16], scale: f32, out: &mut [f32]) -> usize {
-        let n = out.len() / 16 * 16;
-        // SAFETY: loads of 8 bytes and stores of 8 values stay below `n / 2` and `n`; the table has 16 entries.
-        unsafe {
-            let scale = _mm256_set1_ps(scale);
-            let table_low = _mm256_mul_ps(_mm256_loadu_ps(table.as_ptr()), scale);
-            let table_high = _mm256_mul_ps(_mm256_loadu_ps(table.as_ptr().add(8)), scale);
-            let low_mask = _mm_set1_epi8(15);
-            for at in (0..n).step_by(16) {
-                let bytes = _mm_loadl_epi64(codes.as_ptr().add(at / 2).cast());
-                let high = _mm_and_si128(_mm_srli_epi16::<4>(bytes), low_mask);
-                let low = _mm_and_si128(bytes, low_mask);
-                let pairs = _mm_unpacklo_epi8(high, low);
-                for (offset, eight) in [(0, pairs), (8, _mm_srli_si128::<8>(pairs))] {
-                    let index = _mm256_cvtepu8_epi32(eight);
-                    let from_low = _mm256_permutevar8x32_ps(table_low, index);
-                    let from_high = _mm256_permutevar8x32_ps(table_high, index);
-                    let pick_high = _mm256_castsi256_ps(_mm256_slli_epi32::<28>(index));
-                    let values = _mm256_blendv_ps(from_low, from_high, pick_high);
-                    _mm256_storeu_ps(out.as_mut_ptr().add(at + offset), values);
-                }
-            }
-        }
-        n
-    }
-
-    /// Decodes 8 values at a time; returns how many it wrote.
-    ///
-    /// # Safety
-    /// The processor has f16c; both slices have the same length.
-    #[target_feature(enable = "avx2,f16c")]
-    pub unsafe fn decode_f16(bits: &[u16], out: &mut [f32]) -> usize {
-        let n = out.len() / 8 * 8;
-        // SAFETY: loads and stores of 8 values stay below `n`.
-        unsafe {
-            for at in (0..n).step_by(8) {
-                let half = _mm_loadu_si128(bits.as_ptr().add(at).cast());
-                _mm256_storeu_ps(out.as_mut_ptr().add(at), _mm256_cvtph_ps(half));
-            }
-        }
-        n
-    }
-}
+pub(crate) mod x86;
 
 #[cfg(test)]
 mod tests {

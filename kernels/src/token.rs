@@ -100,8 +100,8 @@ pub fn attend(level: Level, group: usize, q: &[f32], cache: HeadCache<'_>, softc
     let (sums, part) = part.split_at_mut(group);
     let (weighted, scores) = part.split_at_mut(group * head_dim);
     #[cfg(target_arch = "x86_64")]
-    if level == Level::Avx512 && head_dim.is_multiple_of(64) {
-        // SAFETY: the processor has this path; keys, values and room were checked above, and heads are whole blocks of 64.
+    if level == Level::Avx512 {
+        // SAFETY: the processor has this path; keys, values and room were checked above.
         return unsafe { x86::attend(q, cache, softcap, maxima, sums, weighted, scores) };
     }
     attend_parts(level, q, cache, softcap, maxima, sums, weighted, scores);
@@ -211,6 +211,7 @@ pub fn merge(group: usize, parts: &[f32], part_len: usize, out: &mut [f32]) {
 #[cfg(target_arch = "x86_64")]
 mod x86 {
     use super::{HeadCache, weigh};
+    use crate::simd::x86::{dot_avx512, first_lanes};
     use std::arch::x86_64::*;
 
     /// How many keys ahead of the one in use are asked for; values while their keys are in use.
@@ -219,8 +220,8 @@ mod x86 {
     /// What `attend_body` does, with sums in registers.
     ///
     /// # Safety
-    /// The processor has avx512f, avx512bw and avx512vl; `cache` holds `n_keys` keys and values of head_dim = q.len() / maxima.len(),
-    /// a multiple of 64; `scores` has room for `[group, n_keys]` and `weighted` for `[group, head_dim]`.
+    /// The processor has avx512f, avx512bw and avx512vl; `cache` holds `n_keys` keys and values of head_dim = q.len() / maxima.len();
+    /// `scores` has room for `[group, n_keys]` and `weighted` for `[group, head_dim]`.
     #[target_feature(enable = "avx512f,avx512bw,avx512vl,fma")]
     pub unsafe fn attend(
         q: &[f32],
@@ -242,12 +243,14 @@ mod x86 {
             let key = &cache.keys[t * cache.stride..][..head_dim];
             for (query_idx, q) in q.chunks_exact(head_dim).enumerate() {
                 // SAFETY: the processor has this path.
-                scores[query_idx * n_keys + t] = unsafe { dot(key, q) };
+                scores[query_idx * n_keys + t] = unsafe { dot_avx512(key, q) };
             }
         }
         weigh(n_keys, softcap, maxima, sums, scores);
         for (weights, weighted) in scores.chunks_exact(n_keys).zip(weighted.chunks_exact_mut(head_dim)) {
-            for (block_idx, out) in weighted.as_chunks_mut::<64>().0.iter_mut().enumerate() {
+            let (blocks, rest) = weighted.as_chunks_mut::<64>();
+            let n_blocks = blocks.len();
+            for (block_idx, out) in blocks.iter_mut().enumerate() {
                 // SAFETY: value t lies in what the caller vouches for, and `out` has 64 places.
                 unsafe {
                     let values = cache.values.as_ptr().add(block_idx * 64);
@@ -263,28 +266,28 @@ mod x86 {
                     }
                 }
             }
-        }
-    }
-
-    /// Returns Σ a·b of as many whole blocks of 64 as both have.
-    ///
-    /// # Safety
-    /// The processor has avx512f.
-    #[inline]
-    #[target_feature(enable = "avx512f,avx512bw,avx512vl,fma")]
-    unsafe fn dot(a: &[f32], b: &[f32]) -> f32 {
-        let mut sums = [_mm512_setzero_ps(); 4];
-        for (a, b) in a.as_chunks::<64>().0.iter().zip(b.as_chunks::<64>().0) {
-            for (lane, sum) in sums.iter_mut().enumerate() {
-                // SAFETY: each block has 64 values.
+            for (lane, out) in rest.chunks_mut(16).enumerate() {
+                let (at, mask) = (n_blocks * 64 + 16 * lane, first_lanes(out.len()));
+                // SAFETY: masked loads and the store touch places of this head alone.
                 unsafe {
-                    let a = _mm512_loadu_ps(a.as_ptr().add(16 * lane));
-                    *sum = _mm512_fmadd_ps(a, _mm512_loadu_ps(b.as_ptr().add(16 * lane)), *sum);
+                    let values = cache.values.as_ptr().add(at);
+                    let value = |t: usize| _mm512_maskz_loadu_ps(mask, values.add(t * cache.stride));
+                    let mut sums = [_mm512_setzero_ps(); 4];
+                    let (quads, last) = weights.as_chunks::<4>();
+                    for (quad_idx, quad) in quads.iter().enumerate() {
+                        for (i, sum) in sums.iter_mut().enumerate() {
+                            *sum = _mm512_fmadd_ps(_mm512_set1_ps(quad[i]), value(4 * quad_idx + i), *sum);
+                        }
+                    }
+                    for (i, weight) in last.iter().enumerate() {
+                        sums[0] = _mm512_fmadd_ps(_mm512_set1_ps(*weight), value(4 * quads.len() + i), sums[0]);
+                    }
+                    let [s0, s1, s2, s3] = sums;
+                    let sum = _mm512_add_ps(_mm512_add_ps(s0, s1), _mm512_add_ps(s2, s3));
+                    _mm512_mask_storeu_ps(out.as_mut_ptr(), mask, sum);
                 }
             }
         }
-        let [s0, s1, s2, s3] = sums;
-        _mm512_reduce_add_ps(_mm512_add_ps(_mm512_add_ps(s0, s2), _mm512_add_ps(s1, s3)))
     }
 }
 

@@ -7,8 +7,10 @@ if ! ls /usr/share/vulkan/icd.d/*.json >/dev/null 2>&1 && command -v apt-get >/d
 fi
 export XDG_RUNTIME_DIR=${XDG_RUNTIME_DIR:-/tmp}
 export LABPIPE_TEST_DEVICE=wgpu
-cargo test --release --locked --package labpipe-kernels --features wgpu --lib --test cube_kernels --test cube_quantize
+# One set of features for both packages, so that what both need is built once. The time of these tests is the software Vulkan's.
+tests() { cargo test --profile quick --locked --package labpipe --package labpipe-kernels --features labpipe/wgpu "$@"; }
+tests --test cube_kernels --test cube_quantize
 # One thread: what one test launches while another records a step would be recorded too.
-cargo test --release --locked --features wgpu --test families --test damaged_weights --test survey -- --test-threads 1
-cargo test --release --locked --features wgpu --lib gpu:: -- --test-threads 1
-cargo test --release --locked --features wgpu --test engine_reference -- --test-threads 1 logits greedy longer
+tests --test families --test damaged_weights --test survey -- --test-threads 1
+tests --lib -- --test-threads 1 gpu:: simd:: weight:: schemes:: strips:: token::
+tests --test engine_reference -- --test-threads 1 logits greedy longer

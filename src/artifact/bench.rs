@@ -174,7 +174,7 @@ pub struct PrefillResult {
 /// One start of a row: a process of its own that loaded the model and took its share of the samples.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct StartResult {
-    /// Passes of a prefill, sequences of a decode; their times stand in `samples_s` start by start.
+    /// Passes of a prefill, sequences of a decode; their times stand in `samples_s` start by start, but for starts that were left out.
     pub n_samples: usize,
     /// Tokens / time over this start's samples.
     #[serde(with = "number")]
@@ -182,6 +182,28 @@ pub struct StartResult {
     /// What disturbed it; null if nothing that is known.
     #[serde(default)]
     pub disturbance: Option<String>,
+    /// It was disturbed, and two others at least were not: no figure of the row counts it.
+    #[serde(default)]
+    pub is_left_out: bool,
+}
+
+/// Returns how many starts count; one where a record of an older version names none.
+fn n_counted(starts: &[StartResult]) -> usize {
+    starts.iter().filter(|start| !start.is_left_out).count().max(1)
+}
+
+impl PrefillResult {
+    /// Returns how many starts its figures count.
+    pub fn n_starts(&self) -> usize {
+        n_counted(&self.starts)
+    }
+}
+
+impl DecodeResult {
+    /// Returns how many starts its figures count.
+    pub fn n_starts(&self) -> usize {
+        n_counted(&self.starts)
+    }
 }
 
 /// One row of a `decode-bench` record's `results`; times in seconds per token.

@@ -8,8 +8,17 @@ use serde::{Deserialize, Serialize};
 pub struct Disturbance {
     /// Why the attempt that was kept counts as disturbed; null if it does not.
     pub disturbed: Option<String>,
+    /// `--accept-disturbed`: it counts like any other.
+    #[serde(default)]
+    pub accepted: bool,
     /// The first attempt was disturbed and the measurement was made once more.
     pub repeated: bool,
+    /// Samples during which a processor was slowed, and that were therefore taken again; the one at the higher speed was kept.
+    #[serde(default)]
+    pub n_samples_repeated: usize,
+    /// Samples that were slowed again, and therefore left out of every figure; if all were slowed, all were kept.
+    #[serde(default)]
+    pub n_samples_set_aside: usize,
     /// The attempt that was not kept.
     pub discarded: Option<DiscardedAttempt>,
     /// Of the attempt that was kept.
@@ -79,6 +88,10 @@ pub struct HostFigures {
     pub cpu_mhz_min: Option<f64>,
     #[serde(default, with = "number::optional")]
     pub cpu_mhz_median: Option<f64>,
+    /// The lowest share of its best speed at which a processor ran right before or after a sample that was kept: lower where its clock
+    /// was lowered, and where another program used the second hardware thread of its core.
+    #[serde(default, with = "number::optional")]
+    pub processor_speed_min: Option<f64>,
     /// Times that the processor lowered its clock because of heat.
     pub n_thermal_events: Option<u64>,
 }

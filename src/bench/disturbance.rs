@@ -3,7 +3,7 @@
 //! Bounds are measured: docs/definitions.md#disturbance.
 
 use crate::artifact::{DeviceUse, HostFigures};
-use crate::inference::QUIET_CPUS;
+use crate::inference::{FULL_SPEED, QUIET_CPUS};
 
 /// Time that the most delayed computing thread waited for a processor.
 const WAITING_SHARE: f64 = 0.05;
@@ -68,7 +68,11 @@ fn host_reasons(host: &HostFigures, is_host: bool) -> Vec<Reason> {
         .n_thermal_events
         .filter(|n| *n > 0 && is_host)
         .map(|n| Reason { text: format!("the CPU was slowed down by heat ({n} events)"), severity: 1.0 });
-    [others, waiting, steal, thermal].into_iter().flatten().collect()
+    let speed = host.processor_speed_min.filter(|speed| *speed < FULL_SPEED && is_host).map(|speed| Reason {
+        text: format!("a processor ran at {:.0} % of its speed", speed * 100.0),
+        severity: FULL_SPEED / speed.max(0.01),
+    });
+    [others, waiting, steal, speed, thermal].into_iter().flatten().collect()
 }
 
 fn device_reasons(device: &DeviceUse) -> Vec<Reason> {

@@ -188,6 +188,7 @@ impl Rates {
                 n_samples: samples_s.len(),
                 tokens_per_second: rate(samples_s),
                 disturbance: None,
+                is_left_out: false,
             })
             .collect();
         let of_all = rate(&starts_s.concat());
@@ -202,9 +203,11 @@ impl Rates {
 /// Makes one prefill row of those of its starts.
 pub fn combine_prefills(rows: &[&PrefillResult]) -> Option<PrefillResult> {
     let first = rows.first()?;
-    let starts_s: Vec<Vec<f64>> = rows.iter().map(|row| row.samples_s.clone()).collect();
-    let mut row = prefill_result(first.n_prompt, first.scores, &starts_s)?;
     let seen: Vec<Option<&Disturbance>> = rows.iter().map(|row| row.disturbance.as_ref()).collect();
+    let counts = counted(&seen);
+    let starts_s: Vec<Vec<f64>> = kept(rows, &counts).map(|row| row.samples_s.clone()).collect();
+    let mut row = prefill_result(first.n_prompt, first.scores, &starts_s)?;
+    row.starts = all_starts(rows.iter().map(|row| &row.starts), &counts);
     row.disturbance = combine_disturbance(&seen, &mut row.starts);
     Some(row)
 }
@@ -212,12 +215,35 @@ pub fn combine_prefills(rows: &[&PrefillResult]) -> Option<PrefillResult> {
 /// Makes one decode row of those of its starts.
 pub fn combine_decodes(rows: &[&DecodeResult]) -> Option<DecodeResult> {
     let first = rows.first()?;
-    let sequences = |row: &&DecodeResult| row.samples_s.chunks(first.n_gen.max(1)).map(<[f64]>::to_vec).collect();
-    let starts_s: Vec<Vec<Vec<f64>>> = rows.iter().map(sequences).collect();
-    let mut row = decode_result(first.n_gen, first.n_depth, &starts_s)?;
     let seen: Vec<Option<&Disturbance>> = rows.iter().map(|row| row.disturbance.as_ref()).collect();
+    let counts = counted(&seen);
+    let sequences = |row: &DecodeResult| row.samples_s.chunks(first.n_gen.max(1)).map(<[f64]>::to_vec).collect();
+    let starts_s: Vec<Vec<Vec<f64>>> = kept(rows, &counts).map(sequences).collect();
+    let mut row = decode_result(first.n_gen, first.n_depth, &starts_s)?;
+    row.starts = all_starts(rows.iter().map(|row| &row.starts), &counts);
     row.disturbance = combine_disturbance(&seen, &mut row.starts);
     Some(row)
+}
+
+/// Returns which starts count: all, or, where two at least were undisturbed, those and the ones that `--accept-disturbed` keeps.
+fn counted(seen: &[Option<&Disturbance>]) -> Vec<bool> {
+    let counts = |seen: &Option<&Disturbance>| seen.is_none_or(|seen| seen.disturbed.is_none() || seen.accepted);
+    let counts: Vec<bool> = seen.iter().map(counts).collect();
+    let n_counted = counts.iter().filter(|counts| **counts).count();
+    if n_counted < 2 { vec![true; seen.len()] } else { counts }
+}
+
+fn kept<'a, T>(rows: &'a [&T], counts: &'a [bool]) -> impl Iterator<Item = &'a T> {
+    rows.iter().zip(counts).filter(|(_, counts)| **counts).map(|(row, _)| *row)
+}
+
+/// Puts the starts of rows of one start each together, and marks those that do not count.
+fn all_starts<'a>(rows: impl Iterator<Item = &'a Vec<StartResult>>, counts: &[bool]) -> Vec<StartResult> {
+    let mark = |(starts, counts): (&Vec<StartResult>, &bool)| {
+        let is_left_out = !counts;
+        starts.iter().map(|start| StartResult { is_left_out, ..start.clone() }).collect::<Vec<_>>()
+    };
+    rows.zip(counts).flat_map(mark).collect()
 }
 
 /// Returns what was seen in the start that was disturbed, else in one that was measured again, else in the first; says how many were, and
@@ -232,7 +258,9 @@ fn combine_disturbance(seen: &[Option<&Disturbance>], starts: &mut [StartResult]
         return known.iter().find(|one| one.repeated).or(known.first()).map(|one| (*one).clone());
     };
     let reason = worst.disturbed.clone().unwrap_or_default();
-    let text = format!("{} of {} starts, {reason}", disturbed.len(), seen.len());
+    let n_left_out = starts.iter().filter(|start| start.is_left_out).count();
+    let left_out = if n_left_out > 0 { " and left out" } else { "" };
+    let text = format!("{} of {} starts{left_out}, {reason}", disturbed.len(), seen.len());
     Some(Disturbance { disturbed: Some(text), ..(*worst).clone() })
 }
 
@@ -308,11 +336,35 @@ mod tests {
     }
 
     #[test]
+    fn a_disturbed_start_is_left_out_where_two_others_were_not_disturbed() {
+        let start = |seconds: f64, disturbed: bool, accepted: bool| {
+            let disturbed = disturbed.then(|| "others took 0.9 CPUs".to_owned());
+            let row = prefill_result(8, false, &[vec![seconds]]).expect("a row");
+            PrefillResult { disturbance: Some(Disturbance { disturbed, accepted, ..Disturbance::default() }), ..row }
+        };
+        let combined = |rows: &[PrefillResult]| combine_prefills(&rows.iter().collect::<Vec<_>>()).expect("a row");
+        let row = combined(&[start(1.0, false, false), start(4.0, true, false), start(3.0, false, false)]);
+        assert_eq!((row.tokens_per_second, row.samples_s.as_slice(), row.ttft_s_mean), (4.0, &[1.0, 3.0][..], 2.0));
+        let left_out: Vec<(f64, bool)> =
+            row.starts.iter().map(|start| (start.tokens_per_second, start.is_left_out)).collect();
+        assert_eq!(left_out, [(8.0, false), (2.0, true), (8.0 / 3.0, false)]);
+        let text = row.disturbance.and_then(|seen| seen.disturbed);
+        assert_eq!(text.as_deref(), Some("1 of 3 starts and left out, others took 0.9 CPUs"));
+        // One undisturbed start alone says nothing of the spread; a disturbed one that is accepted counts.
+        for rows in [
+            [start(1.0, false, false), start(4.0, true, false), start(3.0, true, false)],
+            [start(1.0, false, false), start(4.0, true, true), start(3.0, false, false)],
+        ] {
+            assert_eq!(combined(&rows).tokens_per_second, 3.0);
+        }
+    }
+
+    #[test]
     fn one_disturbed_start_marks_the_row_and_itself() {
         let quiet = Disturbance::default();
         let again = Disturbance { repeated: true, ..Disturbance::default() };
         let disturbed = Disturbance { disturbed: Some("others took 0.9 CPUs".to_owned()), ..Disturbance::default() };
-        let start = StartResult { n_samples: 1, tokens_per_second: 1.0, disturbance: None };
+        let start = StartResult { n_samples: 1, tokens_per_second: 1.0, disturbance: None, is_left_out: false };
         let mut starts = vec![start; 3];
         let row = combine_disturbance(&[Some(&quiet), Some(&disturbed), Some(&again)], &mut starts).expect("figures");
         assert_eq!(row.disturbed.as_deref(), Some("1 of 3 starts, others took 0.9 CPUs"));

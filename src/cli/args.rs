@@ -112,6 +112,9 @@ pub enum Command {
         /// In bytes
         #[arg(long)]
         memory_limit: Option<u64>,
+        /// What the parent knows of the processors
+        #[arg(long)]
+        processor_speeds: Option<String>,
     },
     /// Print a completion script for a shell
     Completions { shell: clap_complete::Shell },

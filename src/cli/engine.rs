@@ -2,7 +2,7 @@
 
 use super::error::CliError;
 use crate::inference::{Engine, GpuIdentity, InferenceError};
-use crate::run::{WorkerError, Workers, serve};
+use crate::run::{Launch, WorkerError, Workers, serve};
 use crate::stages::catalogue;
 use std::sync::Arc;
 
@@ -25,9 +25,22 @@ pub fn build(device: &str, _memory_limit: Option<u64>) -> Result<(Arc<dyn Engine
     Err(InferenceError::Device { device: device.to_owned(), reason })
 }
 
-/// Runs stages for the parent process until it closes stdin.
-pub fn work(device: &str, memory_limit: Option<u64>, accept_disturbed: bool) -> u8 {
-    serve(&catalogue(), device, accept_disturbed, || build(device, memory_limit))
+/// Runs stages for the parent process until it closes stdin. `processor_speeds` is what the parent knows of the processors.
+pub fn work(device: &str, memory_limit: Option<u64>, accept_disturbed: bool, processor_speeds: Option<&str>) -> u8 {
+    #[cfg(feature = "cpu")]
+    {
+        crate::engine::keep_freed_memory();
+        // A parent of the same program wrote it; without it the worker learns by itself.
+        let _ = processor_speeds.map(crate::engine::know_processor_speeds);
+    }
+    #[cfg(not(feature = "cpu"))]
+    let _ = processor_speeds;
+    serve(&catalogue(), device, accept_disturbed, || {
+        let built = build(device, memory_limit);
+        #[cfg(feature = "cpu")]
+        crate::engine::pin_threads();
+        built
+    })
 }
 
 /// Returns the machine's GPUs; nothing where this build or this machine has nobody to ask.
@@ -47,7 +60,17 @@ pub fn workers(device: &str, memory_limit: Option<u64>) -> Result<Workers, CliEr
         message: format!("failed to find this program's own file, which workers are started from: {error}"),
         hint: None,
     })?;
-    Workers::start(program, device, memory_limit).map_err(|error| match error {
+    #[cfg(feature = "cpu")]
+    let processor_speeds = {
+        // As workers' threads will be.
+        crate::engine::pin_threads();
+        Some(crate::engine::processor_speeds())
+    };
+    #[cfg(not(feature = "cpu"))]
+    let processor_speeds = None;
+    let device = device.to_owned();
+    let launch = Launch { program, device, memory_limit, accept_disturbed: false, processor_speeds };
+    Workers::start(launch).map_err(|error| match error {
         WorkerError::Device(error) => CliError::Device(error),
         other => CliError::Worker(other),
     })

@@ -7,7 +7,7 @@ use super::device::cpu_identity;
 use super::footprint::{cache_bytes, host_work_bytes, weights_bytes};
 use super::forward::Executor;
 use super::host_load::ProcProbe;
-use super::memory::{HostProbe, HostRoom, rss_anon_bytes, total_memory_bytes};
+use super::memory::{HostProbe, HostRoom, rss_anon_bytes, total_memory_bytes, trim_heap};
 use super::model::BurnModel;
 use super::save::save_model;
 use super::source::{open_source, tokenizer_path};
@@ -50,7 +50,10 @@ impl BurnEngine {
                 computed_with: computed_with::host(),
             },
             room: HostRoom::default(),
-            program_bytes: rss_anon_bytes().unwrap_or(0),
+            program_bytes: {
+                trim_heap();
+                rss_anon_bytes().unwrap_or(0)
+            },
         }
     }
 

@@ -4,8 +4,9 @@
 
 use super::host_sums::{Snapshot, Sums};
 use super::proc_files::{CpuTime, cpu_list, cpu_times, field, pressure_s, process_s, relatives_in, schedstat_s};
+use super::processor_speed::processor_speed;
 use crate::artifact::HostFigures;
-use crate::inference::{HostProbe, QUIET_CPUS};
+use crate::inference::{HostProbe, QUIET_CPUS, Threads};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
@@ -143,6 +144,10 @@ impl HostProbe for ProcProbe {
             }
         }
         self.gave_up = true;
+    }
+
+    fn processor_speed(&mut self, threads: Threads) -> Option<f64> {
+        Some(processor_speed(threads))
     }
 }
 

@@ -105,6 +105,7 @@ impl Sums {
             cpu_pressure_share: share(self.pressure_s, self.window_s),
             cpu_mhz_min: clocks.as_ref().map(|clocks| clocks.min),
             cpu_mhz_median: clocks.as_ref().map(|clocks| clocks.median),
+            processor_speed_min: None,
             n_thermal_events: self.n_thermal,
         }
     }

@@ -26,7 +26,9 @@ mod memory;
 mod model;
 #[cfg(feature = "cuda")]
 mod nvidia;
+mod pinning;
 mod proc_files;
+mod processor_speed;
 mod rope;
 mod save;
 mod score;
@@ -39,6 +41,8 @@ mod weights;
 pub use burn_engine::BurnEngine;
 pub use device::{build, build_within};
 pub use families::FAMILIES;
-pub use memory::rss_anon_bytes;
+pub use memory::{keep_freed_memory, rss_anon_bytes};
 #[cfg(feature = "cuda")]
 pub use nvidia::gpus;
+pub use pinning::pin_threads;
+pub use processor_speed::{know_processor_speeds, processor_speeds};

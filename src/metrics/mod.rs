@@ -16,8 +16,8 @@ pub use perplexity::{
     Convention, Cut, PerplexitySum, TextUnits, Window, half_windows, rolling_windows, short_text_note, windows,
 };
 pub use starts::{
-    FigureStarts, MIN_VERDICT_DF, RateInterval, RateRatio, StartVariance, own_variance, pooled_variance, rate_interval,
-    rate_ratio, referred_ratio,
+    FigureStarts, MIN_VERDICT_DF, RateInterval, RateRatio, StartVariance, compared_variance, own_variance,
+    pooled_variance, rate_interval, rate_ratio, referred_ratio,
 };
 pub use statistics::{mean_and_stderr, percentile, quantile_stderr, statistics};
 

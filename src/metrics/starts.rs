@@ -10,6 +10,9 @@ use statrs::distribution::{ChiSquared, ContinuousCDF};
 pub const MIN_VERDICT_DF: f64 = 8.0;
 /// Variances are pooled unless Bartlett's test rejects at this level that they agree.
 const AGREEMENT_LEVEL: f64 = 0.1;
+/// The same for the figures of one comparison by themselves. Equally many starts compare well also where their variances differ (G. E. P.
+/// Box, Annals of Mathematical Statistics 25, 1954), so only a gross difference stops it.
+const OWN_AGREEMENT_LEVEL: f64 = 0.001;
 
 /// The variance between starts of log rate.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -48,18 +51,30 @@ pub struct FigureStarts<'a, P> {
     /// Figures with the same value were measured in the same starts, of one model: what a start has of its own is in all of them.
     pub processes: P,
     pub log_rates: &'a [f64],
+    /// Which start each is of, in rising order.
+    pub start_idxs: &'a [usize],
 }
 
 /// Returns the variance between starts, pooled over figures of one kind on one device. `None` where no figure has two starts, or where the
-/// figures' variances do not agree.
+/// figures' variances do not agree: figures beside those that are compared must agree well.
 ///
 /// A sum of k variances of ν degrees of freedom each, from values that correlate by ρ, varies like one of kν/(1 + (k − 1)ρ²); ρ² is the
 /// mean over pairs of figures that share their starts.
 pub fn pooled_variance<P: PartialEq>(figures: &[FigureStarts<'_, P>]) -> Option<StartVariance> {
+    pooled_if_agreed(figures, AGREEMENT_LEVEL)
+}
+
+/// Returns the variance between starts of the figures of one comparison, by themselves. `None` where no figure has two starts, or where
+/// their variances differ grossly.
+pub fn compared_variance<P: PartialEq>(figures: &[FigureStarts<'_, P>]) -> Option<StartVariance> {
+    pooled_if_agreed(figures, OWN_AGREEMENT_LEVEL)
+}
+
+fn pooled_if_agreed<P: PartialEq>(figures: &[FigureStarts<'_, P>], level: f64) -> Option<StartVariance> {
     let repeated: Vec<&FigureStarts<'_, P>> = figures.iter().filter(|figure| figure.log_rates.len() > 1).collect();
     let variances: Vec<(f64, usize)> =
         repeated.iter().map(|figure| (variance(figure.log_rates), figure.log_rates.len() - 1)).collect();
-    if variances.is_empty() || !agree(&variances) {
+    if variances.is_empty() || !agree(&variances, level) {
         return None;
     }
     let total_df: f64 = variances.iter().map(|(_, df)| *df as f64).sum();
@@ -69,7 +84,7 @@ pub fn pooled_variance<P: PartialEq>(figures: &[FigureStarts<'_, P>]) -> Option<
     for (idx, one) in repeated.iter().enumerate() {
         for other in repeated.iter().skip(idx + 1).filter(|other| other.processes == one.processes) {
             let df = (one.log_rates.len().min(other.log_rates.len()) - 1) as f64;
-            covariances += 2.0 * df * squared_correlation(one.log_rates, other.log_rates);
+            covariances += 2.0 * df * squared_correlation(one, other);
         }
     }
     let spread_of_sum = total_df + covariances;
@@ -82,13 +97,21 @@ pub fn pooled_variance<P: PartialEq>(figures: &[FigureStarts<'_, P>]) -> Option<
 
 /// Returns the variance of one figure's log rates by itself; `None` for fewer than two starts.
 pub fn own_variance(starts: &[f64]) -> Option<StartVariance> {
-    pooled_variance(&[FigureStarts { processes: (), log_rates: starts }])
+    let start_idxs: Vec<usize> = (0..starts.len()).collect();
+    pooled_variance(&[FigureStarts { processes: (), log_rates: starts, start_idxs: &start_idxs }])
 }
 
-/// Returns the square of Pearson's correlation, start by start; 1 where it can't be told. So few starts correlate by chance too: that
-/// leaves fewer degrees of freedom than there are, never more.
-fn squared_correlation(first: &[f64], second: &[f64]) -> f64 {
-    if first.len() != second.len() {
+/// Returns the square of Pearson's correlation over the starts that both figures have; 1 where it can't be told. So few starts correlate by
+/// chance too: that leaves fewer degrees of freedom than there are, never more.
+fn squared_correlation<P>(one: &FigureStarts<'_, P>, other: &FigureStarts<'_, P>) -> f64 {
+    let rate_of = |figure: &FigureStarts<'_, P>, start_idx: usize| {
+        let at = figure.start_idxs.binary_search(&start_idx).ok()?;
+        figure.log_rates.get(at).copied()
+    };
+    let of_both = one.start_idxs.iter().filter_map(|idx| Some((rate_of(one, *idx)?, rate_of(other, *idx)?)));
+    let (first, second): (Vec<f64>, Vec<f64>) = of_both.unzip();
+    let (first, second) = (first.as_slice(), second.as_slice());
+    if first.len() < 2 {
         return 1.0;
     }
     let (mean_first, mean_second) = (mean(first), mean(second));
@@ -147,7 +170,7 @@ fn variance(values: &[f64]) -> f64 {
 }
 
 /// Bartlett's test of equal variances (Snedecor and Cochran, Statistical Methods, section 13.10).
-fn agree(figures: &[(f64, usize)]) -> bool {
+fn agree(figures: &[(f64, usize)], level: f64) -> bool {
     if figures.len() < 2 {
         return true;
     }
@@ -161,7 +184,7 @@ fn agree(figures: &[(f64, usize)]) -> bool {
     let n_others = (figures.len() - 1) as f64;
     let correction = 1.0 + (inverses - 1.0 / total_df) / (3.0 * n_others);
     let statistic = -logs / correction;
-    ChiSquared::new(n_others).is_ok_and(|chi| statistic <= chi.inverse_cdf(1.0 - AGREEMENT_LEVEL))
+    ChiSquared::new(n_others).is_ok_and(|chi| statistic <= chi.inverse_cdf(1.0 - level))
 }
 #[cfg(test)]
 mod tests {
@@ -184,10 +207,14 @@ mod tests {
         }
     }
 
+    fn figure(processes: usize, log_rates: &[f64]) -> FigureStarts<'_, usize> {
+        FigureStarts { processes, log_rates, start_idxs: &[0, 1, 2, 3, 4][..log_rates.len()] }
+    }
+
     /// Every figure from starts of its own.
     fn pooled(figures: &[&[f64]]) -> Option<StartVariance> {
         let figures: Vec<FigureStarts<'_, usize>> =
-            figures.iter().enumerate().map(|(processes, log_rates)| FigureStarts { processes, log_rates }).collect();
+            figures.iter().enumerate().map(|(processes, log_rates)| figure(processes, log_rates)).collect();
         pooled_variance(&figures)
     }
 
@@ -195,8 +222,7 @@ mod tests {
     fn figures_of_the_same_starts_count_by_how_little_they_vary_together() {
         let degrees_of_freedom = |second: &[f64], processes: usize| {
             let first: &[f64] = &[1.0, 2.0, 3.0, 4.0, 5.0];
-            let figures =
-                [FigureStarts { processes: 0, log_rates: first }, FigureStarts { processes, log_rates: second }];
+            let figures = [figure(0, first), figure(processes, second)];
             pooled_variance(&figures).expect("a variance").degrees_of_freedom
         };
         // The same deviations twice: 8²/(8 + 2 · 4 · 1).
@@ -207,6 +233,19 @@ mod tests {
         // SciPy 1.17: pearsonr([1,2,3,4,5], [1,2,3,5,4]) is 0.9.
         let expected = 64.0 / (8.0 + 8.0 * 0.81);
         assert!((degrees_of_freedom(&[1.0, 2.0, 3.0, 5.0, 4.0], 0) - expected).abs() < 1e-9);
+    }
+
+    #[test]
+    fn figures_that_lack_a_start_are_compared_over_the_others() {
+        let first = figure(0, &[1.0, 2.0, 3.0, 4.0, 5.0]);
+        // Start 1 was left out. Over starts 0, 2, 3 and 4 both are the same.
+        let second = FigureStarts { log_rates: &[1.0, 3.0, 4.0, 5.0], start_idxs: &[0, 2, 3, 4], ..first };
+        assert!((squared_correlation(&first, &second) - 1.0).abs() < 1e-12);
+        // SciPy 1.17: pearsonr([1, 3, 4, 5], [1, 2, 0, 3]) is 0.3779645.
+        let third = FigureStarts { log_rates: &[1.0, 2.0, 0.0, 3.0], ..second };
+        assert!((squared_correlation(&first, &third) - 0.377_964_5f64.powi(2)).abs() < 1e-7);
+        let apart = FigureStarts { log_rates: &[1.0, 2.0], start_idxs: &[7, 8], ..first };
+        assert_eq!(squared_correlation(&first, &apart), 1.0);
     }
 
     #[test]

@@ -81,7 +81,7 @@ fn prefill(evidence: &Evidence<'_>) -> Option<Section> {
             code(&row.stage),
             code(&row.model),
             one.label.clone(),
-            thousands(one.starts.len().max(1)),
+            thousands(one.n_starts()),
             rate(evidence, &row.stage, &one.label, one.tokens_per_second),
             single_starts(&one.starts),
             thousands(one.samples_s.len()),
@@ -118,7 +118,8 @@ fn rate(evidence: &Evidence<'_>, stage: &str, label: &str, value: f64) -> String
 
 /// Returns the lowest and highest rate of single starts.
 fn single_starts(starts: &[StartResult]) -> String {
-    let rates: Vec<f64> = starts.iter().map(|start| start.tokens_per_second).collect();
+    let counted = starts.iter().filter(|start| !start.is_left_out);
+    let rates: Vec<f64> = counted.map(|start| start.tokens_per_second).collect();
     match rates.as_slice() {
         [] => "not kept".to_owned(),
         [only] => significant(*only),
@@ -154,7 +155,7 @@ fn decode(evidence: &Evidence<'_>) -> Option<Section> {
             code(&row.stage),
             code(&row.model),
             one.label.clone(),
-            thousands(one.starts.len().max(1)),
+            thousands(one.n_starts()),
             rate(evidence, &row.stage, &one.label, one.tokens_per_second),
             single_starts(&one.starts),
             thousands(one.n_sequences),

@@ -325,7 +325,7 @@ fn rows<T>(input: &StageInput, results: Vec<T>) -> impl Iterator<Item = Row<T>> 
 
 fn timed<T>(input: &StageInput, work: Work, rows: Vec<T>, starts: fn(&T) -> &Vec<StartResult>) -> Vec<Timed<T>> {
     let timed = |row: T| {
-        let starts = Starts::new(input, work, starts(&row).iter().map(|start| start.tokens_per_second));
+        let starts = Starts::new(input, work, starts(&row));
         Timed { row, starts }
     };
     rows.into_iter().map(timed).collect()

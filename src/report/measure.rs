@@ -97,7 +97,7 @@ impl Source<'_> {
             false => (["prefill_tokens_per_second", "ttft_s"], "the first token's logits"),
             true => (["scoring_tokens_per_second", "scoring_s"], "all tokens' negative log-likelihoods"),
         };
-        let n_starts = row.starts.len().max(1);
+        let n_starts = row.n_starts();
         let rate = self.measure(metrics[0], &row.label, row.tokens_per_second, "tokens/s", n_starts);
         let time = self.measure(metrics[1], &row.label, row.ttft_s_mean, "s", n_starts);
         let n_passes = row.samples_s.len();
@@ -112,7 +112,7 @@ impl Source<'_> {
 
     /// Returns the speed and latency of a decode.
     pub fn decode(&self, row: &DecodeResult, starts: &Starts) -> Vec<Measure> {
-        let n_starts = row.starts.len().max(1);
+        let n_starts = row.n_starts();
         let rate = self.measure("decode_tokens_per_second", &row.label, row.tokens_per_second, "tokens/s", n_starts);
         let latency = self.measure("token_latency_s", &row.label, row.token_latency_s_mean, "s", n_starts);
         let (n_sequences, n_tokens) = (row.n_sequences, row.samples_s.len());

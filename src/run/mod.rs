@@ -35,7 +35,7 @@ pub use runner::{InProcess, RunnerError, StageRunner, StageTask};
 pub use schedule::{RunOutcome, RunRequest, execute};
 pub use sources::{SourceError, Sources, hub_references};
 
-pub use workers::{WorkerError, Workers, serve};
+pub use workers::{Launch, WorkerError, Workers, serve};
 
 /// Why a stage did not give a result.
 #[derive(Debug, thiserror::Error)]

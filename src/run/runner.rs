@@ -108,8 +108,7 @@ impl InProcess {
 impl StageRunner for InProcess {
     fn run(&self, stage: &dyn Stage, task: &StageTask<'_>) -> Result<StageOutput, RunnerError> {
         self.enter(task.session);
-        let accept_disturbed = self.accept_disturbed || !task.may_repeat;
-        let result = run_here(stage, task, self.engine.as_ref(), &self.models, accept_disturbed);
+        let result = run_here(stage, task, self.engine.as_ref(), &self.models, self.accept_disturbed);
         result.map_err(|error| match error {
             RunnerError::Stage(error) => RunnerError::Stage(self.device_failure(error)),
             other => other,
@@ -152,6 +151,7 @@ fn run_here(
         models,
         progress: task.progress,
         accept_disturbed,
+        may_repeat: task.may_repeat,
     };
     match catch_unwind(AssertUnwindSafe(|| stage.run(&context))) {
         Ok(output) => Ok(output?),

@@ -137,8 +137,8 @@ impl Speed<'_> {
         let interval = self.low.zip(self.high);
         let interval =
             interval.map_or_else(String::new, |(low, high)| format!(" [{low:.n_decimals$}, {high:.n_decimals$}]"));
-        let n_starts =
-            if self.starts.len() == 1 { "1 start".to_owned() } else { format!("{} starts", self.starts.len()) };
+        let n_starts = self.starts.iter().filter(|start| !start.is_left_out).count();
+        let n_starts = if n_starts == 1 { "1 start".to_owned() } else { format!("{n_starts} starts") };
         let row = power.into_iter().flatten().find(|row| row.label == *label);
         let energy = row.and_then(|row| row.energy_per_token_j);
         let energy = energy.map_or_else(String::new, |joules| format!(", {} J/token", format_significant(joules)));

@@ -9,7 +9,9 @@ use super::bench_watch::{Watch, Work};
 use crate::artifact::{BenchCommon, DecodeRecord, DecodeResult};
 use crate::bench::{combine_decodes, decode_label, decode_result};
 use crate::event::Level;
-use crate::inference::{CHECKED_POSITIONS, MemoryNeed, ModelInfo, ModelRecipe, Workload, check_decode, decode_budget};
+use crate::inference::{
+    CHECKED_POSITIONS, MemoryNeed, ModelInfo, ModelRecipe, Threads, Workload, check_decode, decode_budget,
+};
 use crate::stage::{
     ParamDefault, ParamDesc, ParamType, Params, Stage, StageContext, StageDescription, StageError, StageOutput,
 };
@@ -123,7 +125,7 @@ impl Stage for DecodeBench {
         context.progress.note(Level::Debug, &told);
         // After loading: what quantizing took for a moment is not what running takes.
         let mut probe = context.engine.memory_probe();
-        let mut watch = Watch::start(context);
+        let mut watch = Watch::start(context, Threads::Calling);
         context.progress.begin(Some((depths.len() * (plan.warmup + plan.samples)) as u64), "sequences");
         let mut results: Vec<DecodeResult> = Vec::new();
         for n_depth in depths {

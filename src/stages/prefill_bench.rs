@@ -8,7 +8,7 @@ use super::bench_tokens::{sizes, tokens, too_long};
 use super::bench_watch::Watch;
 use crate::artifact::{BenchCommon, PrefillRecord, PrefillResult};
 use crate::bench::{combine_prefills, prefill_label, prefill_result};
-use crate::inference::{MemoryNeed, Workload};
+use crate::inference::{MemoryNeed, Threads, Workload};
 use crate::stage::{
     ParamDefault, ParamDesc, ParamType, Params, Stage, StageContext, StageDescription, StageError, StageOutput,
 };
@@ -121,7 +121,7 @@ impl Stage for PrefillBench {
         let mut model = context.models.acquire(&recipe, context.progress)?;
         // After loading: what quantizing took for a moment is not what running takes.
         let mut probe = context.engine.memory_probe();
-        let mut watch = Watch::start(context);
+        let mut watch = Watch::start(context, Threads::All);
         model.reserve(longest)?;
         context.progress.begin(Some((lengths.len() * (plan.warmup + plan.samples)) as u64), "passes");
         let mut results: Vec<PrefillResult> = Vec::new();

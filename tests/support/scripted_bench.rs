@@ -6,7 +6,7 @@ use labpipe::event::{Level, Progress};
 use labpipe::inference::{
     CaptureFilter, CaptureSink, Decoded, DeviceFigures, DeviceProbe, EnergyWindow, Engine, EngineInfo, HostProbe,
     InferenceError, MemoryProbe, Model, ModelInfo, ModelRecipe, ModelSource, OtherProcesses, Prefilled, TakeLogits,
-    TokenScore,
+    Threads, TokenScore,
 };
 use labpipe::stage::{ModelLease, ModelPool, StageContext, StageError, StageInput, StageOutput, Start};
 use labpipe::units::DType;
@@ -50,6 +50,8 @@ pub struct Script {
     pub is_host: bool,
     /// Share of the processors that others take during each attempt, one after the other; nothing after the last.
     pub others: Arc<Mutex<Vec<f64>>>,
+    /// The processors' speeds, one each time that they are asked for; the last stays. Unknown where there is none.
+    pub speeds: Arc<Mutex<Vec<f64>>>,
     pub accept_disturbed: bool,
 }
 
@@ -181,6 +183,7 @@ pub fn window(window_s: f64) -> EnergyWindow {
 struct Host {
     log: Arc<Log>,
     others: Arc<Mutex<Vec<f64>>>,
+    speeds: Arc<Mutex<Vec<f64>>>,
 }
 
 impl HostProbe for Host {
@@ -196,6 +199,11 @@ impl HostProbe for Host {
 
     fn wait_until_quiet(&mut self, _keep_waiting: &dyn Fn() -> bool) {
         self.log.add("wait");
+    }
+
+    fn processor_speed(&mut self, _threads: Threads) -> Option<f64> {
+        let mut speeds = self.speeds.lock().expect("the script");
+        if speeds.len() > 1 { Some(speeds.remove(0)) } else { speeds.first().copied() }
     }
 }
 
@@ -269,7 +277,8 @@ impl Engine for Script {
     }
 
     fn host_probe(&self) -> Option<Box<dyn HostProbe>> {
-        Some(Box::new(Host { log: Arc::clone(&self.log), others: Arc::clone(&self.others) }))
+        let (log, others, speeds) = (Arc::clone(&self.log), Arc::clone(&self.others), Arc::clone(&self.speeds));
+        Some(Box::new(Host { log, others, speeds }))
     }
 }
 
@@ -312,7 +321,15 @@ impl Progress for Notes {
 }
 
 pub fn script(figures: Option<DeviceFigures>, fault: Fault) -> Script {
-    Script { log: Arc::default(), figures, fault, is_host: false, others: Arc::default(), accept_disturbed: false }
+    Script {
+        log: Arc::default(),
+        figures,
+        fault,
+        is_host: false,
+        others: Arc::default(),
+        speeds: Arc::default(),
+        accept_disturbed: false,
+    }
 }
 
 pub fn figures() -> DeviceFigures {
@@ -379,6 +396,7 @@ pub fn run_start(
         models: &Opens(script),
         progress: &notes,
         accept_disturbed: script.accept_disturbed,
+        may_repeat: true,
     };
     let catalogue = labpipe::stages::catalogue();
     let result = catalogue.get(kind).expect("a benchmark").run(&context);

@@ -7,8 +7,11 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 /// Most bytes of f32 rows that one thread holds dequantized: about the share of L2 that a panel may take.
 pub const PANEL_BYTES: usize = 1 << 19;
 
-/// Fewer multiply-adds than this are done on the calling thread: handing them out costs more.
+/// Matrix-vector products of fewer multiply-adds than this are done on the calling thread: handing them out costs more.
 const PARALLEL_MIN_MACS: usize = 1 << 16;
+
+/// The same for products of matrices, which do more with each byte.
+const PARALLEL_MIN_GEMM_MACS: usize = 1 << 20;
 
 /// From so many rows of x on, a panel's decoding pays and the products go through gemm.
 const GEMM_MIN_ROWS: usize = 4;
@@ -36,7 +39,7 @@ pub fn linear_into(weight: &HostWeight, x: &[f32], m: usize, out: &mut [f32]) {
             matvec(weight, x_row, out_row);
         }
     } else if let Some(values) = weight.as_f32() {
-        let parallelism = if m * n_rows * n_cols < PARALLEL_MIN_MACS * 16 {
+        let parallelism = if m * n_rows * n_cols < PARALLEL_MIN_GEMM_MACS {
             gemm::Parallelism::None
         } else {
             gemm::Parallelism::Rayon(0)
@@ -93,7 +96,7 @@ fn by_panels(weight: &HostWeight, x: &[f32], m: usize, out: &mut [f32]) {
         weight.unpack_rows(first, panel);
         gemm_rows(panel, rows, n_cols, x, m, target.columns_from(first), gemm::Parallelism::None);
     };
-    if m * n_rows * n_cols < PARALLEL_MIN_MACS {
+    if m * n_rows * n_cols < PARALLEL_MIN_GEMM_MACS {
         let mut panel = Vec::new();
         (0..n_panels).for_each(|panel_idx| run(&mut panel, panel_idx));
     } else {

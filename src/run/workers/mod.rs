@@ -10,4 +10,4 @@ mod protocol;
 
 pub use child::serve;
 pub use pool::Workers;
-pub use process::WorkerError;
+pub use process::{Launch, WorkerError};

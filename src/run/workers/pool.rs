@@ -1,12 +1,11 @@
 //! The workers that are there: one that holds a model, one for stages that hold none.
 
-use super::process::{Greeting, Worker, WorkerError};
+use super::process::{Greeting, Launch, Worker, WorkerError};
 use super::protocol::Task;
 use crate::inference::{EngineInfo, MemoryPrediction, ModelRecipe, Workload};
 use crate::run::forecast::Forecaster;
 use crate::run::runner::{RunnerError, StageRunner, StageTask, run_without_models};
 use crate::stage::{Stage, StageError, StageOutput};
-use std::path::PathBuf;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 /// Runs stages that compute in workers, and the others in this process.
@@ -14,12 +13,8 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 /// A model has a worker of its own, which runs all its stages, so that its memory is its own; of stages that measure, all of one start.
 /// There is one such worker at a time: a model and its baseline never share a device.
 pub struct Workers {
-    program: PathBuf,
-    device: String,
-    /// In bytes.
-    memory_limit: Option<u64>,
+    launch: Launch,
     greeting: Greeting,
-    accept_disturbed: bool,
     /// Lent to one stage at a time.
     holder: Mutex<Option<Holder>>,
     /// For `load` and `quantize`; it ends when a model's worker starts.
@@ -40,23 +35,19 @@ impl Holder {
 }
 
 impl Workers {
-    /// Starts the first worker, which says what the device is. `program` is this program's own file; models keep below `memory_limit`
-    /// bytes.
+    /// Starts the first worker, which says what the device is. It holds no model and measures nothing.
     ///
     /// # Errors
     /// `Spawn`, `Lost`, `Device`.
-    pub fn start(program: PathBuf, device: &str, memory_limit: Option<u64>) -> Result<Workers, WorkerError> {
-        let (worker, greeting) = Worker::start(&program, device, memory_limit, false)?;
-        let general = Mutex::new(Some(worker));
-        let (device, holder) = (device.to_owned(), Mutex::new(None));
-        Ok(Workers { program, device, memory_limit, greeting, accept_disturbed: false, holder, general })
+    pub fn start(launch: Launch) -> Result<Workers, WorkerError> {
+        let (worker, greeting) = Worker::start(&launch)?;
+        Ok(Workers { launch, greeting, holder: Mutex::new(None), general: Mutex::new(Some(worker)) })
     }
 
-    /// Sets whether workers that are started from here on keep disturbed measurements as they are. The first worker holds no model and
-    /// measures nothing.
+    /// Sets whether workers that are started from here on keep disturbed measurements as they are.
     #[must_use]
     pub fn accepting_disturbed(self, accept_disturbed: bool) -> Workers {
-        Workers { accept_disturbed, ..self }
+        Workers { launch: Launch { accept_disturbed, ..self.launch }, ..self }
     }
 
     pub fn info(&self) -> &EngineInfo {
@@ -69,7 +60,7 @@ impl Workers {
     }
 
     fn start_one(&self) -> Result<Worker, RunnerError> {
-        match Worker::start(&self.program, &self.device, self.memory_limit, self.accept_disturbed) {
+        match Worker::start(&self.launch) {
             Ok((worker, _)) => Ok(worker),
             Err(WorkerError::Device(error)) => Err(StageError::from(error).into()),
             Err(error) => Err(StageError::Other(error.to_string()).into()),
@@ -129,7 +120,7 @@ impl Workers {
 
 impl Forecaster for Workers {
     fn memory_limit(&self) -> Option<u64> {
-        self.memory_limit
+        self.launch.memory_limit
     }
 
     fn predict(&self, recipe: &ModelRecipe, work: Workload) -> Result<Option<MemoryPrediction>, RunnerError> {

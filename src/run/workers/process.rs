@@ -6,7 +6,7 @@ use crate::inference::{EngineInfo, InferenceError, MemoryPrediction, ModelRecipe
 use crate::run::runner::RunnerError;
 use crate::stage::{StageError, StageOutput};
 use std::io::{BufRead, BufReader, Read, Write};
-use std::path::Path;
+use std::path::PathBuf;
 use std::process::{Child, ChildStdin, Command, ExitStatus, Stdio};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -51,25 +51,44 @@ pub struct Greeting {
     pub reason: String,
 }
 
+/// How workers are started.
+#[derive(Debug, Clone)]
+pub struct Launch {
+    /// This program's own file.
+    pub program: PathBuf,
+    pub device: String,
+    /// What a worker's model keeps below, in bytes.
+    pub memory_limit: Option<u64>,
+    /// Disturbed measurements are kept as they are.
+    pub accept_disturbed: bool,
+    /// What is known of the processors, as the engine writes it.
+    pub processor_speeds: Option<String>,
+}
+
+impl Launch {
+    fn command(&self) -> Command {
+        let mut command = Command::new(&self.program);
+        command.args(["worker", "--device", &self.device]);
+        command.args(self.accept_disturbed.then_some("--accept-disturbed"));
+        if let Some(bytes) = self.memory_limit {
+            command.arg("--memory-limit").arg(bytes.to_string());
+        }
+        if let Some(speeds) = &self.processor_speeds {
+            command.arg("--processor-speeds").arg(speeds);
+        }
+        command
+    }
+}
+
 impl Worker {
-    /// Starts a worker on a device and waits until its engine is there. Its models keep below `memory_limit` bytes.
+    /// Starts a worker and waits until its engine is there.
     ///
     /// # Errors
     /// `Spawn`, `Lost`; `Device` where the device can't be used.
-    pub fn start(
-        program: &Path,
-        device: &str,
-        memory_limit: Option<u64>,
-        accept_disturbed: bool,
-    ) -> Result<(Worker, Greeting), WorkerError> {
-        let mut command = Command::new(program);
-        command.args(["worker", "--device", device]);
-        command.args(accept_disturbed.then_some("--accept-disturbed"));
-        if let Some(bytes) = memory_limit {
-            command.arg("--memory-limit").arg(bytes.to_string());
-        }
+    pub fn start(launch: &Launch) -> Result<(Worker, Greeting), WorkerError> {
+        let mut command = launch.command();
         command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
-        let spawn = |source| WorkerError::Spawn { program: program.display().to_string(), source };
+        let spawn = |source| WorkerError::Spawn { program: launch.program.display().to_string(), source };
         let mut child = command.spawn().map_err(spawn)?;
         let stdin = child.stdin.take();
         let messages = child.stdout.take().map_or_else(|| channel().1, listen);
