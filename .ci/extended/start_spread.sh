@@ -12,7 +12,7 @@ work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 out=${OUT:-$work/starts.json}
 # As many in each start as in pipelines/sensitivity.yaml.
-passes=8 sequences=4
+passes=${PASSES:-8} sequences=${SEQUENCES:-4}
 cat > "$work/pairs.yaml" <<Y
 version: 1
 name: pairs

@@ -30,17 +30,14 @@ pub fn work(device: &str, memory_limit: Option<u64>, accept_disturbed: bool, pro
     #[cfg(feature = "cpu")]
     {
         crate::engine::keep_freed_memory();
+        // Before the engine is built, which starts the threads.
+        crate::engine::pin_threads();
         // A parent of the same program wrote it; without it the worker learns by itself.
         let _ = processor_speeds.map(crate::engine::know_processor_speeds);
     }
     #[cfg(not(feature = "cpu"))]
     let _ = processor_speeds;
-    serve(&catalogue(), device, accept_disturbed, || {
-        let built = build(device, memory_limit);
-        #[cfg(feature = "cpu")]
-        crate::engine::pin_threads();
-        built
-    })
+    serve(&catalogue(), device, accept_disturbed, || build(device, memory_limit))
 }
 
 /// Returns the machine's GPUs; nothing where this build or this machine has nobody to ask.

@@ -22,7 +22,7 @@ pub struct DecodeBench;
 static DESCRIPTION: StageDescription = StageDescription {
     kind: "decode-bench",
     summary: "Times greedy generation token by token, after contexts of given depths.",
-    version: 3,
+    version: 4,
     measures: true,
     computes: true,
     params: &[

@@ -20,7 +20,7 @@ pub struct PrefillBench;
 static DESCRIPTION: StageDescription = StageDescription {
     kind: "prefill-bench",
     summary: "Times whole prompts in one pass to the first token's logits, or to every token's likelihood.",
-    version: 4,
+    version: 5,
     measures: true,
     computes: true,
     params: &[

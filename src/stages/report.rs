@@ -15,7 +15,7 @@ pub struct Report;
 static DESCRIPTION: StageDescription = StageDescription {
     kind: "report",
     summary: "Writes a comparison of models and a layer-by-layer analysis: Markdown, CSV, JSON and plots.",
-    version: 6,
+    version: 7,
     measures: false,
     computes: false,
     params: &[
