@@ -1,4 +1,4 @@
-//! Events: what happens during a run, told to whoever shows it. Work emits them; `ui` alone prints.
+//! Events: what happens during a run. Work emits them; `ui` alone prints.
 
 use serde::{Deserialize, Serialize};
 

@@ -299,7 +299,7 @@ pub trait Model: Send {
         Ok((start.elapsed().as_secs_f64(), scores))
     }
 
-    /// Runs `tokens` and hands over the logits of the positions `rows`, in order. The way to the host for whoever has no
+    /// Runs `tokens` and hands over the logits of the positions `rows`, in order. The way to the host for callers without
     /// shorter one: one pass for each position here, so an engine does better.
     ///
     /// # Errors

@@ -264,7 +264,7 @@ mod safetensors {
         fn mutated_gguf_models_end_in_a_model_or_an_error(all in proptest::collection::vec(damage(), 1..3)) {
             let _alone = alone();
             let mut bytes = gguf_fixture("llama-mixed.gguf");
-            // Where the model's sizes stand, before its vocabulary; whoever cuts there is tried above.
+            // Where the model's sizes stand, before its vocabulary; cuts there are tried above.
             apply(&mut bytes, 500, &all);
             let _ = try_model(&bytes);
         }

@@ -319,6 +319,20 @@ fn workflows_run_recipes_of_the_justfile_and_nothing_else() {
     }
 }
 
+/// A registry's turso brings a database and cubecl-llvm a download of LLVM: a version of the stand-ins that no longer fits what cubecl asks
+/// for would be replaced by them without a word.
+#[test]
+fn stand_ins_are_not_replaced_by_what_they_stand_in_for() {
+    let lock = read("Cargo.lock");
+    for name in ["turso", "cubecl-llvm"] {
+        let is_named = |entry: &&str| entry.lines().any(|line| line == format!("name = \"{name}\""));
+        let entries: Vec<&str> = lock.split("[[package]]").filter(is_named).collect();
+        let [entry] = entries.as_slice() else { panic!("Cargo.lock has {} packages named {name}", entries.len()) };
+        let remedy = format!("give kernels/{name}/Cargo.toml the version that cubecl asks for");
+        assert!(!entry.contains("\nsource = "), "Cargo.lock takes {name} from a registry: {remedy}");
+    }
+}
+
 #[test]
 fn a_plan_asks_facts_and_neither_the_disk_nor_the_environment() {
     for path in sources(&root().join("src/plan")) {

@@ -224,7 +224,7 @@ fn output_that_can_not_be_written_has_its_own_code_and_a_closed_pipe_is_no_error
     let (reader, writer) = std::io::pipe().expect("a pipe");
     drop(reader);
     let output = lab.command(&["run", "bad.yaml"]).stdout(Stdio::from(writer)).output().expect("labpipe starts");
-    assert_eq!(output.status.code(), Some(3), "a failed stage is told whoever reads");
+    assert_eq!(output.status.code(), Some(3), "a failed stage is told whether or not stdout is read");
 }
 
 #[test]

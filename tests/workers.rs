@@ -33,7 +33,7 @@ fn children(id: u32) -> Vec<u32> {
 }
 
 fn is_alive(id: u32) -> bool {
-    // A zombie that nobody waits for has ended too.
+    // A zombie has ended too.
     fs::read_to_string(format!("/proc/{id}/stat")).is_ok_and(|stat| !stat.contains(") Z "))
 }
 

@@ -1,4 +1,4 @@
-//! The sampling loop: warm-up, then samples, each timed by whoever owns the clock. It knows no engine.
+//! The sampling loop: warm-up, then samples, each timed by the owner of the clock. It knows no engine.
 
 mod disturbance;
 mod energy;

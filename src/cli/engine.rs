@@ -40,7 +40,7 @@ pub fn work(device: &str, memory_limit: Option<u64>, accept_disturbed: bool, pro
     serve(&catalogue(), device, accept_disturbed, || build(device, memory_limit))
 }
 
-/// Returns the machine's GPUs; nothing where this build or this machine has nobody to ask.
+/// Returns the machine's GPUs; `None` where this build or this machine has no driver to ask.
 pub fn gpus() -> Option<Vec<GpuIdentity>> {
     #[cfg(feature = "cuda")]
     return crate::engine::gpus();

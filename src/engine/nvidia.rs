@@ -221,7 +221,7 @@ impl NvmlBoard {
         used_bytes(&self.nvml, &self.place).filter(|(_, whose)| *whose != Whose::Device).map(|(bytes, _)| bytes)
     }
 
-    /// Returns the bytes of device memory that nobody has.
+    /// Returns the free bytes of device memory.
     pub fn free_bytes(&self) -> Option<u64> {
         self.device()?.memory_info().ok().map(|info| info.free)
     }

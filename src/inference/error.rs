@@ -31,7 +31,7 @@ pub enum InferenceError {
     ForeignQuantization { path: PathBuf, method: String, evidence: String },
     #[error("compute {what}: the result is not finite")]
     NotFiniteResult { what: String },
-    #[error("trust decode: {reason}")]
+    #[error("decode disagrees with prefill: {reason}")]
     DecodeMismatch { reason: String },
     #[error("quantize {module}: {reason}")]
     Quantize { module: String, reason: String },

@@ -13,7 +13,7 @@ pub struct Workload {
     pub n_logits: usize,
     /// Tokens generated one by one.
     pub n_gen: usize,
-    /// What modules put out is handed over.
+    /// Module outputs are handed over.
     pub captures: bool,
     /// A text is tokenized for it.
     pub reads_text: bool,

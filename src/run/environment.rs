@@ -5,7 +5,7 @@ use crate::inference::{EngineInfo, GpuIdentity};
 use crate::versions;
 use serde_json::{Map, Value, json};
 
-/// Returns what is known of machine and program. `gpus` is null where nobody could look for them.
+/// Returns what is known of machine and program. `gpus` is null where there was no driver to ask.
 pub fn environment(engine: &EngineInfo, gpus: Option<&[GpuIdentity]>) -> Value {
     json!({
         "labpipe_version": env!("CARGO_PKG_VERSION"),

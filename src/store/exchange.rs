@@ -1,7 +1,7 @@
 //! Puts a new artifact in the place of an old one, so that a kill at any moment leaves one of them whole at its key.
 //!
 //! Where the system can, both folders change places in one step. Elsewhere the old one is set aside under a name that ends with
-//! `.old`, and is put back by whoever comes next if its key is without an artifact.
+//! `.old`, and is put back by the next process if its key is without an artifact.
 
 use super::error::StoreError;
 use super::fs::{sync_dir, walk};

@@ -39,7 +39,7 @@ fn read_watched(path: &Path, hashed: &mut dyn FnMut()) -> Result<Reading, StoreE
     for _ in 0..TRIES {
         let read_from_ns = now_ns();
         let real = fs::canonicalize(path).map_err(StoreError::io("read", path))?;
-        // Asked before it is opened: a pipe would wait for whoever writes into it.
+        // Asked before it is opened: opening a pipe would wait for its writer.
         if !fs::metadata(&real).map_err(StoreError::io("read", path))?.is_file() {
             return Err(StoreError::Format { path: path.to_owned(), reason: "it is no regular file".to_owned() });
         }

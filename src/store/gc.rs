@@ -1,4 +1,4 @@
-//! Removes what nobody refers to any more, what was not used for longest, and what killed runs left.
+//! Removes what nothing refers to any more, what was not used for longest, and what killed runs left.
 
 use super::cache::{LOCK_POLL, Store};
 use super::error::StoreError;
@@ -19,7 +19,7 @@ pub struct GcRequest<'a> {
     pub results: &'a Path,
     /// What is younger stays.
     pub older_than: Duration,
-    /// Remove what was not used for longest, referred to or not, until the artifacts fit; instead of what nobody refers to.
+    /// Remove what was not used for longest, referred to or not, until the artifacts fit; instead of what nothing refers to.
     pub max_bytes: Option<u64>,
     /// Tell, and remove nothing.
     pub dry_run: bool,
@@ -132,7 +132,7 @@ impl Store {
         let made_at = modified(&dir.join(MANIFEST)).or_else(|| modified(&dir)).unwrap_or(SystemTime::UNIX_EPOCH);
         let used_at = modified(&self.used_path(&key)).unwrap_or(made_at).max(made_at);
         let measures = Manifest::read(&dir).is_ok_and(|(manifest, _)| manifest.fields.contains_key("device"));
-        // Committed, or written by whoever has its lock, since gc began.
+        // Committed, or written by the holder of its lock, since gc began.
         let is_in_use = active.contains(&key.0) || made_at >= start || !self.is_free(&key)?;
         let is_referred = referred.contains(&key.0);
         Ok(Candidate { bytes: size(&dir)?, key, used_at, made_at, measures, is_referred, is_in_use })
@@ -157,7 +157,7 @@ impl Store {
         if !dry_run {
             let lock_path = self.lock_path(key);
             let Some(_lock) = try_lock(&lock_path)? else { return Ok(false) };
-            // Moved away first: whoever looks finds it whole or not at all.
+            // Moved away first: a reader finds it whole or not at all.
             let dir = self.artifact_dir(key);
             let gone = self.dir().join("tmp").join(format!("{}.{}.gone", key.0, std::process::id()));
             remove_any(&gone).map_err(StoreError::io("remove", &gone))?;

@@ -15,7 +15,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime};
 
-/// A temporary file that has not changed for this long is nobody's, whatever goes on elsewhere.
+/// A temporary file that has not changed for this long belongs to no running process.
 const ABANDONED: Duration = Duration::from_secs(60);
 
 impl Store {

@@ -20,7 +20,7 @@ pub fn note_once(subject: &'static str, text: String) {
     }
 }
 
-/// Returns the warnings that nobody has shown yet.
+/// Returns the warnings that were not shown yet.
 pub fn take_notes() -> Vec<String> {
     std::mem::take(&mut NOTES.lock().unwrap_or_else(PoisonError::into_inner).waiting)
 }

@@ -61,7 +61,7 @@ impl Staging {
         };
         let manifest_path = self.dir.join(MANIFEST);
         let manifest_bytes = to_json(&manifest, &manifest_path)?;
-        // The same rules as for whoever reads it.
+        // The same rules as for its readers.
         Manifest::parse(&manifest_bytes)
             .map_err(|damage| StoreError::Write { path: manifest_path.clone(), reason: damage.to_string() })?;
         write_atomically(&manifest_path, &manifest_bytes)?;

@@ -1,4 +1,4 @@
-//! Why a text is no YAML that labpipe reads, in words for whoever wrote it.
+//! Why a text is no YAML that labpipe reads, in words for its author.
 
 use super::node::Place;
 use granit_parser::{ErrorKind, ScanError};

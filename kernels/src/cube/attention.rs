@@ -1,4 +1,4 @@
-//! Causal attention over the cache, for any head width and runtime: a cube a query and head, keys in chunks with a running softmax.
+//! Causal attention over the cache, for any head width and runtime: one cube per query and head, keys in chunks with a running softmax.
 
 use super::ops::{Heads, STATE_POSITION};
 use super::reduce::{cube_max, cube_sum};

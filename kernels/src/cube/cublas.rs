@@ -193,7 +193,7 @@ impl Cublas {
 
 impl Drop for Cublas {
     fn drop(&mut self) {
-        // SAFETY: nothing uses them afterwards; errors at the end of life have nobody to go to.
+        // SAFETY: nothing uses them afterwards; errors while it is dropped can't be returned.
         unsafe {
             let _ = driver::cuStreamSynchronize(self.stream);
             let _ = blas::destroy_handle(self.handle);

@@ -2,7 +2,7 @@
 //!
 //! cubecl asks a store for a kernel before it compiles it, and puts it there afterwards. This store is memory that is filled from a file
 //! when the process starts and written to one when it ends, so no two processes ever write to one file, and a file that is not whole is
-//! as good as none. Its name holds what its kernels were made by: this very program, the driver, the compiler.
+//! ignored. Its name holds what its kernels were made by: this very program, the driver, the compiler.
 
 #[cfg(any(feature = "kernel-store", test))]
 use cubecl::bytes::Bytes;

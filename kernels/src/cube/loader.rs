@@ -297,7 +297,7 @@ impl<'a> MatrixLoader<'a> {
 }
 
 impl Drop for MatrixLoader<'_> {
-    /// Waits for what a loading that was given up had asked for: wgpu uses a buffer again that nobody has read to the end.
+    /// Waits for what a loading that was given up had asked for: wgpu reuses a buffer that was not read to the end.
     fn drop(&mut self) {
         for matrix in self.unsettled.iter_mut().flat_map(std::mem::take) {
             // Whoever gave up has the reason.

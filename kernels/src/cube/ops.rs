@@ -47,7 +47,7 @@ pub struct AddNorm {
     pub norm: bool,
 }
 
-/// `x += delta; out = RMSNorm(x) · w`, a cube a row.
+/// `x += delta; out = RMSNorm(x) · w`, one cube per row.
 ///
 /// # Shapes
 /// `x`, `delta`, `out` `[n, n_cols]`, `weight`, `delta_weight` `[n_cols]`.

@@ -94,7 +94,7 @@ mod recording {
     pub fn overlap(client: &Client) -> Result<usize, OverlapError> {
         let server = DeviceHandle::<<CudaRuntime as Runtime>::Server>::new(client.service_id().device);
         let relaxed = server.submit_blocking(|server| {
-            // The runtime tells its streams to nobody; how it prints itself for developers is where they are seen.
+            // The runtime has no call that gives its streams; they are read from how it prints itself for debugging.
             let printed = format!("{server:?}");
             let addresses = printed.split("sys: 0x").skip(1).filter_map(|text| {
                 let digits = text.find(|c: char| !c.is_ascii_hexdigit()).map_or(text, |end| &text[..end]);

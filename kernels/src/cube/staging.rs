@@ -70,7 +70,7 @@ fn part(target: &Handle, at: usize, n_bytes: usize) -> Handle {
 /// Returns memory for so many bytes: pinned where the runtime has such.
 fn room(client: &Client, n_bytes: usize) -> Bytes {
     // SAFETY: nothing reads these bytes: they are asked for staging, and dropped.
-    let mut bytes = unsafe { Bytes::from_controller(Box::new(Unmade(n_bytes)), n_bytes) };
+    let mut bytes = unsafe { Bytes::from_controller(Box::new(Placeholder(n_bytes)), n_bytes) };
     client.staging(std::iter::once(&mut bytes), false);
     match bytes.property() {
         AllocationProperty::Pinned | AllocationProperty::Native => bytes,
@@ -78,11 +78,11 @@ fn room(client: &Client, n_bytes: usize) -> Bytes {
     }
 }
 
-/// Bytes that are nowhere. The runtime puts its own in their place, and asks these to be copied there, which costs nothing; it has no
+/// Bytes without memory of their own. The runtime puts its own in their place, and asks these to be copied there, which costs nothing; it has no
 /// other way to hand out pinned memory.
-struct Unmade(usize);
+struct Placeholder(usize);
 
-impl AllocationController for Unmade {
+impl AllocationController for Placeholder {
     fn alloc_align(&self) -> usize {
         1
     }

@@ -41,7 +41,7 @@ pub struct StoredTensor {
 }
 
 impl StoredTensor {
-    /// Checks that all values are finite. They are read, not mapped: whoever asks for a tensor's values alone has no use for its pages.
+    /// Checks that all values are finite. They are read, not mapped: the check alone has no use for a tensor's pages.
     ///
     /// # Errors
     /// `NotFinite`, `File`.

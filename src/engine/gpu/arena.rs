@@ -29,7 +29,7 @@ pub struct Needs {
     pub q: usize,
     pub kv: usize,
     pub ffn: usize,
-    /// Half-blocks put out what is added to the residual stream, and do not add it themselves.
+    /// Sublayers write their output to a buffer; otherwise they add it to the residual stream themselves.
     pub has_deltas: bool,
     pub mlp: Mlp,
     /// Bytes of rows that are decoded at a time.
@@ -43,8 +43,8 @@ pub struct Needs {
 pub struct Layout {
     pub normed: Range<usize>,  // [n, hidden]; rotated queries too, once the norm's rows are used
     pub x: Range<usize>,       // [n, hidden] f32, the residual stream
-    pub delta: Range<usize>,   // [n, hidden], what a half-block puts out; empty where it adds that itself
-    pub qkv: Range<usize>,     // [n, q + 2 kv]; what attention puts out too, once keys and values are in the cache
+    pub delta: Range<usize>,   // [n, hidden], sublayer output; empty where the sublayer adds it to the residual stream itself
+    pub qkv: Range<usize>,     // [n, q + 2 kv]; attention output too, once keys and values are in the cache
     pub wide: Range<usize>,    // [n, 2 ffn] or [n, 2 gate_rows]: gate and up before the activation
     pub product: Range<usize>, // [n, ffn] or [n, product_cols]
     pub panel: Range<usize>,   // decoded rows
@@ -61,7 +61,7 @@ impl Layout {
         };
         let normed = behind(0, n * hidden.max(q) * size);
         let x = behind(normed.end, 4 * n * hidden);
-        // Attention's buffers and the MLP's share a place. What a half-block puts out outlives its other buffers: it comes first.
+        // Attention's buffers and the MLP's share a place. A sublayer's output outlives its other buffers: it comes first.
         let delta = behind(x.end, if needs.has_deltas { n * hidden * size } else { 0 });
         let qkv = behind(delta.end, n * (q + 2 * kv) * size);
         let wide = behind(x.end, n * wide_width * size);

@@ -124,8 +124,8 @@ impl Decoder {
         cube::stamp(client, clock, 2 * self.n_state);
         for _ in 0..n_gen {
             if let Some(graph) = &self.graph {
-                // SAFETY: the buffers of all recorded launches live as long as `self`, the cache and the weights; whoever replaces
-                // one of them makes a new decoder.
+                // SAFETY: the buffers of all recorded launches live as long as `self`, the cache and the weights;
+                // replacing one of them makes a new decoder.
                 unsafe { graph.replay() }.map_err(device_error)?;
             }
         }

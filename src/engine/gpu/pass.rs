@@ -41,7 +41,7 @@ pub struct Passes {
 pub struct PassPlan {
     pub layout: Layout,
     mlp: Mlp,
-    /// Products of half-blocks are added to the residual stream, not put out.
+    /// Products of sublayers are added to the residual stream, not written to a buffer.
     adds: bool,
 }
 
@@ -193,7 +193,7 @@ impl Passes {
         Rows { client, handle, element, n, stride: width, first: 0, width }
     }
 
-    /// Adds what the last half-block left (`delta`: whether it has a norm of its own, and its layer) and norms for the next.
+    /// Adds the output of the last sublayer (`delta`: whether it has a norm of its own, and its layer) and norms for the next.
     fn step(&self, client: &Client, buffers: &Buffers, delta: Option<(bool, usize)>, norm: Option<&Handle>) {
         let delta_norm = delta.and_then(|(is_mlp, layer_idx)| {
             let block = &self.weights.blocks[layer_idx];
@@ -257,7 +257,7 @@ impl Passes {
         self.mlp(layer_idx, buffers, delta, &mlp_norm_name, tap)
     }
 
-    /// Projects what attention put out.
+    /// Projects the attention output.
     fn attention_out(
         &mut self,
         layer_idx: usize,

@@ -1,6 +1,6 @@
 //! Products with stored matrices: which kernel does one, and how a quantized one is decoded on its way.
 //!
-//! Where cuBLAS is, quantized rows are decoded to a panel, which it multiplies; it also adds what a half-block puts out to the
+//! Where cuBLAS is, quantized rows are decoded to a panel, which it multiplies; it also adds a sublayer's output to the
 //! residual stream, in fp32. Elsewhere one kernel decodes and multiplies.
 
 use super::arena::Mlp;
@@ -38,7 +38,7 @@ pub struct Products {
     pub element: Element,
     #[cfg(feature = "cuda")]
     blas: Option<Cublas>,
-    /// Tests take the way of cuBLAS without it, in panels of so many bytes.
+    /// Lets tests run the cuBLAS path without cuBLAS, in panels of so many bytes.
     test_panel_bytes: Option<usize>,
 }
 
@@ -94,7 +94,7 @@ impl Products {
         }
     }
 
-    /// Takes the way of cuBLAS, where there is none with the kernels that every device has.
+    /// Runs the cuBLAS path; where there is no cuBLAS, with the kernels that every device has.
     #[cfg(test)]
     pub fn in_panels(client: Client, element: Element, panel_bytes: usize) -> Products {
         Products { test_panel_bytes: Some(panel_bytes), ..Products::new(client, element) }

@@ -54,7 +54,7 @@ pub fn floats(bytes: &[u8], element: Element) -> Vec<f32> {
 }
 
 /// Says what a device's failure means for who asked. cubecl keeps a failed allocation or launch on the buffers that it left
-/// unwritten and reports it to whoever reads them, or what was computed from them.
+/// unwritten and reports it where they are read, or what was computed from them.
 pub fn device_error(error: ServerError) -> InferenceError {
     let root = root(&error);
     if error.is_device_poisoned() {

@@ -10,7 +10,7 @@ use cubecl::server::Handle;
 use labpipe_kernels::cube::Element;
 
 impl Passes {
-    /// Gives the tap what the norms on queries and keys put out. The kernel that rotates norms on its way and stores no such values,
+    /// Gives the tap the outputs of the norms on queries and keys. The kernel that rotates norms on its way and stores no such values,
     /// so they are computed here from the projections', in the same precision.
     pub fn tap_head_norms(&self, layer_idx: usize, buffers: &Buffers, tap: &mut Tap<'_>) -> Result<(), InferenceError> {
         let Some(norm) = &self.weights.blocks[layer_idx].qk_norm else { return Ok(()) };

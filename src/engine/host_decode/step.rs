@@ -77,7 +77,7 @@ impl Rope {
 }
 
 impl HostDecoder {
-    /// Prepares what steps need; says why not where the model is none that they compute.
+    /// Prepares what steps need, or returns why they can't compute this model.
     ///
     /// # Errors
     /// Where a tensor can't be read.

@@ -1,8 +1,8 @@
 //! A team of the pool's threads for many short phases: handing one out costs a few atomic operations, where a parallel iterator
 //! wakes threads each time.
 //!
-//! Whoever calls leads and works; helpers join when the pool gets to them. Chunks are claimed one by one, so that a phase ends
-//! whether or not anybody helps: nested and concurrent teams on one pool can't wait for each other.
+//! The calling thread leads and works; helpers join when the pool gets to them. Chunks are claimed one by one, so that a phase ends
+//! with or without helpers: nested and concurrent teams on one pool can't wait for each other.
 
 use rayon::Scope;
 use std::cell::UnsafeCell;
@@ -16,7 +16,7 @@ type Work<'a> = &'a (dyn Fn(usize) + Sync);
 
 /// Threads that run phases together.
 pub struct Team {
-    /// Chunks of the current phase that nobody has claimed, as a range: its start in the lower half, its end in the upper one. The
+    /// Unclaimed chunks of the current phase, as a range: its start in the lower half, its end in the upper one. The
     /// leader takes the first, helpers take the last, so that each reads memory that lies together.
     unclaimed: AtomicU64,
     /// Chunks of the current phase that are done.
@@ -61,7 +61,7 @@ impl Team {
     }
 
     fn do_chunk(&self, chunk_idx: usize, work: Work<'_>) {
-        // Counts the chunk even if it panics: whoever waits for it must not wait forever.
+        // Counts the chunk even if it panics: a waiting thread must not wait forever.
         let _done = Done(&self.n_done);
         work(chunk_idx);
     }
@@ -102,7 +102,7 @@ impl<'team> Leader<'_, 'team> {
             self.has_helpers = true;
             (1..rayon::current_num_threads()).for_each(|_| self.scope.spawn(|_| team.help()));
         }
-        // SAFETY: no chunk of the phase before is left, so nobody reads `work`. `phase` waits for claimed chunks however this call
+        // SAFETY: no chunk of the phase before is left, so no thread reads `work`. `phase` waits for claimed chunks however this call
         // ends: the reference is not used any more when what it refers to is gone.
         unsafe { *team.work.get() = std::mem::transmute::<Work<'_>, Work<'static>>(work) };
         team.n_done.store(0, Ordering::Relaxed);

@@ -93,7 +93,7 @@ pub struct HostWeights {
 }
 
 impl HostWeights {
-    /// Takes the executor's weights; says why not where a step can't compute what the executor computes.
+    /// Takes the executor's weights, or returns why a step can't compute this model.
     ///
     /// # Errors
     /// Where a tensor can't be read.

@@ -162,7 +162,7 @@ fn append<C: Float, W: Size>(
     }
 }
 
-/// Turns scores into unnormalized shares, a head a plane; planes beyond the heads do a head's work again.
+/// Turns scores into unnormalized shares, one head per plane; planes beyond the heads do a head's work again.
 #[cube]
 fn share_out(
     scores: &Shared<[f32]>,
