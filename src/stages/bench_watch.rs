@@ -191,7 +191,8 @@ impl<'a> Watch<'a> {
                     host.begin();
                 }
                 let first = self.one_sample(counts, measure)?;
-                if !(counts && may_repeat && first.is_slowed()) || !self.wait_for_speed() {
+                let is_taken_again = counts && may_repeat && first.is_slowed() && self.wait_for_speed();
+                if !is_taken_again {
                     return Ok(first);
                 }
                 n_repeated += 1;

@@ -43,12 +43,12 @@ pub struct Needs {
 pub struct Layout {
     pub normed: Range<usize>,  // [n, hidden]; rotated queries too, once the norm's rows are used
     pub x: Range<usize>,       // [n, hidden] f32, the residual stream
-    pub delta: Range<usize>,   // [n, hidden], sublayer output; empty where the sublayer adds it to the residual stream itself
-    pub qkv: Range<usize>,     // [n, q + 2 kv]; attention output too, once keys and values are in the cache
-    pub wide: Range<usize>,    // [n, 2 ffn] or [n, 2 gate_rows]: gate and up before the activation
+    pub delta: Range<usize>, // [n, hidden], sublayer output; empty where the sublayer adds it to the residual stream itself
+    pub qkv: Range<usize>,   // [n, q + 2 kv]; attention output too, once keys and values are in the cache
+    pub wide: Range<usize>,  // [n, 2 ffn] or [n, 2 gate_rows]: gate and up before the activation
     pub product: Range<usize>, // [n, ffn] or [n, product_cols]
-    pub panel: Range<usize>,   // decoded rows
-    pub logits: Range<usize>,  // after the last block: everything but `normed` and `panel`
+    pub panel: Range<usize>, // decoded rows
+    pub logits: Range<usize>, // after the last block: everything but `normed` and `panel`
     pub n_bytes: usize,
 }
 
