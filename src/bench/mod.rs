@@ -259,7 +259,7 @@ fn combine_disturbance(seen: &[Option<&Disturbance>], starts: &mut [StartResult]
     };
     let reason = worst.disturbed.clone().unwrap_or_default();
     let n_left_out = starts.iter().filter(|start| start.is_left_out).count();
-    let left_out = if n_left_out > 0 { " and left out" } else { "" };
+    let left_out = if n_left_out > 0 { " (left out)" } else { "" };
     let text = format!("{} of {} starts{left_out}, {reason}", disturbed.len(), seen.len());
     Some(Disturbance { disturbed: Some(text), ..(*worst).clone() })
 }
@@ -349,7 +349,7 @@ mod tests {
             row.starts.iter().map(|start| (start.tokens_per_second, start.is_left_out)).collect();
         assert_eq!(left_out, [(8.0, false), (2.0, true), (8.0 / 3.0, false)]);
         let text = row.disturbance.and_then(|seen| seen.disturbed);
-        assert_eq!(text.as_deref(), Some("1 of 3 starts and left out, others took 0.9 CPUs"));
+        assert_eq!(text.as_deref(), Some("1 of 3 starts (left out), others took 0.9 CPUs"));
         // One undisturbed start alone says nothing of the spread; a disturbed one that is accepted counts.
         for rows in [
             [start(1.0, false, false), start(4.0, true, false), start(3.0, true, false)],
