@@ -128,9 +128,9 @@ fn the_plan_predicts_what_is_measured() {
         let row = plan.as_array().expect("rows").iter().find(|row| row["stage"] == stage).expect("a row");
         let predicted = row["memory"]["peak_bytes"].as_f64().expect("bytes");
         let measured = lab.record(stage)["memory_bytes"].as_f64().expect("bytes");
-        // What threads and allocator keep varies by half a MiB, which is more than a tenth of so small a model. Larger ones are held to a
+        // What threads and allocator keep varies by up to 0.7 MiB, which is more than a tenth of so small a model. Larger ones are held to a
         // tenth by `.ci/extended/memory_limit.sh`.
-        let allowed = (0.1 * measured).max(768.0 * 1024.0);
+        let allowed = (0.1 * measured).max(1024.0 * 1024.0);
         assert!((predicted - measured).abs() < allowed, "{stage}: {predicted} predicted, {measured} measured");
     }
 }

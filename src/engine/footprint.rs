@@ -20,7 +20,7 @@ const WRITER_BYTES: u64 = 1 << 20;
 const TOKENIZER_BYTES: u64 = 400;
 
 /// What the allocator and threads keep once weights were quantized or converted, by measurement.
-const KEPT_BYTES: u64 = 1 << 19;
+const KEPT_BYTES: u64 = 5 << 17;
 
 /// Rows that are packed to learn what a scheme stores for one.
 const N_ROWS: usize = 4;
@@ -81,7 +81,7 @@ pub fn host_work_bytes(spec: &ModelSpec, compute: DType, is_converted: bool, wor
     // Stages that keep no cache write Parquet files.
     let written = if work.n_ctx == 0 { WRITER_BYTES } else { 0 };
     let text = if work.reads_text { TOKENIZER_BYTES * spec.vocab_size as u64 } else { 0 };
-    let kept = if is_converted { KEPT_BYTES } else { KEPT_BYTES / 2 };
+    let kept = if is_converted { KEPT_BYTES } else { KEPT_BYTES * 2 / 5 };
     pass + step + captured + written + text + kept + scratch_bytes(spec)
 }
 
