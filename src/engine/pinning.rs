@@ -4,7 +4,7 @@
 /// Left alone, two of them may share one processor for a whole measurement while another is idle. Fewer threads stay free: another
 /// process with as few would be put on the same processors.
 ///
-/// Does nothing where the threads were started before.
+/// Has no effect once the threads are started.
 #[cfg(target_os = "linux")]
 pub fn pin_threads() {
     use rustix::thread::{CpuSet, sched_getaffinity, sched_setaffinity};

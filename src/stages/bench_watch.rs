@@ -33,7 +33,7 @@ pub struct Watch<'a> {
     disturbed: Vec<String>,
 }
 
-/// Begins and ends the device's timed regions; does nothing where nothing can be watched.
+/// Begins and ends the device's timed regions. Has no effect on a device without a board of its own.
 pub struct Regions {
     host: Option<Box<dyn HostProbe>>,
     device: Option<Box<dyn DeviceProbe>>,
