@@ -21,7 +21,7 @@ pub use log_probs::{LogProbFormat, LogProbRows, LogProbSink, LogProbSource, argm
 pub use memory::{MemoryNeed, MemoryPrediction, Workload};
 pub use records::{HubRevision, LoadRecord, QuantizeRecord};
 
-use crate::artifact::{MemoryFigures, QuantizedModule};
+use crate::artifact::{Execution, MemoryFigures, QuantizedModule};
 use crate::event::Progress;
 use crate::quantization::QuantizationConfig;
 use crate::units::DType;
@@ -72,6 +72,40 @@ impl ModelRecipe {
             ModelSource::Random { config, seed } => ModelSource::Random { config: root.join(config), seed: *seed },
         };
         ModelRecipe { source, ..self.clone() }
+    }
+}
+
+/// Which path a model should take through a device, as `--execution` names it.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum ExecutionChoice {
+    /// The fused path where it covers the model, else burn's.
+    #[default]
+    Auto,
+    /// The definition in burn's tensor operations.
+    Burn,
+    /// The fused kernels; a model that they don't cover is refused.
+    Fused,
+}
+
+impl ExecutionChoice {
+    pub const ALL: [ExecutionChoice; 3] = [ExecutionChoice::Auto, ExecutionChoice::Burn, ExecutionChoice::Fused];
+
+    /// Returns the name that people write.
+    pub fn name(self) -> &'static str {
+        match self {
+            ExecutionChoice::Auto => "auto",
+            ExecutionChoice::Burn => "burn",
+            ExecutionChoice::Fused => "fused",
+        }
+    }
+}
+
+impl std::str::FromStr for ExecutionChoice {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<ExecutionChoice, String> {
+        let known = ExecutionChoice::ALL.into_iter().find(|choice| choice.name() == text);
+        known.ok_or_else(|| format!("no execution is called {text:?}; there are auto, burn and fused"))
     }
 }
 
@@ -241,6 +275,11 @@ pub trait Model: Send {
 
     /// Bytes of parameters as stored on the device; tied weights counted once.
     fn weights_bytes(&self) -> u64;
+
+    /// Returns how the model was run since it was lent last, for records; nothing where there is only one way.
+    fn execution(&self) -> Option<Execution> {
+        None
+    }
 
     /// Bytes of the key-value cache as allocated now: 2 · n_layers · n_kv_heads · head_dim · positions · bytes of an element.
     fn kv_cache_bytes(&self) -> u64;

@@ -1,6 +1,6 @@
 //! The Stage trait, descriptions of parameters, and the catalogue that the other rooms read stages from.
 
-use crate::artifact::{Record, RecordBody};
+use crate::artifact::{Execution, Record, RecordBody};
 use crate::event::Progress;
 use crate::inference::{Engine, InferenceError, MemoryNeed, Model, ModelRecipe};
 use serde::{Deserialize, Serialize};
@@ -220,6 +220,15 @@ pub struct StageOutput {
     pub body: Map<String, Value>,
     /// One line for the summary table, units included: `ppl 9.061 ± 0.21 (hf-strided, n = 9,612)`.
     pub summary: String,
+    /// How its model was run: filled in by who runs it.
+    pub execution: Option<Execution>,
+}
+
+impl StageOutput {
+    /// Takes a record's own fields and the line that sums them up.
+    pub fn new(body: Map<String, Value>, summary: impl Into<String>) -> StageOutput {
+        StageOutput { body, summary: summary.into(), execution: None }
+    }
 }
 
 /// One kind of stage.

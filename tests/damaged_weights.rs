@@ -2,7 +2,9 @@
 //! reads them or they pass by on their way to it.
 #![cfg(feature = "cpu")]
 
-use labpipe::engine;
+#[path = "support/engine.rs"]
+mod test_engine;
+
 use labpipe::event::{Level, NullProgress, Progress};
 use labpipe::inference::{Engine, InferenceError, ModelRecipe, ModelSource};
 use labpipe::quantization;
@@ -40,9 +42,7 @@ fn engine_and_recipe(model: PathBuf, dtype: Option<DType>, quantized: bool) -> (
     let quantization = quantized.then(|| quantization::from_value(&config, "inline").expect("a config"));
     let source = ModelSource::Path(model);
     let recipe = ModelRecipe { source, dtype, compute_dtype: Some(DType::F32), quantization };
-    let device = std::env::var("LABPIPE_TEST_DEVICE").unwrap_or_else(|_| "cpu".to_owned());
-    let (engine, _) = engine::build(&device).expect("the device");
-    (engine, recipe)
+    (test_engine::engine(), recipe)
 }
 
 fn open(model: PathBuf, dtype: Option<DType>, quantized: bool, progress: &dyn Progress) -> InferenceError {

@@ -1,7 +1,9 @@
 //! The engine against values that transformers and bitsandbytes computed (tests/fixtures/README.md says how).
 #![cfg(feature = "cpu")]
 
-use labpipe::engine;
+#[path = "support/engine.rs"]
+mod test_engine;
+
 use labpipe::event::NullProgress;
 use labpipe::inference::{
     CaptureFilter, CaptureSink, CaptureSite, InferenceError, LogProbFormat, LogProbRows, LogProbSink, LogProbSource,
@@ -31,14 +33,8 @@ fn recipe() -> ModelRecipe {
     }
 }
 
-/// The device that these tests run on: the CPU, or what `LABPIPE_TEST_DEVICE` names.
-fn device() -> String {
-    std::env::var("LABPIPE_TEST_DEVICE").unwrap_or_else(|_| "cpu".to_owned())
-}
-
 fn open(recipe: &ModelRecipe) -> Box<dyn Model> {
-    let (engine, _) = engine::build(&device()).expect("the device");
-    engine.open(recipe, &NullProgress).expect("a model")
+    test_engine::engine().open(recipe, &NullProgress).expect("a model")
 }
 
 fn nf4(double_quant: bool) -> ModelRecipe {
@@ -205,7 +201,7 @@ fn every_linear_s_cumulative_error_agrees_with_bitsandbytes() {
 
 #[test]
 fn no_path_holds_more_than_a_panel_of_dequantized_weights_a_thread() {
-    if device() != "cpu" {
+    if test_engine::device() != "cpu" {
         return eprintln!("left out: panels are the CPU's");
     }
     let shape = root().join("tests/fixtures/smollm2-135m/config.json");
@@ -237,7 +233,7 @@ fn tied_weights_are_found_under_either_name_and_give_the_same_logits_in_any_stor
 
 #[test]
 fn half_precision_compute_stays_near_f32() {
-    if device() == "wgpu" {
+    if test_engine::device() == "wgpu" {
         return eprintln!("left out: wgpu computes in f32 alone");
     }
     let tokens = tokens(Path::new("experiments/data/tinystories.txt"), 4_000);
@@ -263,7 +259,7 @@ fn decode_is_prefill_within_the_budget_at_64_positions_and_goes_on_where_it_was(
     for (recipe, quantizes, reached) in cases {
         // wgpu computes in f32 alone, and no GPU kernel quantizes activations.
         let is_half = recipe.compute_dtype == Some(DType::F16);
-        if (is_half && device() == "wgpu") || (quantizes && device() != "cpu") {
+        if (is_half && test_engine::device() == "wgpu") || (quantizes && test_engine::device() != "cpu") {
             continue;
         }
         let mut model = open(&recipe);

@@ -1,7 +1,10 @@
 //! Model families against values that transformers computed with tiny random models (tests/fixtures/families/README.md says how).
 #![cfg(feature = "cpu")]
 
-use labpipe::engine::{self, BurnEngine};
+#[path = "support/engine.rs"]
+mod test_engine;
+
+use labpipe::engine::BurnEngine;
 use labpipe::event::NullProgress;
 use labpipe::inference::{CaptureFilter, CaptureSink, CaptureSite, Engine, Model, ModelRecipe, ModelSource};
 use labpipe::units::DType;
@@ -39,14 +42,8 @@ fn recipe(source: ModelSource) -> ModelRecipe {
     ModelRecipe { source, dtype: None, compute_dtype: Some(DType::F32), quantization: None }
 }
 
-/// The device that these tests run on: the CPU, or what `LABPIPE_TEST_DEVICE` names.
-fn device() -> String {
-    std::env::var("LABPIPE_TEST_DEVICE").unwrap_or_else(|_| "cpu".to_owned())
-}
-
 fn open(recipe: &ModelRecipe) -> Box<dyn Model> {
-    let (engine, _) = engine::build(&device()).expect("the device");
-    engine.open(recipe, &NullProgress).expect("a model")
+    test_engine::engine().open(recipe, &NullProgress).expect("a model")
 }
 
 fn model(case: &str) -> Box<dyn Model> {
@@ -186,7 +183,7 @@ fn a_config_saved_by_transformers_5_means_the_same() {
 
 #[test]
 fn half_precision_compute_stays_near_f32_in_every_family() {
-    if device() == "wgpu" {
+    if test_engine::device() == "wgpu" {
         return eprintln!("left out: wgpu computes in f32 alone");
     }
     for (case, _) in CASES {
@@ -260,7 +257,7 @@ fn real_config(name: &str) -> Value {
 
 #[test]
 fn llama_3_2_3b_and_qwen_2_5_3b_run_at_full_width() {
-    if device() == "wgpu" {
+    if test_engine::device() == "wgpu" {
         return eprintln!("left out: the embedding is larger than a software Vulkan binds");
     }
     for (name, n_params, n_ctx_max) in

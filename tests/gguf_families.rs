@@ -5,14 +5,15 @@
 #[path = "support/gguf.rs"]
 mod gguf;
 
+#[path = "support/engine.rs"]
+mod test_engine;
+
 use gguf::{Gguf, Value, family_folder, of_family};
-use labpipe::engine;
 use labpipe::event::NullProgress;
-use labpipe::inference::{Engine, Model, ModelRecipe, ModelSource, SourceAccount};
+use labpipe::inference::{Model, ModelRecipe, ModelSource, SourceAccount};
 use labpipe::units::DType;
 use serde_json::Value as Json;
 use std::path::Path;
-use std::sync::Arc;
 
 /// The fixtures that a GGUF file can hold, and the family each belongs to: it has no dynamic scaling.
 const CASES: [(&str, &str); 12] = [
@@ -30,11 +31,6 @@ const CASES: [(&str, &str); 12] = [
     ("qwen3", "qwen3"),
 ];
 
-fn device() -> Arc<dyn Engine> {
-    let name = std::env::var("LABPIPE_TEST_DEVICE").unwrap_or_else(|_| "cpu".to_owned());
-    engine::build(&name).expect("the device").0
-}
-
 fn recipe(path: &Path) -> ModelRecipe {
     let source = ModelSource::Path(path.to_owned());
     ModelRecipe { source, dtype: None, compute_dtype: Some(DType::F32), quantization: None }
@@ -45,14 +41,14 @@ fn open(gguf: &Gguf) -> Box<dyn Model> {
     let dir = tempfile::tempdir().expect("a temporary folder");
     let path = dir.path().join("model.gguf");
     gguf.write(&path);
-    device().open(&recipe(&path), &NullProgress).expect("a model")
+    test_engine::engine().open(&recipe(&path), &NullProgress).expect("a model")
 }
 
 fn account(gguf: &Gguf) -> SourceAccount {
     let dir = tempfile::tempdir().expect("a temporary folder");
     let path = dir.path().join("model.gguf");
     gguf.write(&path);
-    device().account(&recipe(&path)).expect("an account")
+    test_engine::engine().account(&recipe(&path)).expect("an account")
 }
 
 #[track_caller]
@@ -60,7 +56,7 @@ fn refusal(gguf: &Gguf) -> String {
     let dir = tempfile::tempdir().expect("a temporary folder");
     let path = dir.path().join("model.gguf");
     gguf.write(&path);
-    device().inspect(&recipe(&path)).expect_err("an error").to_string()
+    test_engine::engine().inspect(&recipe(&path)).expect_err("an error").to_string()
 }
 
 fn expected(case: &str) -> Json {
@@ -139,8 +135,8 @@ fn a_file_says_of_a_model_what_its_folder_says() {
         let dir = tempfile::tempdir().expect("a temporary folder");
         let path = dir.path().join("model.gguf");
         of_family(case).write(&path);
-        let from_file = device().inspect(&recipe(&path)).expect("a model");
-        let from_folder = device().inspect(&recipe(&family_folder(case))).expect("a model");
+        let from_file = test_engine::engine().inspect(&recipe(&path)).expect("a model");
+        let from_folder = test_engine::engine().inspect(&recipe(&family_folder(case))).expect("a model");
         assert_eq!((from_file.n_params, from_file.n_ctx_max), (from_folder.n_params, from_folder.n_ctx_max), "{case}");
         assert_eq!(from_file.linears, from_folder.linears, "{case}");
     }

@@ -247,7 +247,7 @@ impl Stage for Fake {
     fn combine(&self, outputs: Vec<StageOutput>) -> Result<StageOutput, StageError> {
         let latencies: Vec<Value> = outputs.iter().map(|output| output.body["latency_s"].clone()).collect();
         let body = Map::from_iter([("latencies_s".to_owned(), json!(latencies))]);
-        Ok(StageOutput { body, summary: "combined".to_owned() })
+        Ok(StageOutput::new(body, "combined"))
     }
 
     fn run(&self, context: &StageContext<'_>) -> Result<StageOutput, StageError> {
@@ -290,7 +290,7 @@ impl Fake {
                 body.insert("missing".to_owned(), json!(context.missing_inputs));
             }
         }
-        Ok(StageOutput { body, summary: "done".to_owned() })
+        Ok(StageOutput::new(body, "done"))
     }
 }
 
@@ -337,6 +337,8 @@ impl Bench {
             memory_limit_asked: None,
             memory_limit_bytes: None,
             device_asked: None,
+            execution_asked: None,
+            execution: "auto".to_owned(),
             device: "fake device".to_owned(),
             device_reason: "asked for".to_owned(),
             environment: Value::Null,

@@ -1,8 +1,11 @@
 //! What quantizing costs and loses, as the engine of a device finds it, against the host's packing: real models, every scheme.
 #![cfg(feature = "cpu")]
 
+#[path = "support/engine.rs"]
+mod test_engine;
+
 use labpipe::artifact::QuantizedModule;
-use labpipe::engine::{self, BurnEngine};
+use labpipe::engine::BurnEngine;
 use labpipe::event::{Level, NullProgress, Progress};
 use labpipe::inference::{Engine, ModelRecipe, ModelSource};
 use labpipe::quantization;
@@ -11,18 +14,12 @@ use safetensors::tensor::{TensorView, serialize_to_file};
 use safetensors::{Dtype, SafeTensors};
 use serde_json::{Value, json};
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex};
+use std::sync::Mutex;
 
 /// How far a device's mean squared error may be from the host's, relative. Sums of squares are good to 3e-6
 /// (`labpipe_kernels::cube::LOSS_BUDGET`); the rest is for decoded values that are an ulp apart, and, where a runtime divides less
 /// exactly than IEEE asks, for values on a threshold, which are about as far from both codes.
 const BUDGET: f64 = 1e-5;
-
-/// The device that these tests run on: the CPU, or what `LABPIPE_TEST_DEVICE` names.
-fn device() -> Arc<dyn Engine> {
-    let name = std::env::var("LABPIPE_TEST_DEVICE").unwrap_or_else(|_| "cpu".to_owned());
-    engine::build(&name).expect("the device").0
-}
 
 fn path(folder: &str) -> ModelSource {
     ModelSource::Path(PathBuf::from(env!("CARGO_MANIFEST_DIR")).join(folder))
@@ -63,7 +60,7 @@ fn compare(device: &dyn Engine, recipe: &ModelRecipe, what: &str) -> f64 {
 
 #[test]
 fn every_scheme_loses_on_the_device_what_it_loses_on_the_host() {
-    let device = device();
+    let device = test_engine::engine();
     let configs = [
         json!({"scheme": "nf4"}),
         json!({"scheme": "nf4", "block_size": 256}),
@@ -86,7 +83,7 @@ fn every_scheme_loses_on_the_device_what_it_loses_on_the_host() {
 
 #[test]
 fn mixed_configs_and_heads_and_other_types_lose_the_same() {
-    let device = device();
+    let device = test_engine::engine();
     let mixed = json!({
         "scheme": "nf4",
         "double_quant": true,
@@ -115,7 +112,7 @@ fn random_weights_lose_the_same() {
     let config = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/families/llama/config.json");
     let source = ModelSource::Random { config, seed: 7 };
     for dtype in [None, Some(DType::F32)] {
-        compare(&*device(), &recipe(source.clone(), dtype, &json!({"scheme": "nf4"})), "random weights");
+        compare(&*test_engine::engine(), &recipe(source.clone(), dtype, &json!({"scheme": "nf4"})), "random weights");
     }
 }
 

@@ -5,6 +5,7 @@
 
 mod bench;
 mod disturbance;
+mod execution;
 mod interval;
 mod layers;
 mod models;
@@ -18,6 +19,7 @@ pub use bench::{
     Statistics,
 };
 pub use disturbance::{DeviceUse, DiscardedAttempt, Disturbance, HostFigures};
+pub use execution::Execution;
 pub use interval::BlockInterval;
 pub use layers::{CaptureRecord, CapturedTensor, DiffRecord, ModuleDiff};
 pub use models::{QuantizeTotals, QuantizedModule, ReportRecord, ReportedFile, SavedFolder};

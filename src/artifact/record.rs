@@ -1,5 +1,6 @@
 //! A stage's record: the head that all kinds share, and the body that each kind has a type for.
 
+use super::Execution;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
@@ -63,6 +64,9 @@ pub struct RecordHead {
     /// Files outside the cache that it read, by name: blake3 of their content. Absent where there are none, and in older records.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub read_files: BTreeMap<String, String>,
+    /// How its model was run. Absent where none was, and in older records.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub execution: Option<Execution>,
 }
 
 /// A stage's record: head and body, one flat JSON object on disk.

@@ -136,6 +136,7 @@ mod tests {
             "log_format" => Some("json"),
             "set" | "matrix" => Some("name=$value"),
             "device" => Some("cpu"),
+            "execution" => Some("burn"),
             "only" | "until" | "from" | "remeasure" => Some("stage[config=int8]"),
             "jobs" => Some("7"),
             "memory_limit" => Some("7.5GiB"),

@@ -1,5 +1,6 @@
 //! Arguments.
 
+use crate::inference::ExecutionChoice;
 use crate::units::parse_size;
 use clap::{Args as ClapArgs, Parser, Subcommand, ValueEnum};
 use std::path::PathBuf;
@@ -112,6 +113,8 @@ pub enum Command {
         /// In bytes
         #[arg(long)]
         memory_limit: Option<u64>,
+        #[arg(long)]
+        execution: ExecutionChoice,
         /// What the parent knows of the processors
         #[arg(long)]
         processor_speeds: Option<String>,
@@ -135,6 +138,10 @@ pub struct PipelineArgs {
     /// auto, cpu, cuda, cuda:N or wgpu, over what the file says
     #[arg(long, value_name = "DEVICE")]
     pub device: Option<String>,
+    /// How models run, over what the file says: auto (the fastest way that computes the model), burn (burn's operations alone) or
+    /// fused (a GPU's fused kernels; a model that they don't compute is refused)
+    #[arg(long, value_name = "PATH")]
+    pub execution: Option<ExecutionChoice>,
 }
 
 /// How much memory models may take.

@@ -3,6 +3,7 @@
 use super::engine;
 use super::error::CliError;
 use super::print;
+use crate::inference::ExecutionChoice;
 use crate::run::environment;
 use crate::units::format_bytes;
 use serde_json::Value;
@@ -15,7 +16,7 @@ const NVIDIA_DRIVER: &str = "/proc/driver/nvidia/version";
 /// Tells.
 pub fn doctor() -> Result<u8, CliError> {
     let mut text = format!("labpipe {}\n", env!("CARGO_PKG_VERSION"));
-    match engine::build("auto", None) {
+    match engine::build(&engine::Asked { device: "auto", memory_limit: None, execution: ExecutionChoice::Auto }) {
         Err(error) => {
             let _ = writeln!(text, "engine:  none ({error})");
         }

@@ -1,18 +1,29 @@
 //! The engine that this build has, and the workers that run it.
 
 use super::error::CliError;
-use crate::inference::{Engine, GpuIdentity, InferenceError};
+use crate::inference::{Engine, ExecutionChoice, GpuIdentity, InferenceError};
 use crate::run::{Launch, WorkerError, Workers, serve};
 use crate::stages::catalogue;
 use std::sync::Arc;
 
-/// Builds the engine for a device, whose models keep below `memory_limit` bytes, and says why it is that one.
+/// What a command asks of the engine.
+#[derive(Debug, Clone, Copy)]
+pub struct Asked<'a> {
+    /// As `--device` names it.
+    pub device: &'a str,
+    /// What models keep below, in bytes.
+    pub memory_limit: Option<u64>,
+    /// Which path models take through the device.
+    pub execution: ExecutionChoice,
+}
+
+/// Builds the engine that is asked for, and says why it is on that device.
 ///
 /// # Errors
-/// Where this build or this machine has no such device.
+/// Where this build or this machine has no such device, or the device no such path.
 #[cfg(feature = "cpu")]
-pub fn build(device: &str, memory_limit: Option<u64>) -> Result<(Arc<dyn Engine>, String), InferenceError> {
-    crate::engine::build_within(device, memory_limit)
+pub fn build(asked: &Asked<'_>) -> Result<(Arc<dyn Engine>, String), InferenceError> {
+    crate::engine::build_within(asked.device, asked.memory_limit, asked.execution)
 }
 
 /// Builds the engine for a device and says why it is that one.
@@ -20,13 +31,13 @@ pub fn build(device: &str, memory_limit: Option<u64>) -> Result<(Arc<dyn Engine>
 /// # Errors
 /// Always: this build has none.
 #[cfg(not(feature = "cpu"))]
-pub fn build(device: &str, _memory_limit: Option<u64>) -> Result<(Arc<dyn Engine>, String), InferenceError> {
+pub fn build(asked: &Asked<'_>) -> Result<(Arc<dyn Engine>, String), InferenceError> {
     let reason = "this labpipe was built without an engine; build it with its default features".to_owned();
-    Err(InferenceError::Device { device: device.to_owned(), reason })
+    Err(InferenceError::Device { device: asked.device.to_owned(), reason })
 }
 
 /// Runs stages for the parent process until it closes stdin. `processor_speeds` is what the parent knows of the processors.
-pub fn work(device: &str, memory_limit: Option<u64>, accept_disturbed: bool, processor_speeds: Option<&str>) -> u8 {
+pub fn work(asked: &Asked<'_>, accept_disturbed: bool, processor_speeds: Option<&str>) -> u8 {
     #[cfg(feature = "cpu")]
     {
         crate::engine::keep_freed_memory();
@@ -37,7 +48,7 @@ pub fn work(device: &str, memory_limit: Option<u64>, accept_disturbed: bool, pro
     }
     #[cfg(not(feature = "cpu"))]
     let _ = processor_speeds;
-    serve(&catalogue(), device, accept_disturbed, || build(device, memory_limit))
+    serve(&catalogue(), asked.device, accept_disturbed, || build(asked))
 }
 
 /// Returns the machine's GPUs; `None` where this build or this machine has no driver to ask.
@@ -48,11 +59,11 @@ pub fn gpus() -> Option<Vec<GpuIdentity>> {
     None
 }
 
-/// Starts the workers of a device; their models keep below `memory_limit` bytes.
+/// Starts the workers of a device.
 ///
 /// # Errors
 /// Where the device can't be used, or this program can't start itself again.
-pub fn workers(device: &str, memory_limit: Option<u64>) -> Result<Workers, CliError> {
+pub fn workers(asked: &Asked<'_>) -> Result<Workers, CliError> {
     let program = std::env::current_exe().map_err(|error| CliError::Usage {
         message: format!("failed to find this program's own file, which workers are started from: {error}"),
         hint: None,
@@ -65,8 +76,9 @@ pub fn workers(device: &str, memory_limit: Option<u64>) -> Result<Workers, CliEr
     };
     #[cfg(not(feature = "cpu"))]
     let processor_speeds = None;
+    let Asked { device, memory_limit, execution } = *asked;
     let device = device.to_owned();
-    let launch = Launch { program, device, memory_limit, accept_disturbed: false, processor_speeds };
+    let launch = Launch { program, device, memory_limit, execution, accept_disturbed: false, processor_speeds };
     Workers::start(launch).map_err(|error| match error {
         WorkerError::Device(error) => CliError::Device(error),
         other => CliError::Worker(other),

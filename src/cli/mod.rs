@@ -69,8 +69,9 @@ fn dispatch(args: Args) -> Result<u8, CliError> {
         Command::Schema => catalogue::schema(),
         Command::Cache { action } => cache::cache(&args.global, &action),
         Command::Doctor => doctor::doctor(),
-        Command::Worker { device, memory_limit, accept_disturbed, processor_speeds } => {
-            Ok(engine::work(&device, memory_limit, accept_disturbed, processor_speeds.as_deref()))
+        Command::Worker { device, memory_limit, execution, accept_disturbed, processor_speeds } => {
+            let asked = engine::Asked { device: &device, memory_limit, execution };
+            Ok(engine::work(&asked, accept_disturbed, processor_speeds.as_deref()))
         }
         Command::Completions { shell } => {
             // Into memory first: clap panics where it can't write.

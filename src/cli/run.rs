@@ -71,6 +71,7 @@ fn options(run: &Value) -> ParseOptions {
             .collect(),
         env: std::env::vars_os().filter_map(|(n, v)| Some((n.into_string().ok()?, v.into_string().ok()?))).collect(),
         device: run["device_asked"].as_str().map(str::to_owned),
+        execution: run["execution_asked"].as_str().and_then(|name| name.parse().ok()),
         memory_limit: run["memory_limit_asked"].as_u64(),
     }
 }
@@ -109,6 +110,8 @@ fn start(global: &Global, file: &Path, read: Read, asked: &Asked<'_>, again: &Ag
         set: read.options.set.clone(),
         matrix: read.options.matrix.clone(),
         device_asked: read.options.device.clone(),
+        execution_asked: read.options.execution.map(|choice| choice.name().to_owned()),
+        execution: read.pipeline.execution.name().to_owned(),
         memory_limit_asked: read.options.memory_limit,
         memory_limit_bytes: read.pipeline.memory_limit,
         device: info.device.clone(),

@@ -70,6 +70,7 @@ impl PipelineArgs {
                 .filter_map(|(name, value)| Some((name.into_string().ok()?, value.into_string().ok()?)))
                 .collect(),
             device: self.device.clone(),
+            execution: self.execution,
             memory_limit: memory.and_then(|memory| memory.memory_limit),
         }
     }
@@ -146,7 +147,11 @@ fn missing_files(read: &Read, files: &[MissingFile]) -> PipelineError {
 /// # Errors
 /// `Device`, `Store`, `Plan`; `Pipeline` where it names files that aren't there.
 pub fn planned(global: &Global, read: &Read, selection: &Selection) -> Result<Planned, CliError> {
-    let workers = engine::workers(&read.pipeline.device, read.pipeline.memory_limit)?;
+    let workers = engine::workers(&engine::Asked {
+        device: &read.pipeline.device,
+        memory_limit: read.pipeline.memory_limit,
+        execution: read.pipeline.execution,
+    })?;
     let store = Store::open(&global.cache)?;
     let guard = store.hold_off_gc(&|| true)?;
     let sources = Sources::new(&global.root, read.hub.clone(), FileHashes::open(store.dir()));

@@ -3,7 +3,8 @@
 use super::kv_cache::float_dtype;
 use super::spec::{AttentionSpec, ModelSpec};
 use crate::units::DType;
-use burn::tensor::{Device, Tensor, TensorData, activation};
+use burn::tensor::{Device, Int, Tensor, TensorData, activation};
+use labpipe_kernels::burn_ext::exact_matmul;
 
 /// Queries handled at once: bounds the scores to n_heads · 128 · n_keys values.
 pub const QUERY_CHUNK: usize = 128;
@@ -13,6 +14,51 @@ pub struct AttentionPlan {
     cos: Tensor<3>, // [n, 1, rotary_dim]
     sin: Tensor<3>, // [n, 1, rotary_dim], negated in its first half
     chunks: Vec<QueryChunk>,
+    /// Where the pass's one token belongs, where only the device knows it.
+    position: Option<Tensor<1, Int>>,
+}
+
+/// What layers of one kind need to run a token whose position is a tensor: rotary tables of every position.
+#[cfg(any(feature = "cuda", feature = "wgpu"))]
+pub struct StepTables {
+    cos: Tensor<2>,       // [capacity, rotary_dim]
+    sin: Tensor<2>,       // [capacity, rotary_dim], negated in its first half
+    keys: Tensor<1, Int>, // [capacity], 0, 1, 2, ..
+    window: Option<usize>,
+}
+
+#[cfg(any(feature = "cuda", feature = "wgpu"))]
+impl StepTables {
+    /// Prepares steps up to `capacity` tokens.
+    pub fn new(spec: &AttentionSpec, capacity: usize, device: &Device) -> StepTables {
+        let (cos, sin) = rotary_tables(spec, 0, capacity);
+        let width = cos.len() / capacity.max(1);
+        let table = |values| Tensor::from_data(TensorData::new(values, [capacity, width]), device);
+        let keys = Tensor::arange(0..capacity as i64, device);
+        StepTables { cos: table(cos), sin: table(sin), keys, window: spec.window }
+    }
+}
+
+/// Returns cosines and sines of `n` positions from `n_past` on, the sines negated in their first half.
+///
+/// # Shapes
+/// Both `[n, rotary_dim]`.
+fn rotary_tables(spec: &AttentionSpec, n_past: usize, n: usize) -> (Vec<f32>, Vec<f32>) {
+    let frequencies = spec.rope.inverse_frequencies(n_past + n);
+    let factor = spec.rope.attention_factor() as f32;
+    let half = frequencies.len();
+    let (mut cos, mut sin) = (vec![0.0f32; n * 2 * half], vec![0.0f32; n * 2 * half]);
+    for i in 0..n {
+        for (j, frequency) in frequencies.iter().enumerate() {
+            // The angle in f32, as the reference implementation takes it.
+            let angle = (n_past + i) as f32 * *frequency as f32;
+            let (s, c) = (factor * angle.sin(), factor * angle.cos());
+            let at = i * 2 * half + j;
+            (cos[at], cos[at + half]) = (c, c);
+            (sin[at], sin[at + half]) = (-s, s);
+        }
+    }
+    (cos, sin)
 }
 
 struct QueryChunk {
@@ -28,24 +74,47 @@ struct QueryChunk {
 impl AttentionPlan {
     /// Prepares a pass of `n` tokens after `n_past` cached ones.
     pub fn new(spec: &AttentionSpec, n_past: usize, n: usize, device: &Device) -> AttentionPlan {
-        let frequencies = spec.rope.inverse_frequencies(n_past + n);
-        let factor = spec.rope.attention_factor() as f32;
-        let half = frequencies.len();
-        let (mut cos, mut sin) = (vec![0.0f32; n * 2 * half], vec![0.0f32; n * 2 * half]);
-        for i in 0..n {
-            for (j, frequency) in frequencies.iter().enumerate() {
-                // The angle in f32, as the reference implementation takes it.
-                let angle = (n_past + i) as f32 * *frequency as f32;
-                let (s, c) = (factor * angle.sin(), factor * angle.cos());
-                let at = i * 2 * half + j;
-                (cos[at], cos[at + half]) = (c, c);
-                (sin[at], sin[at + half]) = (-s, s);
-            }
-        }
-        let table = |values| Tensor::<3>::from_data(TensorData::new(values, [n, 1, 2 * half]), device);
+        let (cos, sin) = rotary_tables(spec, n_past, n);
+        let width = cos.len() / n.max(1);
+        let table = |values| Tensor::<3>::from_data(TensorData::new(values, [n, 1, width]), device);
         let chunk = |first| QueryChunk::new(n_past, first, n, spec.window, device);
         let chunks = (0..n).step_by(QUERY_CHUNK).map(chunk).collect();
-        AttentionPlan { cos: table(cos), sin: table(sin), chunks }
+        AttentionPlan { cos: table(cos), sin: table(sin), chunks, position: None }
+    }
+
+    /// Prepares a pass of one token at `position`, `[1]`, over a whole cache: nothing of it depends on the host, so that it can be
+    /// recorded and replayed.
+    #[cfg(any(feature = "cuda", feature = "wgpu"))]
+    pub fn of_step(tables: &StepTables, position: &Tensor<1, Int>) -> AttentionPlan {
+        let capacity = tables.keys.dims()[0];
+        let row = |table: &Tensor<2>| table.clone().select(0, position.clone()).unsqueeze_dim::<3>(1);
+        let later = tables.keys.clone().greater(position.clone());
+        let unseen = match tables.window {
+            None => later,
+            Some(window) => {
+                let before = position.clone().sub_scalar(window as i64);
+                later.bool_or(tables.keys.clone().lower_equal(before))
+            }
+        };
+        let mask = Tensor::<1>::zeros([capacity], &position.device()).mask_fill(unseen, f32::NEG_INFINITY);
+        let chunk = QueryChunk {
+            first: 0,
+            n: 1,
+            first_key: 0,
+            end_key: capacity,
+            mask: Some(mask.reshape([1, 1, 1, capacity])),
+        };
+        AttentionPlan {
+            cos: row(&tables.cos),
+            sin: row(&tables.sin),
+            chunks: vec![chunk],
+            position: Some(position.clone()),
+        }
+    }
+
+    /// Returns where the pass's one token belongs, where only the device knows it.
+    pub fn position(&self) -> Option<&Tensor<1, Int>> {
+        self.position.as_ref()
     }
 }
 
@@ -87,11 +156,20 @@ pub fn rotate(x: Tensor<2>, n_heads: usize, plan: &AttentionPlan) -> Tensor<2> {
     whole.reshape([n, width]).cast(dtype)
 }
 
-/// Returns causal attention of the pass's queries over all keys, in f32.
+/// Returns causal attention of the pass's queries over all keys, in f32. Where `is_exact` nothing is rounded on the way; otherwise
+/// tensor cores may round what they multiply to ten bits (TF32), as values of f16 are anyway.
 ///
 /// # Shapes
 /// `q` `[n, n_heads · head_dim]`; `k`, `v` `[n_keys, n_kv_heads · head_dim]`; result like `q`.
-pub fn attend(q: Tensor<2>, k: Tensor<2>, v: Tensor<2>, spec: &ModelSpec, plan: &AttentionPlan) -> Tensor<2> {
+pub fn attend(
+    q: Tensor<2>,
+    k: Tensor<2>,
+    v: Tensor<2>,
+    spec: &ModelSpec,
+    plan: &AttentionPlan,
+    is_exact: bool,
+) -> Tensor<2> {
+    let matmul = |a: Tensor<3>, b: Tensor<3>| if is_exact { exact_matmul(a, b) } else { a.matmul(b) };
     let f32_type = float_dtype(DType::F32);
     let (kv, head_dim) = (spec.n_kv_heads, spec.head_dim);
     let group = spec.n_heads / kv;
@@ -106,7 +184,7 @@ pub fn attend(q: Tensor<2>, k: Tensor<2>, v: Tensor<2>, spec: &ModelSpec, plan: 
         let q = q.clone().slice([chunk.first..chunk.first + n, 0..spec.n_heads * head_dim]);
         // Queries of one group share a key head: they go through one product as if they were more tokens.
         let q = q.reshape([n, kv, group, head_dim]).permute([1, 2, 0, 3]).reshape([kv, group * n, head_dim]);
-        let scores = q.matmul(k.clone().slice([0..kv, 0..head_dim, keys.clone()]));
+        let scores = matmul(q, k.clone().slice([0..kv, 0..head_dim, keys.clone()]));
         let scores = match spec.block.attn_softcap {
             None => scores,
             Some(cap) => softcap(scores, cap),
@@ -118,7 +196,7 @@ pub fn attend(q: Tensor<2>, k: Tensor<2>, v: Tensor<2>, spec: &ModelSpec, plan: 
                 scores.reshape([kv, group * n, keys.len()])
             }
         };
-        let out = activation::softmax(scores, 2).matmul(v.clone().slice([0..kv, keys, 0..head_dim]));
+        let out = matmul(activation::softmax(scores, 2), v.clone().slice([0..kv, keys, 0..head_dim]));
         let out = out.reshape([kv, group, n, head_dim]).permute([2, 0, 1, 3]);
         chunks.push(out.reshape([n, spec.n_heads * head_dim]));
     }

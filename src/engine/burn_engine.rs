@@ -9,16 +9,17 @@ use super::forward::Executor;
 use super::host_load::ProcProbe;
 use super::memory::{HostProbe, HostRoom, rss_anon_bytes, total_memory_bytes, trim_heap};
 use super::model::BurnModel;
+use super::model_room::ModelRoom;
 use super::save::save_model;
 use super::source::{open_source, tokenizer_path};
 use super::spec::ModelSpec;
 use super::survey::{on_host, survey};
-use super::weights::{WeightReader, compute_dtype};
-use crate::artifact::QuantizedModule;
+use super::weights::{OnHost, WeightReader, compute_dtype};
+use crate::artifact::{Execution, QuantizedModule};
 use crate::event::Progress;
 use crate::inference::{
-    Engine, EngineInfo, InferenceError, MemoryPrediction, MemoryProbe, Model, ModelInfo, ModelRecipe, SavedModel,
-    SourceAccount, Workload,
+    Engine, EngineInfo, ExecutionChoice, InferenceError, MemoryPrediction, MemoryProbe, Model, ModelInfo, ModelRecipe,
+    SavedModel, SourceAccount, Workload,
 };
 use crate::units::DType;
 use burn::tensor::Device;
@@ -32,6 +33,7 @@ pub struct BurnEngine {
     device: Device,
     info: EngineInfo,
     room: HostRoom,
+    execution: ExecutionChoice,
     /// Anonymous memory of the process when the engine was made.
     program_bytes: u64,
 }
@@ -50,6 +52,7 @@ impl BurnEngine {
                 computed_with: computed_with::host(),
             },
             room: HostRoom::default(),
+            execution: ExecutionChoice::Auto,
             program_bytes: {
                 trim_heap();
                 rss_anon_bytes().unwrap_or(0)
@@ -61,6 +64,14 @@ impl BurnEngine {
     #[must_use]
     pub fn with_memory_limit(self, limit_bytes: Option<u64>) -> BurnEngine {
         BurnEngine { room: HostRoom { limit_bytes }, ..self }
+    }
+
+    /// Takes another path than the fastest.
+    #[must_use]
+    pub fn with_execution(mut self, execution: ExecutionChoice) -> BurnEngine {
+        self.execution = execution;
+        self.info.computed_with.insert("execution".to_owned(), execution.name().to_owned());
+        self
     }
 
     /// Reads the config and opens the files.
@@ -210,7 +221,7 @@ impl Engine for BurnEngine {
         let info = describe(&spec, &checkpoint, recipe)?;
         self.room.check("the model's weights", weights_bytes(&info, recipe)?)?;
         let reader = WeightReader { checkpoint: &checkpoint, spec: &spec, recipe, device: &self.device };
-        let weights = reader.read_all(progress)?;
+        let weights = reader.read_all(&mut OnHost, progress)?;
         if recipe.quantization.is_some() || recipe.dtype.is_some() {
             // Pages of what was converted are not what it takes to run the model.
             checkpoint.drop_pages();
@@ -218,7 +229,10 @@ impl Engine for BurnEngine {
         weights.touch_pages();
         let compute = info.compute_dtype;
         let executor = Executor { spec, weights, device: self.device.clone(), compute };
-        Ok(Box::new(BurnModel::new(info, executor, self.room)))
+        let execution =
+            Execution { path: "burn".to_owned(), products: Some("gemm".to_owned()), ..Execution::default() };
+        let decodes_by_burn = self.execution == ExecutionChoice::Burn;
+        Ok(Box::new(BurnModel::new(info, executor, ModelRoom::Host(self.room), execution, decodes_by_burn)))
     }
 
     fn survey(

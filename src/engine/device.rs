@@ -1,7 +1,7 @@
 //! Which device an engine runs on, and why.
 
 use super::burn_engine::BurnEngine;
-use crate::inference::{Engine, InferenceError};
+use crate::inference::{Engine, ExecutionChoice, InferenceError};
 #[cfg(any(feature = "cuda", feature = "wgpu"))]
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -11,23 +11,33 @@ use std::sync::Arc;
 /// # Errors
 /// As [`build_within`].
 pub fn build(device: &str) -> Result<(Arc<dyn Engine>, String), InferenceError> {
-    build_within(device, None)
+    build_within(device, None, ExecutionChoice::Auto)
 }
 
 /// Builds the engine for a device: `auto`, `cpu`, `cuda`, `cuda:N`, `wgpu`. Returns it with the reason for the choice. Its models keep
-/// below `memory_limit` bytes: of memory of the device, or of this process on a CPU.
+/// below `memory_limit` bytes: of memory of the device, or of this process on a CPU. They take the path `execution` through it.
 ///
 /// # Errors
-/// `Device` where the device is unknown, is not there, or this build can't drive it.
-pub fn build_within(device: &str, memory_limit: Option<u64>) -> Result<(Arc<dyn Engine>, String), InferenceError> {
-    let cpu = || -> Arc<dyn Engine> { Arc::new(BurnEngine::cpu().with_memory_limit(memory_limit)) };
+/// `Device` where the device is unknown, is not there, this build can't drive it, or the fused path is asked of a CPU.
+pub fn build_within(
+    device: &str,
+    memory_limit: Option<u64>,
+    execution: ExecutionChoice,
+) -> Result<(Arc<dyn Engine>, String), InferenceError> {
+    let cpu = || -> Result<Arc<dyn Engine>, InferenceError> {
+        if execution == ExecutionChoice::Fused {
+            let reason = "fused kernels run on GPUs alone; take --execution auto or burn".to_owned();
+            return Err(InferenceError::Device { device: "cpu".to_owned(), reason });
+        }
+        Ok(Arc::new(BurnEngine::cpu().with_memory_limit(memory_limit).with_execution(execution)))
+    };
     match device {
-        "cpu" => Ok((cpu(), "cpu: asked for".to_owned())),
-        "auto" => match cuda(0, memory_limit) {
+        "cpu" => Ok((cpu()?, "cpu: asked for".to_owned())),
+        "auto" => match cuda(0, memory_limit, execution) {
             Ok(engine) => Ok((engine, "cuda: an NVIDIA GPU is there".to_owned())),
-            Err(reason) => Ok((cpu(), format!("cpu: {reason}"))),
+            Err(reason) => Ok((cpu()?, format!("cpu: {reason}"))),
         },
-        "wgpu" => match wgpu(memory_limit) {
+        "wgpu" => match wgpu(memory_limit, execution) {
             Ok(engine) => Ok((engine, "wgpu: asked for".to_owned())),
             Err(reason) => Err(unavailable(device, &reason)),
         },
@@ -39,7 +49,7 @@ pub fn build_within(device: &str, memory_limit: Option<u64>) -> Result<(Arc<dyn 
             };
             let unknown = "no such device; labpipe knows auto, cpu, cuda, cuda:N and wgpu";
             let index = index.ok_or_else(|| unavailable(device, unknown))?;
-            let engine = cuda(index, memory_limit).map_err(|reason| unavailable(device, &reason))?;
+            let engine = cuda(index, memory_limit, execution).map_err(|reason| unavailable(device, &reason))?;
             Ok((engine, format!("{device}: asked for")))
         }
     }
@@ -50,7 +60,7 @@ fn unavailable(device: &str, reason: &str) -> InferenceError {
 }
 
 #[cfg(feature = "cuda")]
-fn cuda(index: usize, memory_limit: Option<u64>) -> Result<Arc<dyn Engine>, String> {
+fn cuda(index: usize, memory_limit: Option<u64>, execution: ExecutionChoice) -> Result<Arc<dyn Engine>, String> {
     use super::board::{BoardProbe, PERIOD};
     use labpipe_kernels::cube::kernel_store::KernelStore;
     let identity = super::nvidia::probe(index)?;
@@ -58,7 +68,8 @@ fn cuda(index: usize, memory_limit: Option<u64>) -> Result<Arc<dyn Engine>, Stri
     // Before the first client is made: cubecl reads its settings once.
     let parts = labpipe_kernels::cube::nvidia::CudaParts::find();
     let kernels = KernelStore::open(&parts.compiler());
-    let client = cubecl::Device::cuda(index).map_err(|error| format!("open CUDA device {index}: {error}"))?.client();
+    let device = cubecl::Device::cuda(index).map_err(|error| format!("open CUDA device {index}: {error}"))?;
+    let client = device.client();
     labpipe_kernels::cube::nvidia::shrink_stacks(index);
     let physical = client.properties().identity.physical.clone();
     let bus_id = physical.and_then(|card| card.pci_address).map(|address| address.to_string());
@@ -72,7 +83,8 @@ fn cuda(index: usize, memory_limit: Option<u64>) -> Result<Arc<dyn Engine>, Stri
         used_bytes: Arc::new(move || used.as_ref()?.used_bytes()),
         limit_bytes: memory_limit,
     };
-    Ok(Arc::new(super::gpu::GpuEngine::new(client, identity, offered(&parts), senses, kernels)))
+    let engine = super::gpu::GpuEngine::new(device, identity, offered(&parts), senses, kernels);
+    Ok(Arc::new(engine.with_execution(execution)))
 }
 
 /// Returns what numbers on an NVIDIA GPU depend on beside the program: driver, compiler and cuBLAS.
@@ -92,16 +104,15 @@ fn offered(parts: &labpipe_kernels::cube::nvidia::CudaParts) -> BTreeMap<String,
 }
 
 #[cfg(not(feature = "cuda"))]
-fn cuda(_index: usize, _memory_limit: Option<u64>) -> Result<Arc<dyn Engine>, String> {
+fn cuda(_index: usize, _memory_limit: Option<u64>, _execution: ExecutionChoice) -> Result<Arc<dyn Engine>, String> {
     Err("this labpipe was built without the CUDA backend (cargo build --features cuda)".to_owned())
 }
 
 #[cfg(feature = "wgpu")]
-fn wgpu(memory_limit: Option<u64>) -> Result<Arc<dyn Engine>, String> {
-    let client = cubecl::Device::wgpu(cubecl::device::WgpuDeviceKind::DefaultDevice)
-        .map_err(|error| format!("open a wgpu device: {error}"))?
-        .client();
-    let device = format!("wgpu: {}", client.properties().identity.name);
+fn wgpu(memory_limit: Option<u64>, execution: ExecutionChoice) -> Result<Arc<dyn Engine>, String> {
+    let device = cubecl::Device::wgpu(cubecl::device::WgpuDeviceKind::DefaultDevice)
+        .map_err(|error| format!("open a wgpu device: {error}"))?;
+    let name = format!("wgpu: {}", device.client().properties().identity.name);
     // wgpu tells neither energy nor what is free.
     let senses = super::gpu::Senses {
         memory: Box::new(|| Box::new(super::memory::HostProbe::start())),
@@ -110,11 +121,12 @@ fn wgpu(memory_limit: Option<u64>) -> Result<Arc<dyn Engine>, String> {
         used_bytes: Arc::new(|| None),
         limit_bytes: memory_limit,
     };
-    Ok(Arc::new(super::gpu::GpuEngine::new(client, device, BTreeMap::new(), senses, None)))
+    let engine = super::gpu::GpuEngine::new(device, name, BTreeMap::new(), senses, None);
+    Ok(Arc::new(engine.with_execution(execution)))
 }
 
 #[cfg(not(feature = "wgpu"))]
-fn wgpu(_memory_limit: Option<u64>) -> Result<Arc<dyn Engine>, String> {
+fn wgpu(_memory_limit: Option<u64>, _execution: ExecutionChoice) -> Result<Arc<dyn Engine>, String> {
     Err("this labpipe was built without the wgpu backend (cargo build --features wgpu)".to_owned())
 }
 

@@ -8,9 +8,10 @@ use super::tap::{Source, Tap};
 use super::weights::{Block, GateUpLinears, Linear, QkvLinears, Weights};
 use crate::inference::InferenceError;
 use crate::units::DType;
-use burn::tensor::{Device, Tensor, TensorData, activation};
-use labpipe_kernels::burn_ext::stored_linear;
-use labpipe_kernels::weight::HostWeight;
+use burn::backend::ExecutionError;
+use burn::tensor::{Device, Int, Tensor, TensorData, activation};
+use labpipe_kernels::burn_ext::{ElsewhereError, stored_linear, stored_rows};
+use std::ops::Range;
 
 /// What every pass needs.
 pub struct Executor {
@@ -35,14 +36,11 @@ impl Executor {
     ) -> Result<Tensor<2>, InferenceError> {
         let n_past = cache.as_ref().map_or(0, |cache| cache.n_tokens());
         self.check(tokens, n_past)?;
-        let mut x = self.embed(tokens);
+        let ids: Vec<i32> = tokens.iter().map(|token| *token as i32).collect();
+        let x = self.embed(Tensor::from_data(TensorData::new(ids, [tokens.len()]), &self.device))?;
         tap.output("model.embed_tokens", None, "embedding", &x)?;
-        let plan = |attention| AttentionPlan::new(attention, n_past, tokens.len(), &self.device);
-        let plans: Vec<AttentionPlan> = self.spec.attentions.iter().map(plan).collect();
-        for (layer_idx, block) in self.weights.blocks.iter().enumerate() {
-            let plan = &plans[self.spec.layer_attentions[layer_idx]];
-            x = self.block(layer_idx, block, x, plan, cache.as_deref_mut(), tap)?;
-        }
+        let plans = self.plans(n_past, tokens.len());
+        let x = self.run_layers(0..self.spec.n_layers, x, &plans, cache.as_deref_mut(), tap)?;
         if let Some(cache) = cache {
             cache.advance(tokens.len());
         }
@@ -51,24 +49,87 @@ impl Executor {
         Ok(x)
     }
 
+    /// Prepares the attention of a pass of `n` tokens after `n_past` cached ones: a plan for each of the spec's attentions.
+    pub fn plans(&self, n_past: usize, n: usize) -> Vec<AttentionPlan> {
+        let plan = |attention| AttentionPlan::new(attention, n_past, n, &self.device);
+        self.spec.attentions.iter().map(plan).collect()
+    }
+
+    /// Runs the blocks `layers` over the residual stream.
+    ///
+    /// # Shapes
+    /// `x` and result `[n, hidden]`.
+    ///
+    /// # Errors
+    /// What `tap` returns.
+    pub fn run_layers(
+        &self,
+        layers: Range<usize>,
+        mut x: Tensor<2>,
+        plans: &[AttentionPlan],
+        mut cache: Option<&mut KvCache>,
+        tap: &mut Tap<'_>,
+    ) -> Result<Tensor<2>, InferenceError> {
+        for layer_idx in layers {
+            let plan = &plans[self.spec.layer_attentions[layer_idx]];
+            x = self.block(layer_idx, &self.weights.blocks[layer_idx], x, plan, cache.as_deref_mut(), tap)?;
+        }
+        Ok(x)
+    }
+
+    /// Runs one token, whose id `[1]` and place are tensors (see [`AttentionPlan::of_step`]), and returns its logits, `[1, vocab]` f32.
+    ///
+    /// # Errors
+    /// `Device` where weights are elsewhere.
+    #[cfg(any(feature = "cuda", feature = "wgpu"))]
+    pub fn step(
+        &self,
+        token: Tensor<1, Int>,
+        plans: &[AttentionPlan],
+        cache: &mut KvCache,
+    ) -> Result<Tensor<2>, InferenceError> {
+        let x = self.embed(token)?;
+        let x = self.run_layers(0..self.spec.n_layers, x, plans, Some(cache), &mut Tap::closed())?;
+        self.logits(self.norm(x, &self.weights.final_norm))
+    }
+
     /// Returns logits in f32.
     ///
     /// # Shapes
     /// `hidden` `[n, hidden]`, result `[n, vocab]`.
-    pub fn logits(&self, hidden: Tensor<2>) -> Tensor<2> {
-        let logits = self.head(hidden);
-        match self.spec.logit_softcap {
+    ///
+    /// # Errors
+    /// As [`head`](Self::head).
+    pub fn logits(&self, hidden: Tensor<2>) -> Result<Tensor<2>, InferenceError> {
+        let logits = self.head(hidden)?;
+        Ok(match self.spec.logit_softcap {
             None => logits,
             Some(cap) => softcap(logits, cap),
-        }
+        })
     }
 
     /// Returns the output of the module `lm_head`, in f32: logits before their soft cap, where the model has one.
     ///
     /// # Shapes
     /// `hidden` `[n, hidden]`, result `[n, vocab]`.
-    pub fn head(&self, hidden: Tensor<2>) -> Tensor<2> {
-        linear(hidden, &self.weights.lm_head).cast(float_dtype(DType::F32))
+    ///
+    /// # Errors
+    /// `Device` where the head is not where `hidden` is.
+    pub fn head(&self, hidden: Tensor<2>) -> Result<Tensor<2>, InferenceError> {
+        Ok(linear(hidden, &self.weights.lm_head)?.cast(float_dtype(DType::F32)))
+    }
+
+    /// Waits until the device is idle.
+    ///
+    /// # Errors
+    /// `Device` where it has failed.
+    pub fn synchronize(&self) -> Result<(), InferenceError> {
+        self.device.sync().map_err(|error| self.failure(&error))
+    }
+
+    /// Returns a failure of the model's device.
+    pub fn failure(&self, error: &ExecutionError) -> InferenceError {
+        InferenceError::Device { device: "the model's device".to_owned(), reason: format!("{error:?}") }
     }
 
     fn check(&self, tokens: &[u32], n_past: usize) -> Result<(), InferenceError> {
@@ -82,16 +143,9 @@ impl Executor {
         }
     }
 
-    fn embed(&self, tokens: &[u32]) -> Tensor<2> {
-        let hidden = self.spec.hidden_size;
-        let mut values = vec![0.0f32; tokens.len() * hidden];
-        let table: &HostWeight = &self.weights.embedding;
-        for (token, row) in tokens.iter().zip(values.chunks_exact_mut(hidden)) {
-            table.unpack_rows(*token as usize, row);
-        }
-        let x = Tensor::from_data(TensorData::new(values, [tokens.len(), hidden]), &self.device);
-        let x = self.in_compute(x);
-        if self.spec.embedding_scale == 1.0 { x } else { x.mul_scalar(self.spec.embedding_scale) }
+    fn embed(&self, ids: Tensor<1, Int>) -> Result<Tensor<2>, InferenceError> {
+        let x = self.in_compute(stored_rows(ids, &self.weights.embedding).map_err(elsewhere)?);
+        Ok(if self.spec.embedding_scale == 1.0 { x } else { x.mul_scalar(self.spec.embedding_scale) })
     }
 
     fn in_compute(&self, x: Tensor<2>) -> Tensor<2> {
@@ -177,7 +231,7 @@ impl Executor {
         };
         let product = activated.mul(up);
         tap.input(&name("mlp.down_proj"), layer, "down_proj", &product)?;
-        let down = linear(product, &block.down);
+        let down = linear(product, &block.down)?;
         tap.output(&name("mlp.down_proj"), layer, "down_proj", &down)?;
         Ok(down)
     }
@@ -203,14 +257,14 @@ impl Executor {
         let q = rotate(q, self.spec.n_heads, plan);
         let k = rotate(k, self.spec.n_kv_heads, plan);
         let (k, v) = match cache {
-            Some(cache) => cache.append(layer_idx, k, v),
+            Some(cache) => cache.append(layer_idx, k, v, plan.position()),
             None => (k, v),
         };
-        let attended = self.in_compute(attend(q, k, v, &self.spec, plan));
+        let attended = self.in_compute(attend(q, k, v, &self.spec, plan, self.compute == DType::F32));
         let (attn_name, o_name) = (name("self_attn.attn"), name("self_attn.o_proj"));
         tap.output(&attn_name, layer, "attn", &attended)?;
         tap.shared_input(&o_name, layer, "o_proj", &Source { module: &attn_name, op: "attn" }, &attended)?;
-        let out = linear(attended, &block.o);
+        let out = linear(attended, &block.o)?;
         tap.output(&o_name, layer, "o_proj", &out)?;
         Ok(out)
     }
@@ -250,7 +304,7 @@ fn project(
     let module = format!("model.layers.{layer_idx}.{leaf}");
     let op = leaf.rsplit('.').next().unwrap_or(leaf);
     tap.shared_input(&module, Some(layer_idx), op, &Source { module: norm_name, op: "norm" }, normed)?;
-    let y = linear(normed.clone(), weights);
+    let y = linear(normed.clone(), weights)?;
     tap.output(&module, Some(layer_idx), op, &y)?;
     Ok(y)
 }
@@ -259,13 +313,17 @@ fn columns(x: &Tensor<2>, from: usize, to: usize) -> Tensor<2> {
     x.clone().slice([0..x.dims()[0], from..to])
 }
 
-fn linear(x: Tensor<2>, linear: &Linear) -> Tensor<2> {
+fn linear(x: Tensor<2>, linear: &Linear) -> Result<Tensor<2>, InferenceError> {
     let dtype = x.dtype();
-    let y = stored_linear(x, &linear.weight);
-    match &linear.bias {
+    let y = stored_linear(x, &linear.weight).map_err(elsewhere)?;
+    Ok(match &linear.bias {
         None => y,
         Some(bias) => y.add(bias.clone().cast(dtype)),
-    }
+    })
+}
+
+fn elsewhere(error: ElsewhereError) -> InferenceError {
+    InferenceError::Device { device: error.activations.clone(), reason: error.to_string() }
 }
 
 fn activate(kind: Activation, x: Tensor<2>) -> Tensor<2> {

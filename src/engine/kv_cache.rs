@@ -4,7 +4,7 @@
 use super::score::values as plain;
 use crate::inference::InferenceError;
 use crate::units::DType;
-use burn::tensor::{Device, FloatDType, Tensor, TensorData};
+use burn::tensor::{Device, FloatDType, IndexingUpdateOp, Int, Tensor, TensorData};
 
 /// Keys and values of one layer as plain values.
 #[derive(Debug)]
@@ -16,13 +16,16 @@ pub struct HostLayer {
 /// Keys and values of the tokens seen so far. All layers lie in one of the two forms; the other list is empty.
 #[derive(Debug)]
 pub struct KvCache {
-    layers: Vec<(Tensor<2>, Tensor<2>)>, // each [capacity, n_kv_heads * head_dim]
+    /// Keys and values, each `[capacity, n_kv_heads * head_dim]`; taken out only while they are written to.
+    layers: Vec<[Option<Tensor<2>>; 2]>,
     host_layers: Vec<HostLayer>,
     capacity: usize,
     n_tokens: usize,
     width: usize,
     dtype: DType,
 }
+
+const WRITTEN: &str = "a tensor that was taken out to be written to was put back";
 
 /// Returns burn's name for an element type.
 pub fn float_dtype(dtype: DType) -> FloatDType {
@@ -37,7 +40,7 @@ impl KvCache {
     /// Allocates room for `capacity` tokens of `width` = n_kv_heads · head_dim values, in every layer.
     pub fn new(n_layers: usize, capacity: usize, width: usize, dtype: DType, device: &Device) -> KvCache {
         let empty = || Tensor::<2>::zeros([capacity, width], device).cast(float_dtype(dtype));
-        let layers = (0..n_layers).map(|_| (empty(), empty())).collect();
+        let layers = (0..n_layers).map(|_| [Some(empty()), Some(empty())]).collect();
         KvCache { layers, host_layers: Vec::new(), capacity, n_tokens: 0, width, dtype }
     }
 
@@ -55,7 +58,8 @@ impl KvCache {
         self.n_tokens = 0;
         let shape = [self.capacity, self.width];
         let tensor = |values| Tensor::from_data(TensorData::new(values, shape), device);
-        let layers = self.host_layers.drain(..).map(|layer| (tensor(layer.keys), tensor(layer.values)));
+        let layers =
+            self.host_layers.drain(..).map(|layer| [layer.keys, layer.values].map(|values| Some(tensor(values))));
         self.layers.extend(layers);
     }
 
@@ -65,7 +69,8 @@ impl KvCache {
     /// # Errors
     /// `NotFiniteResult` where a tensor can't be read as f32.
     pub fn host_layers(&mut self) -> Result<&mut [HostLayer], InferenceError> {
-        for (keys, values) in self.layers.drain(..) {
+        for layer in self.layers.drain(..) {
+            let [keys, values] = layer.map(|tensor| tensor.expect(WRITTEN));
             self.host_layers.push(HostLayer { keys: plain(keys)?, values: plain(values)? });
         }
         Ok(&mut self.host_layers)
@@ -85,16 +90,27 @@ impl KvCache {
     ///
     /// # Shapes
     /// `k`, `v` `[n, width]`; result twice `[n_tokens + n, width]`, views of the cache.
-    pub fn append(&mut self, layer_idx: usize, k: Tensor<2>, v: Tensor<2>) -> (Tensor<2>, Tensor<2>) {
+    ///
+    /// With a `position` on the device the one new token goes there, and all of the cache is returned: `[capacity, width]`.
+    pub fn append(
+        &mut self,
+        layer_idx: usize,
+        k: Tensor<2>,
+        v: Tensor<2>,
+        position: Option<&Tensor<1, Int>>,
+    ) -> (Tensor<2>, Tensor<2>) {
         let n = k.dims()[0];
         let range = self.n_tokens..self.n_tokens + n;
-        let (keys, values) = &mut self.layers[layer_idx];
+        let [keys, values] = &mut self.layers[layer_idx];
         // The cache's tensors are owned alone at this point, so that the assignment writes in place.
-        let write = |slot: &mut Tensor<2>, new: Tensor<2>| {
-            let device = new.device();
-            let owned = std::mem::replace(slot, Tensor::empty([0, 0], &device));
-            *slot = owned.slice_assign([range.clone(), 0..self.width], new);
-            slot.clone().slice([0..range.end, 0..self.width])
+        let write = |slot: &mut Option<Tensor<2>>, new: Tensor<2>| {
+            let owned = slot.take().expect(WRITTEN);
+            if let Some(position) = position {
+                let written = owned.select_assign(0, position.clone(), new, IndexingUpdateOp::Assign);
+                return slot.insert(written).clone();
+            }
+            let written = slot.insert(owned.slice_assign([range.clone(), 0..self.width], new));
+            written.clone().slice([0..range.end, 0..self.width])
         };
         (write(keys, k), write(values, v))
     }

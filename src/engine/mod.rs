@@ -24,6 +24,7 @@ mod host_sums;
 mod kv_cache;
 mod memory;
 mod model;
+mod model_room;
 #[cfg(feature = "cuda")]
 mod nvidia;
 mod pinning;
@@ -34,6 +35,8 @@ mod save;
 mod score;
 mod source;
 mod spec;
+#[cfg(any(feature = "cuda", feature = "wgpu"))]
+mod step_decode;
 mod survey;
 mod tap;
 mod weights;

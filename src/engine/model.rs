@@ -4,9 +4,14 @@ use super::footprint::{cache_bytes, pass_bytes};
 use super::forward::Executor;
 use super::host_decode::HostDecoder;
 use super::kv_cache::KvCache;
-use super::memory::{HostRoom, trim_heap};
+use super::model_room::ModelRoom;
+#[cfg(any(feature = "cuda", feature = "wgpu"))]
+use super::score::scores_on_device;
 use super::score::{LOGIT_ROWS, logits_in_chunks, values};
+#[cfg(any(feature = "cuda", feature = "wgpu"))]
+use super::step_decode::StepDecoder;
 use super::tap::Tap;
+use crate::artifact::Execution;
 use crate::event::Progress;
 use crate::inference::{
     CaptureFilter, CaptureSink, Decoded, InferenceError, Model, ModelInfo, Prefilled, TakeLogits, TokenScore, argmax,
@@ -23,7 +28,10 @@ pub struct BurnModel {
     decoder: Decoder,
     /// First token that `decode` will feed.
     next_token: Option<u32>,
-    room: HostRoom,
+    room: ModelRoom,
+    /// How it is run; what decodes is only known once a token was.
+    execution: Execution,
+    decodes_by_burn: bool,
 }
 
 /// Tokens of a context that are filled in at a time.
@@ -34,13 +42,25 @@ enum Decoder {
     /// Not settled: nothing was decoded yet.
     Unknown,
     Host(Box<HostDecoder>),
+    /// Through the executor on a device, all of a sequence's tokens without asking the host.
+    #[cfg(any(feature = "cuda", feature = "wgpu"))]
+    Step(Box<StepDecoder>),
     /// Through the executor, as prefill goes.
     Burn,
 }
 
 impl BurnModel {
-    pub fn new(info: ModelInfo, executor: Executor, room: HostRoom) -> BurnModel {
-        BurnModel { info, executor, cache: None, decoder: Decoder::Unknown, next_token: None, room }
+    /// Takes a model whose weights are loaded. Single tokens go through plain slices where the weights are on the host and a step
+    /// knows the model, unless it `decodes_by_burn`.
+    pub fn new(
+        info: ModelInfo,
+        executor: Executor,
+        room: ModelRoom,
+        execution: Execution,
+        decodes_by_burn: bool,
+    ) -> BurnModel {
+        let decoder = Decoder::Unknown;
+        BurnModel { info, executor, cache: None, decoder, next_token: None, room, execution, decodes_by_burn }
     }
 
     fn ensure_cache(&mut self, n_ctx: usize) -> Result<(), InferenceError> {
@@ -49,6 +69,11 @@ impl BurnModel {
             return Err(InferenceError::ContextTooLong { asked: n_ctx, n_ctx_max: spec.n_ctx_max });
         }
         if self.cache.as_ref().is_none_or(|cache| cache.capacity() < n_ctx) {
+            #[cfg(any(feature = "cuda", feature = "wgpu"))]
+            if let Decoder::Step(_) = self.decoder {
+                // A recording names the old one's buffers.
+                self.decoder = Decoder::Unknown;
+            }
             self.cache = None;
             let asked_bytes = cache_bytes(spec, self.executor.compute, n_ctx);
             self.room.check(&format!("a key-value cache of {n_ctx} tokens"), asked_bytes)?;
@@ -70,15 +95,46 @@ impl BurnModel {
         let hidden = self.executor.hidden_states(tokens, self.cache.as_mut(), &mut Tap::closed())?;
         let [n, width] = hidden.dims();
         let last = hidden.slice([n - 1..n, 0..width]);
-        values(self.executor.logits(last))
+        values(self.executor.logits(last)?)
+    }
+
+    /// Returns the token that is fed next, where the cache has room for `n_gen` more.
+    fn decodable(&self, n_gen: usize) -> Result<u32, InferenceError> {
+        let Some(token) = self.next_token else {
+            return Err(InferenceError::Unsupported("decode before any prefill".to_owned()));
+        };
+        let (n_past, capacity) = self.cache.as_ref().map_or((0, 0), |cache| (cache.n_tokens(), cache.capacity()));
+        if n_past + n_gen > capacity {
+            return Err(InferenceError::ContextTooLong { asked: n_past + n_gen, n_ctx_max: capacity });
+        }
+        Ok(token)
+    }
+
+    /// Decides how single tokens go through the model, where that is still open.
+    fn settle_decoder(&mut self) -> Result<(), InferenceError> {
+        if !matches!(self.decoder, Decoder::Unknown) {
+            return Ok(());
+        }
+        #[cfg(any(feature = "cuda", feature = "wgpu"))]
+        if let ModelRoom::Device(_) = self.room {
+            // Rotary tables that follow the length are those of no step before.
+            let follows_length = self.executor.spec.attentions.iter().any(|spec| spec.rope.depends_on_length());
+            let capacity = self.cache.as_ref().map_or(0, KvCache::capacity);
+            self.decoder = match follows_length {
+                true => Decoder::Burn,
+                false => Decoder::Step(Box::new(StepDecoder::new(&self.executor, capacity))),
+            };
+            self.execution.decode = Some("burn operations".to_owned());
+            return Ok(());
+        }
+        let host = if self.decodes_by_burn { None } else { HostDecoder::new(&self.executor)?.ok() };
+        self.execution.decode = Some(if host.is_some() { "host slices" } else { "burn operations" }.to_owned());
+        self.decoder = host.map_or(Decoder::Burn, |host| Decoder::Host(Box::new(host)));
+        Ok(())
     }
 
     /// Runs one token behind the cache's; returns its logits and what it took.
     fn timed_step(&mut self, token: u32) -> Result<(Vec<f32>, f64), InferenceError> {
-        if matches!(self.decoder, Decoder::Unknown) {
-            let host = HostDecoder::new(&self.executor)?;
-            self.decoder = host.map_or(Decoder::Burn, |host| Decoder::Host(Box::new(host)));
-        }
         if let (Decoder::Host(host), Some(cache)) = (&mut self.decoder, &mut self.cache) {
             let n_past = cache.n_tokens();
             let layers = cache.host_layers()?;
@@ -88,19 +144,12 @@ impl BurnModel {
             cache.advance(1);
             return Ok((logits.to_vec(), duration_s));
         }
-        self.synchronize()?;
+        self.executor.synchronize()?;
         let start = Instant::now();
         let logits = self.step(&[token])?;
-        self.synchronize()?;
+        self.executor.synchronize()?;
         let duration_s = start.elapsed().as_secs_f64();
         Ok((logits, duration_s))
-    }
-
-    fn synchronize(&self) -> Result<(), InferenceError> {
-        self.executor.device.sync().map_err(|error| InferenceError::Device {
-            device: "the model's device".to_owned(),
-            reason: format!("{error:?}"),
-        })
     }
 }
 
@@ -117,13 +166,18 @@ impl Model for BurnModel {
         self.executor.weights.stored_bytes
     }
 
+    fn execution(&self) -> Option<Execution> {
+        Some(self.execution.clone())
+    }
+
     fn kv_cache_bytes(&self) -> u64 {
         self.cache.as_ref().map_or(0, KvCache::n_bytes)
     }
 
     fn release(&mut self) {
         (self.cache, self.decoder, self.next_token) = (None, Decoder::Unknown, None);
-        trim_heap();
+        self.execution.decode = None;
+        self.room.tidy();
     }
 
     fn fill(&mut self, tokens: &[u32]) -> Result<(), InferenceError> {
@@ -157,10 +211,10 @@ impl Model for BurnModel {
         if let Some(cache) = &mut self.cache {
             cache.clear(&self.executor.device);
         }
-        self.synchronize()?;
+        self.executor.synchronize()?;
         let start = Instant::now();
         let logits = self.step(tokens)?;
-        self.synchronize()?;
+        self.executor.synchronize()?;
         let duration_s = start.elapsed().as_secs_f64();
         let next_token = greedy(&logits)?;
         self.next_token = Some(next_token);
@@ -168,19 +222,42 @@ impl Model for BurnModel {
     }
 
     fn decode(&mut self, n_gen: usize) -> Result<Vec<Decoded>, InferenceError> {
+        let token = self.decodable(n_gen)?;
+        self.settle_decoder()?;
+        #[cfg(any(feature = "cuda", feature = "wgpu"))]
+        if let (Decoder::Step(step), Some(cache)) = (&mut self.decoder, &mut self.cache) {
+            let decoded = step.decode(&self.executor, cache, token, n_gen);
+            let how = if step.unrecorded().is_some() { "launched one by one" } else { "recorded" };
+            self.execution.decode = Some(how.to_owned());
+            let can_record = matches!(&self.room, ModelRoom::Device(room) if room.records_launches());
+            let refused = step.unrecorded().filter(|_| can_record).map(str::to_owned);
+            self.execution.slow.extend(refused.filter(|reason| !self.execution.slow.contains(reason)));
+            if decoded.is_err() {
+                // Its buffers may never have been allocated: the next decode starts with new ones.
+                self.decoder = Decoder::Unknown;
+            }
+            let decoded = decoded?;
+            self.next_token = decoded.last().map_or(Some(token), |last| Some(last.token));
+            return Ok(decoded);
+        }
+        let _ = token;
         self.decode_keeping(n_gen, &mut |_| Ok(()))
     }
 
     fn decode_keeping(&mut self, n_gen: usize, take: &mut TakeLogits<'_>) -> Result<Vec<Decoded>, InferenceError> {
-        let Some(mut token) = self.next_token else {
-            return Err(InferenceError::Unsupported("decode before any prefill".to_owned()));
-        };
-        let n_past = self.cache.as_ref().map_or(0, KvCache::n_tokens);
-        let capacity = self.cache.as_ref().map_or(0, KvCache::capacity);
-        if n_past + n_gen > capacity {
-            return Err(InferenceError::ContextTooLong { asked: n_past + n_gen, n_ctx_max: capacity });
-        }
+        let mut token = self.decodable(n_gen)?;
+        self.settle_decoder()?;
         let mut decoded = Vec::with_capacity(n_gen);
+        #[cfg(any(feature = "cuda", feature = "wgpu"))]
+        if matches!(self.decoder, Decoder::Step(_)) {
+            for _ in 0..n_gen {
+                decoded.extend(self.decode(1)?);
+                if let Decoder::Step(step) = &self.decoder {
+                    take(&step.logits()?)?;
+                }
+            }
+            return Ok(decoded);
+        }
         for _ in 0..n_gen {
             let (logits, duration_s) = self.timed_step(token)?;
             token = greedy(&logits)?;
@@ -195,12 +272,17 @@ impl Model for BurnModel {
         self.check_pass(tokens.len(), 1)?;
         let hidden = self.executor.hidden_states(tokens, None, &mut Tap::closed())?;
         let [n, width] = hidden.dims();
-        values(self.executor.logits(hidden.slice([n - 1..n, 0..width])))
+        values(self.executor.logits(hidden.slice([n - 1..n, 0..width]))?)
     }
 
     fn score(&mut self, tokens: &[u32], first_target: usize) -> Result<Vec<TokenScore>, InferenceError> {
         check_targets(tokens, first_target)?;
         let (vocab_size, run) = (self.info.vocab_size, run_for_scores(tokens, self.info.n_ctx_max));
+        #[cfg(any(feature = "cuda", feature = "wgpu"))]
+        if let ModelRoom::Device(_) = self.room {
+            self.check_pass(run.len(), tokens.len() - first_target)?;
+            return scores_on_device(&self.executor, run, &tokens[first_target..], first_target - 1);
+        }
         let mut scores: Vec<TokenScore> = Vec::with_capacity(tokens.len() - first_target);
         self.logits(run, first_target - 1..tokens.len() - 1, &mut |logits| {
             let first = first_target + scores.len();
@@ -232,7 +314,7 @@ impl Model for BurnModel {
         for first in (0..n).step_by(LOGIT_ROWS) {
             let rows = hidden.clone().slice([first..(first + LOGIT_ROWS).min(n), 0..width]);
             tap.set_first_token(first);
-            tap.output("lm_head", None, "lm_head", &self.executor.head(rows))?;
+            tap.output("lm_head", None, "lm_head", &self.executor.head(rows)?)?;
         }
         Ok(())
     }

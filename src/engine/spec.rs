@@ -144,6 +144,12 @@ pub struct NormSpec {
 }
 
 impl ModelSpec {
+    /// Returns what the fused GPU path does not compute of this model, in words; nothing where it computes all of it.
+    #[cfg(any(feature = "cuda", feature = "wgpu"))]
+    pub fn fused_path_lacks(&self) -> Option<String> {
+        None
+    }
+
     /// Returns the attention of a layer.
     pub fn attention(&self, layer_idx: usize) -> &AttentionSpec {
         &self.attentions[self.layer_attentions[layer_idx]]

@@ -9,6 +9,7 @@ use crate::inference::{InferenceError, ModelRecipe};
 use crate::quantization::QuantizationConfig;
 use crate::units::DType;
 use burn::tensor::{Device, Tensor, TensorData};
+use labpipe_kernels::burn_ext::StoredWeight;
 use labpipe_kernels::weight::{DenseWeight, HostWeight, SharedBytes};
 use labpipe_kernels::{SchemeSpec, schemes};
 use std::sync::Arc;
@@ -17,7 +18,7 @@ use std::sync::Arc;
 #[derive(Debug, Clone)]
 pub struct Linear {
     /// `[out, in]`.
-    pub weight: Arc<HostWeight>,
+    pub weight: Arc<StoredWeight>,
     /// `[1, out]`.
     pub bias: Option<Tensor<2>>,
 }
@@ -66,7 +67,7 @@ pub struct Block {
 #[derive(Debug)]
 pub struct Weights {
     /// `[vocab, hidden]`, never quantized.
-    pub embedding: Arc<HostWeight>,
+    pub embedding: Arc<StoredWeight>,
     pub blocks: Vec<Block>,
     pub final_norm: Tensor<2>, // [1, hidden]
     /// Shares the embedding's memory where the model ties them.
@@ -78,10 +79,11 @@ pub struct Weights {
 impl Weights {
     /// Makes the pages of weights that are mapped from files resident, so that none is first met in a timed region.
     pub fn touch_pages(&self) {
-        self.embedding.touch_pages();
-        self.lm_head.weight.touch_pages();
-        for linear in self.blocks.iter().flat_map(Block::linears) {
-            linear.weight.touch_pages();
+        let linears = self.blocks.iter().flat_map(Block::linears).chain([&self.lm_head]);
+        for weight in linears.map(|linear| &linear.weight).chain([&self.embedding]) {
+            if let Some(weight) = weight.as_host() {
+                weight.touch_pages();
+            }
         }
     }
 }
@@ -103,6 +105,63 @@ impl Block {
     }
 }
 
+/// Puts matrices where a model computes. Its small vectors are tensors on the reader's device.
+pub trait Placing {
+    /// Places the embedding, `[vocab, hidden]`.
+    ///
+    /// # Errors
+    /// Whatever is wrong with the tensor; what the device refuses.
+    fn embedding(&mut self, reader: &WeightReader<'_>) -> Result<StoredWeight, InferenceError>;
+
+    /// Places a linear's weight, `[n_out, n_in]`, packed if the recipe quantizes it.
+    ///
+    /// # Errors
+    /// Whatever is wrong with the tensor or the scheme; what the device refuses.
+    fn linear(
+        &mut self,
+        reader: &WeightReader<'_>,
+        module: &str,
+        n_out: usize,
+        n_in: usize,
+    ) -> Result<StoredWeight, InferenceError>;
+
+    /// Ends a block, whose matrices may still be under way.
+    ///
+    /// # Errors
+    /// What the device says of those before.
+    fn turn(&mut self) -> Result<(), InferenceError> {
+        Ok(())
+    }
+
+    /// Waits for all that is under way.
+    ///
+    /// # Errors
+    /// What the device says of it.
+    fn settle(&mut self) -> Result<(), InferenceError> {
+        Ok(())
+    }
+}
+
+/// Leaves matrices on the host, those of files in their memory maps.
+pub struct OnHost;
+
+impl Placing for OnHost {
+    fn embedding(&mut self, reader: &WeightReader<'_>) -> Result<StoredWeight, InferenceError> {
+        let shape = [reader.spec.vocab_size, reader.spec.hidden_size];
+        reader.dense(reader.embedding_name(), &shape).map(StoredWeight::Host)
+    }
+
+    fn linear(
+        &mut self,
+        reader: &WeightReader<'_>,
+        module: &str,
+        n_out: usize,
+        n_in: usize,
+    ) -> Result<StoredWeight, InferenceError> {
+        reader.module_weight(module, n_out, n_in).map(StoredWeight::Host)
+    }
+}
+
 /// Reads weights as a recipe wants them.
 pub struct WeightReader<'a> {
     pub checkpoint: &'a Checkpoint,
@@ -116,18 +175,19 @@ impl WeightReader<'_> {
     ///
     /// # Errors
     /// Whatever is wrong with a tensor; `Cancelled`.
-    pub fn read_all(&self, progress: &dyn Progress) -> Result<Weights, InferenceError> {
+    pub fn read_all(&self, placing: &mut dyn Placing, progress: &dyn Progress) -> Result<Weights, InferenceError> {
         let spec = self.spec;
         progress.begin(Some(spec.n_layers as u64 + 1), "blocks");
         let mut stored_bytes = 0u64;
-        let embedding = Arc::new(self.dense(self.embedding_name(), &[spec.vocab_size, spec.hidden_size])?);
+        let embedding = Arc::new(placing.embedding(self)?);
         stored_bytes += embedding.stored_bytes();
         let mut blocks = Vec::with_capacity(spec.n_layers);
         for layer_idx in 0..spec.n_layers {
             if progress.is_cancelled() {
                 return Err(InferenceError::Cancelled);
             }
-            blocks.push(self.block(layer_idx, &mut stored_bytes)?);
+            blocks.push(self.block(layer_idx, placing, &mut stored_bytes)?);
+            placing.turn()?;
             progress.advance(1);
         }
         let final_norm = self.norm("model.norm.weight", spec.hidden_size, &mut stored_bytes)?;
@@ -135,8 +195,9 @@ impl WeightReader<'_> {
             Linear { weight: Arc::clone(&embedding), bias: None }
         } else {
             let head = (spec.vocab_size, spec.hidden_size);
-            self.linear("lm_head", head, false, &mut stored_bytes)?
+            self.linear("lm_head", head, false, placing, &mut stored_bytes)?
         };
+        placing.settle()?;
         progress.advance(1);
         Ok(Weights { embedding, blocks, final_norm, lm_head, stored_bytes })
     }
@@ -145,7 +206,12 @@ impl WeightReader<'_> {
     ///
     /// # Errors
     /// Whatever is wrong with a tensor.
-    pub fn block(&self, layer_idx: usize, stored_bytes: &mut u64) -> Result<Block, InferenceError> {
+    pub fn block(
+        &self,
+        layer_idx: usize,
+        placing: &mut dyn Placing,
+        stored_bytes: &mut u64,
+    ) -> Result<Block, InferenceError> {
         let prefix = format!("model.layers.{layer_idx}");
         let linear_specs = self.spec.block_linears();
         let mut norm = |role| self.block_norm(layer_idx, role, stored_bytes);
@@ -157,7 +223,8 @@ impl WeightReader<'_> {
             [NormRole::Q, NormRole::K, NormRole::AttnOut, NormRole::MlpOut].map(norm);
         let mut read = |role| {
             let spec = linear_specs.iter().find(|linear| linear.role == role).expect("a block's spec has this linear");
-            self.linear(&format!("{prefix}.{}", spec.name), (spec.n_out, spec.n_in), spec.bias, stored_bytes)
+            let shape = (spec.n_out, spec.n_in);
+            self.linear(&format!("{prefix}.{}", spec.name), shape, spec.bias, placing, stored_bytes)
         };
         let qkv = if self.spec.block.fused_qkv {
             QkvLinears::Fused(read(LinearRole::Qkv)?)
@@ -263,9 +330,10 @@ impl WeightReader<'_> {
         module: &str,
         (n_out, n_in): (usize, usize),
         has_bias: bool,
+        placing: &mut dyn Placing,
         stored_bytes: &mut u64,
     ) -> Result<Linear, InferenceError> {
-        let weight = self.module_weight(module, n_out, n_in)?;
+        let weight = placing.linear(self, module, n_out, n_in)?;
         *stored_bytes += weight.stored_bytes();
         let bias = has_bias.then(|| self.row(&format!("{module}.bias"), n_out, stored_bytes)).transpose()?;
         Ok(Linear { weight: Arc::new(weight), bias })

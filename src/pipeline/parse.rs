@@ -5,12 +5,13 @@ use super::expand::{RawStage, expand};
 use super::matrix::Matrix;
 use super::suggest::did_you_mean;
 use super::types::{Cell, MAX_NAME, ParseOptions, Pipeline, PipelineError, is_word};
+use crate::inference::ExecutionChoice;
 use crate::stage::Catalogue;
 use crate::units::parse_size;
 use crate::yaml::{self, Key, Node, NodeValue, Place, Untyped};
 use std::collections::BTreeMap;
 
-const KEYS: [&str; 7] = ["version", "name", "vars", "device", "memory_limit", "matrix", "stages"];
+const KEYS: [&str; 8] = ["version", "name", "vars", "device", "execution", "memory_limit", "matrix", "stages"];
 
 /// The name in the results folder that no pipeline can have.
 const LATEST: &str = "latest";
@@ -67,6 +68,7 @@ fn read(
     }
     let name = name(root, problems);
     let device = device(root, options, problems);
+    let execution = execution(root, options, problems);
     let memory_limit = memory_limit(root, options, problems);
     let mut matrix = Matrix::read(root.get("matrix"), &options.matrix, problems);
     let variables = variables(root, &options.set, &mut matrix, problems);
@@ -80,7 +82,8 @@ fn read(
     } else {
         (0..matrix.cells.len()).map(|cell_idx| matrix.project(cell_idx, matrix.all())).collect()
     };
-    Some(Pipeline { name, origin: origin.to_owned(), device, memory_limit, stages: expanded, cells })
+    let origin = origin.to_owned();
+    Some(Pipeline { name, origin, device, execution, memory_limit, stages: expanded, cells })
 }
 
 fn name(root: &Node, problems: &mut Problems) -> String {
@@ -121,6 +124,17 @@ fn device(root: &Node, options: &ParseOptions, problems: &mut Problems) -> Strin
         problems.add(at, format!("device: unknown device {device:?}"), hint);
     }
     device
+}
+
+fn execution(root: &Node, options: &ParseOptions, problems: &mut Problems) -> ExecutionChoice {
+    let Some(node) = root.get("execution") else { return options.execution.unwrap_or_default() };
+    let written = node.scalar_text().unwrap_or_default();
+    let read = written.parse::<ExecutionChoice>();
+    if read.is_err() {
+        let hint = did_you_mean(&written, ExecutionChoice::ALL.map(ExecutionChoice::name));
+        problems.add(node.at, format!("execution: expected auto, burn or fused, found {}", node.describe()), hint);
+    }
+    options.execution.unwrap_or(read.unwrap_or_default())
 }
 
 fn memory_limit(root: &Node, options: &ParseOptions, problems: &mut Problems) -> Option<u64> {

@@ -17,6 +17,7 @@ pub fn schema(catalogue: &Catalogue) -> Value {
             "version": { "const": 1 },
             "name": { "type": "string", "pattern": "^[A-Za-z0-9][A-Za-z0-9_-]{0,63}$" },
             "vars": { "type": "object", "description": "variables, used as ${name}" },
+            "execution": { "enum": ["auto", "burn", "fused"], "default": "auto" },
             "device": { "type": "string", "pattern": "^(auto|cpu|wgpu|cuda(:[0-9]{1,3})?)$", "default": "auto" },
             "memory_limit": {
                 "anyOf": [{ "type": "integer", "minimum": 1 }, { "type": "string", "pattern": "^[0-9.]+ *([KMGTkmgt]?([iI]?[bB])?)$" }],

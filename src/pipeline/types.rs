@@ -1,5 +1,6 @@
 //! A pipeline as it was read: checked stage by stage, matrix expanded, variables substituted.
 
+use crate::inference::ExecutionChoice;
 use crate::stage::Params;
 use std::collections::BTreeMap;
 
@@ -14,6 +15,8 @@ pub struct ParseOptions {
     pub env: BTreeMap<String, String>,
     /// `--device`, over the file's `device:`.
     pub device: Option<String>,
+    /// `--execution`, over the file's `execution:`.
+    pub execution: Option<ExecutionChoice>,
     /// `--memory-limit` in bytes, over the file's `memory_limit:`.
     pub memory_limit: Option<u64>,
 }
@@ -26,6 +29,8 @@ pub struct Pipeline {
     pub origin: String,
     /// `auto`, `cpu`, `cuda`, `cuda:1`, `wgpu`.
     pub device: String,
+    /// Which path models take through the device.
+    pub execution: ExecutionChoice,
     /// Most bytes of memory that a model and all it needs may take; null without a limit.
     pub memory_limit: Option<u64>,
     /// In file order; a matrix stage stands once per cell, cells in expansion order.

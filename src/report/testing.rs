@@ -34,6 +34,7 @@ pub fn input(address: &str, kind: &str, body: Value, inputs: &[(&str, &Arc<Stage
         device: Some("cpu: a processor, 2 threads".to_owned()),
         params: Map::from_iter([("text".to_owned(), json!({"source": "experiments/data/tinystories.txt"}))]),
         read_files: BTreeMap::from([("models/x/model.safetensors".to_owned(), "ab".repeat(32))]),
+        execution: None,
     };
     let Value::Object(body) = body else { panic!("a body is an object") };
     let mut lineage: BTreeMap<String, Vec<Arc<StageInput>>> = BTreeMap::new();

@@ -5,7 +5,7 @@ use super::progress::StageProgress;
 use super::run_file::timestamp;
 use super::runner::{RunnerError, StageRunner, StageTask};
 use super::sources::{Sources, Stamps};
-use crate::artifact::{FORMAT_VERSION, Record, RecordHead};
+use crate::artifact::{Execution, FORMAT_VERSION, Record, RecordHead};
 use crate::event::{Level, Progress};
 use crate::plan::{Key, KeyFields, PlanNode, Source};
 use crate::stage::{Stage, StageError, StageInput, StageOutput, Start};
@@ -130,6 +130,7 @@ impl Job<'_> {
     /// Where what the stage read has changed meanwhile, or the disk refuses.
     pub fn finish(&self, work: Work) -> Result<(Artifact, String), JobError> {
         let Work { staging, commits, stamps, started_at, took, mut outputs, .. } = work;
+        let execution = execution_of(&outputs);
         let output = match outputs.pop() {
             Some(only) if outputs.is_empty() => only,
             last => self.stage.combine(outputs.into_iter().chain(last).collect())?,
@@ -151,6 +152,7 @@ impl Job<'_> {
             device: computes.then(|| self.device.to_owned()),
             params: self.node.stage.params.clone(),
             read_files: self.read_files(),
+            execution,
         };
         let mut body = output.body;
         body.insert("summary".to_owned(), output.summary.clone().into());
@@ -218,6 +220,14 @@ impl Job<'_> {
 }
 
 /// Returns true if a row of a benchmark was measured again and disturbed again.
+/// Returns how the starts' model was run: a start that was slower than the device allows stands for all.
+fn execution_of(starts: &[StageOutput]) -> Option<Execution> {
+    let mut found = starts.iter().filter_map(|start| start.execution.as_ref());
+    let first = found.next()?;
+    let slow = std::iter::once(first).chain(found).find(|execution| !execution.slow.is_empty());
+    Some(slow.unwrap_or(first).clone())
+}
+
 fn was_repeated_in_vain(output: &StageOutput) -> bool {
     let rows = output.body.get("results").and_then(Value::as_array).into_iter().flatten();
     rows.map(|row| &row["disturbance"]).any(|seen| seen["repeated"] == true && !seen["disturbed"].is_null())

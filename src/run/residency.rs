@@ -1,6 +1,7 @@
 //! Which model is on the device: one at a time, lent to one stage at a time. So a model and its baseline never sit in a small
 //! card's memory together, and a measuring stage has only its own model there.
 
+use crate::artifact::Execution;
 use crate::event::{Level, Progress};
 use crate::inference::{Engine, InferenceError, Model, ModelRecipe};
 use crate::stage::{ModelLease, ModelPool};
@@ -23,6 +24,12 @@ struct Resident {
 impl Residency {
     pub fn new(engine: Arc<dyn Engine>) -> Residency {
         Residency { engine, slot: Mutex::new(None) }
+    }
+
+    /// Returns how the model of a recipe was run, where it is still here and not lent.
+    pub fn execution_of(&self, recipe: &ModelRecipe) -> Option<Execution> {
+        let slot = self.slot.try_lock().ok()?;
+        slot.as_ref().filter(|resident| resident.recipe.is_same_model(recipe))?.model.execution()
     }
 
     /// Drops the model unless it is one of `needed`, or lent.

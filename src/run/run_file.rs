@@ -36,6 +36,9 @@ pub struct RunFile {
     pub device_asked: Option<String>,
     pub device: String,
     pub device_reason: String,
+    /// `--execution`, and the path that was asked for in the end.
+    pub execution_asked: Option<String>,
+    pub execution: String,
     pub environment: Value,
     pub started_at: String,
     pub ended_at: Option<String>,
@@ -88,6 +91,8 @@ impl RunFile {
             "device_asked": self.device_asked,
             "memory_limit_asked": self.memory_limit_asked,
             "memory_limit_bytes": self.memory_limit_bytes,
+            "execution_asked": self.execution_asked,
+            "execution": self.execution,
             "device": self.device,
             "device_reason": self.device_reason,
             "environment": self.environment,

@@ -1,11 +1,11 @@
 //! Where a stage's code runs: in this process, or in a worker.
 
 use super::residency::Residency;
-use crate::artifact::QuantizedModule;
-use crate::event::Progress;
+use crate::artifact::{Execution, QuantizedModule};
+use crate::event::{Level, Progress};
 use crate::inference::{Engine, EngineInfo, InferenceError, MemoryProbe, Model, ModelInfo, ModelRecipe};
 use crate::stage::{ModelLease, ModelPool, Params, Stage, StageContext, StageError, StageInput, StageOutput, Start};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -63,6 +63,21 @@ pub struct InProcess {
     /// The last one that began.
     session: Mutex<Option<u64>>,
     accept_disturbed: bool,
+    /// Warnings that were given.
+    told: Mutex<BTreeSet<String>>,
+}
+
+/// Remembers which model a stage was lent.
+struct Watched<'a> {
+    models: &'a Residency,
+    lent: Mutex<Option<ModelRecipe>>,
+}
+
+impl ModelPool for Watched<'_> {
+    fn acquire(&self, recipe: &ModelRecipe, progress: &dyn Progress) -> Result<ModelLease<'_>, InferenceError> {
+        *self.lent.lock().unwrap_or_else(PoisonError::into_inner) = Some(recipe.clone());
+        self.models.acquire(recipe, progress)
+    }
 }
 
 impl InProcess {
@@ -72,6 +87,7 @@ impl InProcess {
             engine,
             session: Mutex::new(None),
             accept_disturbed: false,
+            told: Mutex::default(),
         }
     }
 
@@ -87,6 +103,16 @@ impl InProcess {
         if session.is_some() && session != *last {
             self.models.retain(&[]);
             *last = session;
+        }
+    }
+
+    /// Tells once in a process what made a model slower than the device allows.
+    fn warn(&self, execution: Option<&Execution>, progress: &dyn Progress) {
+        let mut told = self.told.lock().unwrap_or_else(PoisonError::into_inner);
+        for text in execution.into_iter().flat_map(|execution| execution.fallback.iter().chain(&execution.slow)) {
+            if told.insert(text.clone()) {
+                progress.note(Level::Warning, text);
+            }
         }
     }
 
@@ -108,7 +134,12 @@ impl InProcess {
 impl StageRunner for InProcess {
     fn run(&self, stage: &dyn Stage, task: &StageTask<'_>) -> Result<StageOutput, RunnerError> {
         self.enter(task.session);
-        let result = run_here(stage, task, self.engine.as_ref(), &self.models, self.accept_disturbed);
+        let models = Watched { models: &self.models, lent: Mutex::new(None) };
+        let mut result = run_here(stage, task, self.engine.as_ref(), &models, self.accept_disturbed);
+        if let (Ok(output), Some(recipe)) = (&mut result, models.lent.into_inner().unwrap_or_default()) {
+            output.execution = self.models.execution_of(&recipe);
+            self.warn(output.execution.as_ref(), task.progress);
+        }
         result.map_err(|error| match error {
             RunnerError::Stage(error) => RunnerError::Stage(self.device_failure(error)),
             other => other,

@@ -127,7 +127,7 @@ pub fn output<'a, R: RecordBody>(
 ) -> StageOutput {
     let rows = speeds.map(|speed| speed.summary(common.power.as_deref(), n_decimals));
     let summary: Vec<String> = rows.chain(common.memory.summary()).collect();
-    StageOutput { body: record.to_fields(), summary: summary.join(", ") }
+    StageOutput::new(record.to_fields(), summary.join(", "))
 }
 
 impl Speed<'_> {

@@ -135,7 +135,7 @@ impl Stage for CaptureActivations {
             compute_dtype: info.compute_dtype,
             tensors,
         };
-        Ok(StageOutput { body: record.to_fields(), summary })
+        Ok(StageOutput::new(record.to_fields(), summary))
     }
 }
 

@@ -111,7 +111,7 @@ impl Stage for Diff {
             only_in_candidate: only_in(&candidate_tensors, &reference_tensors),
             modules,
         };
-        Ok(StageOutput { body: record.to_fields(), summary })
+        Ok(StageOutput::new(record.to_fields(), summary))
     }
 }
 

@@ -120,7 +120,7 @@ impl Stage for Load {
         };
         let record =
             LoadRecord { recipe, model: info, account: Some(account), weights_bytes: Some(weights_bytes), hub };
-        Ok(StageOutput { body: record.to_fields(), summary })
+        Ok(StageOutput::new(record.to_fields(), summary))
     }
 }
 

@@ -98,7 +98,7 @@ impl Stage for Quantize {
         };
         let weights_bytes = Some(totals.weights_bytes);
         let record = QuantizeRecord { recipe, model: info, config: applied, weights_bytes, totals, modules, saved };
-        Ok(StageOutput { body: record.to_fields(), summary })
+        Ok(StageOutput::new(record.to_fields(), summary))
     }
 }
 

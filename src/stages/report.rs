@@ -100,7 +100,7 @@ impl Stage for Report {
         }
         let bytes: u64 = files.iter().map(|file| file.bytes.len() as u64).sum();
         let record = ReportRecord { files: listed, missing_inputs: context.missing_inputs.to_vec() };
-        Ok(StageOutput { body: record.to_fields(), summary: format!("{} files, {}", files.len(), format_bytes(bytes)) })
+        Ok(StageOutput::new(record.to_fields(), format!("{} files, {}", files.len(), format_bytes(bytes))))
     }
 }
 

@@ -205,6 +205,7 @@ mod tests {
             device: None,
             params: Map::new(),
             read_files: BTreeMap::new(),
+            execution: None,
         };
         ManifestDraft { record: Record { head, body: Map::new() }, fields: fields() }
     }

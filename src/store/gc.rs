@@ -244,6 +244,7 @@ mod tests {
                 device: None,
                 params: Map::new(),
                 read_files: std::collections::BTreeMap::new(),
+                execution: None,
             };
             let staging = self.store.begin(&key, &|| true).expect("a staging folder");
             fs::write(staging.dir().join("data"), [0; 1000]).expect("a file");

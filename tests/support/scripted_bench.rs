@@ -373,6 +373,7 @@ pub fn run_start(
         device: None,
         params: Map::new(),
         read_files: BTreeMap::new(),
+        execution: None,
     };
     let load = StageInput {
         address: "base".to_owned(),

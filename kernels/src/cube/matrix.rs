@@ -78,6 +78,15 @@ impl DeviceMatrix {
         Ok(Parts::of(weight)?.upload(client))
     }
 
+    /// Copies the codes of a packed matrix from the host, whatever its products are: those of LLM.int8() too, which
+    /// [`outlier_linear`](super::outlier_linear) computes.
+    ///
+    /// # Errors
+    /// As [`upload`](Self::upload).
+    pub fn upload_packed(client: &Client, packed: &Packed) -> Result<DeviceMatrix, SchemeError> {
+        Ok(Parts::of_packed(packed)?.upload(client))
+    }
+
     /// Copies matrices of equal width as one, their rows one after the other; nothing where their stored forms do not go together.
     ///
     /// # Errors
@@ -135,6 +144,10 @@ impl<'a> Parts<'a> {
     fn of(weight: &'a HostWeight) -> Result<Parts<'a>, SchemeError> {
         match weight {
             HostWeight::Dense(dense) => Ok(Parts::of_dense(dense)),
+            // These kernels multiply activations as they are.
+            HostWeight::Packed(packed) if packed.spec.outlier_threshold.is_some() => {
+                Err(SchemeError::Unknown("int8 with outlier_threshold".to_owned()))
+            }
             HostWeight::Packed(packed) => Parts::of_packed(packed),
         }
     }
@@ -183,10 +196,6 @@ impl<'a> Parts<'a> {
             }
             // Groups of rows are blocks of the flattened matrix where rows hold whole groups; scales are powers of two in f32.
             "mxfp4" if packed.n_cols.is_multiple_of(block_size as usize) => parts.tables = mxfp4::TABLE.to_vec(),
-            // The kernels multiply activations as they are; LLM.int8()'s products are the host's.
-            "int8" if packed.spec.outlier_threshold.is_some() => {
-                return Err(SchemeError::Unknown("int8 with outlier_threshold".to_owned()));
-            }
             "int8" => parts.kind = Kind::Int8,
             "int4" => {
                 parts.kind = Kind::Affine4;

@@ -33,6 +33,7 @@ mod matrix;
 #[cfg(feature = "cuda")]
 pub mod nvidia;
 pub mod ops;
+pub mod outliers;
 pub mod overlap;
 pub mod quantize;
 mod reduce;
@@ -50,4 +51,5 @@ pub use launch_logits::{ChooseScratch, choose, has_clock, score, stamp};
 pub use loader::{MatrixLoader, kept};
 pub use loss::{LOSS_BUDGET, Loss, LossMeter, measuring_bytes};
 pub use matrix::{DeviceMatrix, Kind};
+pub use outliers::outlier_linear;
 pub use tensor_core::{Gemv, Norm, Tuning, flash_attention, flash_fits, gemv, gemv_fits};

@@ -31,7 +31,7 @@ fn f16_value(bits: u32) -> f32 {
 
 /// Rounds to the nearest integer, halves to the even one.
 #[cube]
-fn round_half_even(x: f32) -> f32 {
+pub fn round_half_even(x: f32) -> f32 {
     let below = x.floor();
     let rest = x - below;
     let half = below * 0.5f32;
@@ -41,7 +41,7 @@ fn round_half_even(x: f32) -> f32 {
 
 /// Returns the bits of a finite value rounded to fp16; infinity's beyond its range.
 #[cube]
-fn f16_bits(value: f32) -> u32 {
+pub fn f16_bits(value: f32) -> u32 {
     let bits = u32::reinterpret(value);
     let magnitude = bits & 0x7fff_ffffu32;
     let rounded = magnitude + 0xfffu32 + ((magnitude >> 13u32) & 1u32);

@@ -40,6 +40,10 @@ pub struct Decoder {
     graph: Option<Graph>,
     /// Recording was tried.
     is_settled: bool,
+    /// Launches of the recording overlap.
+    overlaps: bool,
+    /// What the device could do and refused: recording a step, letting its launches overlap.
+    refused: Vec<String>,
 }
 
 impl Decoder {
@@ -83,6 +87,8 @@ impl Decoder {
             n_state,
             graph: None,
             is_settled: false,
+            overlaps: false,
+            refused: Vec::new(),
         }
     }
 
@@ -165,6 +171,16 @@ impl Decoder {
         self.clock.is_some() && self.graph.is_some()
     }
 
+    /// Returns how steps run, and what the device refused.
+    pub fn path(&self) -> (&'static str, &[String]) {
+        let how = match (&self.graph, self.overlaps) {
+            (Some(_), true) => "recorded, overlapped",
+            (Some(_), false) => "recorded",
+            (None, _) => "launched one by one",
+        };
+        (how, &self.refused)
+    }
+
     fn check_logits(&self, client: &Client, vocab_size: usize) -> Result<(), InferenceError> {
         let logits = super::rows::read(client, &self.logits, Element::F32, vocab_size)?;
         match logits.iter().find(|logit| !logit.is_finite()) {
@@ -185,29 +201,41 @@ impl Decoder {
     fn record(&mut self, passes: &Passes, cache: &GpuCache) -> Result<(), InferenceError> {
         self.is_settled = true;
         let client = passes.client();
-        if client.graph_prepare().is_err() {
+        if let Err(error) = client.graph_prepare() {
+            // wgpu records nothing: there it is no failure.
+            if client.name() == "cuda" {
+                self.refused.push(format!("a decoded token is not recorded: {error}"));
+            }
             return Ok(());
         }
         // Compiles every kernel and writes only what the first step writes again.
         self.step(passes, cache);
         synchronize(client)?;
-        self.graph = self.recording(passes, cache, cube::overlap::is_known(client));
-        if self.graph.is_none() && cube::overlap::is_known(client) {
-            self.graph = self.recording(passes, cache, false);
+        let can_overlap = cube::overlap::is_known(client);
+        for overlap in [true, false].into_iter().filter(|overlap| !overlap || can_overlap) {
+            match self.recording(passes, cache, overlap) {
+                Ok(graph) => {
+                    (self.graph, self.overlaps) = (Some(graph), overlap);
+                    return Ok(());
+                }
+                Err(reason) if overlap => self.refused.push(format!("launches of a token do not overlap: {reason}")),
+                Err(reason) => self.refused.push(format!("a decoded token is not recorded: {reason}")),
+            }
         }
         Ok(())
     }
 
-    /// Returns the recording of a step, whose launches begin early where they `overlap`; nothing where the device can't.
-    fn recording(&self, passes: &Passes, cache: &GpuCache, overlap: bool) -> Option<Graph> {
+    /// Returns the recording of a step, whose launches begin early where they `overlap`, or why the device refused it.
+    fn recording(&self, passes: &Passes, cache: &GpuCache, overlap: bool) -> Result<Graph, String> {
         let client = passes.client();
-        client.start_capture().ok()?;
+        client.start_capture().map_err(|error| error.to_string())?;
         self.step(passes, cache);
         #[cfg(feature = "cuda")]
-        let is_whole = !overlap || cube::overlap::overlap(client).is_ok();
+        let overlapped = if overlap { cube::overlap::overlap(client).map(|_| ()) } else { Ok(()) };
         #[cfg(not(feature = "cuda"))]
-        let is_whole = !overlap;
-        client.stop_capture().ok().filter(|_| is_whole)
+        let overlapped: Result<(), String> = if overlap { Err("this build has no CUDA".to_owned()) } else { Ok(()) };
+        let graph = client.stop_capture().map_err(|error| error.to_string())?;
+        overlapped.map_err(|error| error.to_string()).map(|()| graph)
     }
 
     /// Launches everything between a token and the next.

@@ -2,31 +2,36 @@
 
 use super::arena::Arena;
 use super::forecast::Shape;
+use super::general::OnDevice;
 use super::model::GpuModel;
 use super::pass::Passes;
 use super::products::{Products, element};
 use super::room::{PoolProbe, Room, Senses};
 use super::survey::Surveyor;
 use super::weights::GpuWeights;
-use crate::artifact::QuantizedModule;
+use crate::artifact::{Execution, QuantizedModule};
 use crate::engine::burn_engine::BurnEngine;
 use crate::engine::computed_with;
-use crate::engine::footprint::{cache_bytes, weights_bytes};
+use crate::engine::footprint::{cache_bytes, host_work_bytes, weights_bytes};
+use crate::engine::forward::Executor;
+use crate::engine::model::BurnModel;
+use crate::engine::model_room::ModelRoom;
 use crate::engine::survey::survey;
 use crate::engine::weights::{WeightReader, has_compute_dtype};
 use crate::event::Progress;
 use crate::inference::{
-    DeviceProbe, Engine, EngineInfo, HostProbe, InferenceError, MemoryPrediction, MemoryProbe, Model, ModelInfo,
-    ModelRecipe, SavedModel, SourceAccount, Workload,
+    DeviceProbe, Engine, EngineInfo, ExecutionChoice, HostProbe, InferenceError, MemoryPrediction, MemoryProbe, Model,
+    ModelInfo, ModelRecipe, SavedModel, SourceAccount, Workload,
 };
 use crate::units::DType;
 use burn::tensor::Device;
 use cubecl::client::Client;
+use labpipe_kernels::burn_ext::{DEVICE_PANEL_BYTES, LargeProducts};
 use labpipe_kernels::cube::Element;
 use labpipe_kernels::cube::kernel_store::KernelStore;
 use std::collections::BTreeMap;
 use std::path::Path;
-use std::sync::OnceLock;
+use std::sync::{Arc, OnceLock};
 
 /// A tile on the device that weights pass through when they are loaded.
 const LOADING_BYTES: u64 = 32 << 20;
@@ -36,7 +41,9 @@ const NUMERICS_VERSION: u32 = 4;
 
 /// cubecl on one device.
 pub struct GpuEngine {
+    device: cubecl::Device,
     client: Client,
+    execution: ExecutionChoice,
     /// Reads files, and does on the host what no kernel does.
     host: BurnEngine,
     info: EngineInfo,
@@ -52,12 +59,13 @@ impl GpuEngine {
     /// Takes a device that was found; `device` identifies it in records, `kernels` keeps what is compiled for it.
     /// `parts` is what the machine offers for it, by name: driver, compiler, cuBLAS.
     pub fn new(
-        client: Client,
+        cube_device: cubecl::Device,
         device: String,
         parts: BTreeMap<String, String>,
         senses: Senses,
         kernels: Option<KernelStore>,
     ) -> GpuEngine {
+        let client = cube_device.client();
         let identity = &client.properties().identity;
         let chip = format!("{} ({})", identity.name, identity.fingerprint);
         let burn = computed_with::named("burn").replacen("burn", &format!("burn-{}", client.name()), 1);
@@ -71,7 +79,9 @@ impl GpuEngine {
         };
         let room = Room::new(&client, &senses);
         GpuEngine {
+            device: cube_device,
             client,
+            execution: ExecutionChoice::Auto,
             host: BurnEngine::cpu(),
             info,
             senses,
@@ -79,6 +89,14 @@ impl GpuEngine {
             program_bytes: OnceLock::new(),
             _kernels: kernels,
         }
+    }
+
+    /// Takes the path that was asked for.
+    #[must_use]
+    pub fn with_execution(mut self, execution: ExecutionChoice) -> GpuEngine {
+        self.execution = execution;
+        self.info.computed_with.insert("execution".to_owned(), execution.name().to_owned());
+        self
     }
 
     /// Fills in what a GPU computes in where the recipe leaves it open: what weights are stored in, so far as the device can.
@@ -100,7 +118,7 @@ impl GpuEngine {
     /// Gives back what an earlier model or loading left in the pools, for the next to have. The runtime refuses while another thread
     /// records a graph; then it stays where it is, and nothing else is wrong.
     fn tidy(&self) {
-        let _ = self.client.memory_cleanup();
+        self.room.tidy();
     }
 
     /// Returns what the process takes of the device beside the allocator's memory: asked once, with cuBLAS open.
@@ -114,14 +132,9 @@ impl GpuEngine {
         })
     }
 
-    fn load(
-        &self,
-        recipe: &ModelRecipe,
-        progress: &dyn Progress,
-        products: impl FnOnce(Client, Element) -> Products + Send,
-    ) -> Result<GpuModel, InferenceError> {
-        let recipe = self.settled(recipe)?;
-        let info = self.host.inspect(&recipe)?;
+    /// Describes a settled recipe's model, and sees that the device computes in what it asks for and has room for its weights.
+    fn admit(&self, recipe: &ModelRecipe) -> Result<ModelInfo, InferenceError> {
+        let info = self.host.inspect(recipe)?;
         let compute = info.compute_dtype;
         if compute != DType::F32 && self.client.name() != "cuda" {
             return Err(InferenceError::Unsupported(format!(
@@ -130,7 +143,72 @@ impl GpuEngine {
             )));
         }
         self.tidy();
-        self.room.check("the model's weights", weights_bytes(&info, &recipe)? + LOADING_BYTES)?;
+        self.room.check("the model's weights", weights_bytes(&info, recipe)? + LOADING_BYTES)?;
+        Ok(info)
+    }
+
+    /// Returns why the fused path does not compute a model; nothing where it does.
+    fn fused_path_lacks(&self, recipe: &ModelRecipe, info: &ModelInfo) -> Result<Option<String>, InferenceError> {
+        let linears = info.linears.iter().map(|(module, _)| module.as_str());
+        let asked = recipe
+            .quantization
+            .iter()
+            .flat_map(|config| linears.clone().filter_map(|module| config.scheme_for(module)));
+        let stored = info.stored_quantization.iter().flat_map(|stored| &stored.schemes);
+        if asked.chain(stored).any(|scheme| scheme.outlier_threshold.is_some()) {
+            return Ok(Some("LLM.int8(), whose products quantize activations too".to_owned()));
+        }
+        let (spec, _) = self.host.prepare(recipe)?;
+        Ok(spec.fused_path_lacks())
+    }
+
+    /// Loads a model for the general path: burn's operations, with the kernels for weights in stored form.
+    fn load_general(
+        &self,
+        recipe: &ModelRecipe,
+        fallback: Option<String>,
+        progress: &dyn Progress,
+    ) -> Result<BurnModel, InferenceError> {
+        let info = self.admit(recipe)?;
+        let (spec, checkpoint) = self.host.prepare(recipe)?;
+        let device = Device::new(self.device.clone());
+        let reader = WeightReader { checkpoint: &checkpoint, spec: &spec, recipe, device: &device };
+        let large = Arc::new(LargeProducts::open(&self.client));
+        let mut placing = OnDevice::new(&self.device, &self.client, &reader, Arc::clone(&large), progress);
+        let weights = reader.read_all(&mut placing, progress)?;
+        drop(placing);
+        super::decode::synchronize(&self.client)?;
+        self.tidy();
+        let is_cuda = self.client.name() == "cuda";
+        let without_cublas = large.without_cublas();
+        let products = if without_cublas.is_none() { "cuBLAS" } else { "burn's matmul" };
+        let slow =
+            without_cublas.filter(|_| is_cuda).map(|reason| format!("large products run without cuBLAS: {reason}"));
+        let execution = Execution {
+            path: "burn".to_owned(),
+            fallback,
+            products: Some(products.to_owned()),
+            decode: None,
+            slow: slow.into_iter().collect(),
+        };
+        let executor = Executor { spec, weights, device, compute: info.compute_dtype };
+        Ok(BurnModel::new(info, executor, ModelRoom::Device(self.room.clone()), execution, true))
+    }
+
+    fn load_fused(
+        &self,
+        recipe: &ModelRecipe,
+        progress: &dyn Progress,
+        products: impl FnOnce(Client, Element) -> Products + Send,
+    ) -> Result<GpuModel, InferenceError> {
+        let recipe = self.settled(recipe)?;
+        let info = self.admit(&recipe)?;
+        let compute = info.compute_dtype;
+        if let Some(lacks) = self.fused_path_lacks(&recipe, &info)? {
+            return Err(InferenceError::Unsupported(format!(
+                "run the model by the fused kernels: they do not compute {lacks}; take --execution auto or burn"
+            )));
+        }
         let (spec, checkpoint) = self.host.prepare(&recipe)?;
         let host = Device::flex();
         let reader = WeightReader { checkpoint: &checkpoint, spec: &spec, recipe: &recipe, device: &host };
@@ -171,7 +249,22 @@ impl Engine for GpuEngine {
     }
 
     fn open(&self, recipe: &ModelRecipe, progress: &dyn Progress) -> Result<Box<dyn Model>, InferenceError> {
-        Ok(Box::new(self.load(recipe, progress, Products::new)?))
+        let fused = || -> Result<Box<dyn Model>, InferenceError> {
+            Ok(Box::new(self.load_fused(recipe, progress, Products::new)?))
+        };
+        if self.execution == ExecutionChoice::Fused {
+            return fused();
+        }
+        let settled = self.settled(recipe)?;
+        let lacks = match self.execution {
+            ExecutionChoice::Burn => None,
+            _ => match self.fused_path_lacks(&settled, &self.host.inspect(&settled)?)? {
+                None => return fused(),
+                lacks => lacks,
+            },
+        };
+        let fallback = lacks.map(|lacks| format!("the fused kernels do not compute {lacks}: burn's operations do"));
+        Ok(Box::new(self.load_general(&settled, fallback, progress)?))
     }
 
     fn survey(
@@ -221,10 +314,16 @@ impl Engine for GpuEngine {
         let has_panels = self.info.computed_with.get("cublas").is_some_and(|version| version != "absent");
         let shape = Shape { spec: &spec, compute: info.compute_dtype, recipe: &recipe, dtype: info.dtype, has_panels };
         let n_ctx = work.n_ctx.max(work.n_pass);
+        let is_general = self.execution == ExecutionChoice::Burn || self.fused_path_lacks(&recipe, &info)?.is_some();
+        let activations_bytes = match is_general {
+            // The operations are those of a CPU's pass, and a panel of decoded rows.
+            true => host_work_bytes(&spec, info.compute_dtype, false, work) + DEVICE_PANEL_BYTES as u64,
+            false => shape.working_bytes(work),
+        };
         Ok(Some(MemoryPrediction {
             weights_bytes,
             kv_cache_bytes: cache_bytes(&spec, info.compute_dtype, n_ctx),
-            activations_bytes: shape.working_bytes(work),
+            activations_bytes,
             program_bytes: self.program_bytes(info.compute_dtype),
         }))
     }
@@ -244,7 +343,7 @@ mod tests {
     use std::sync::Arc;
 
     fn engine() -> GpuEngine {
-        let client = cubecl::Device::default().client();
+        let device = cubecl::Device::default();
         let senses = Senses {
             memory: Box::new(|| Box::new(crate::engine::memory::HostProbe::start())),
             device: Box::new(|| None),
@@ -252,7 +351,7 @@ mod tests {
             used_bytes: Arc::new(|| None),
             limit_bytes: None,
         };
-        GpuEngine::new(client, "a GPU".to_owned(), BTreeMap::new(), senses, None)
+        GpuEngine::new(device, "a GPU".to_owned(), BTreeMap::new(), senses, None)
     }
 
     fn recipe(folder: &str, scheme: Option<&str>, compute: DType) -> ModelRecipe {
@@ -274,7 +373,7 @@ mod tests {
         for (compute, budget) in [Some((DType::F32, 1e-3)), halves].into_iter().flatten() {
             let recipe = recipe(folder, scheme, compute);
             let load = |products: &(dyn Fn(Client, Element) -> Products + Sync)| {
-                engine.load(&recipe, &NullProgress, products).expect("a model")
+                engine.load_fused(&recipe, &NullProgress, products).expect("a model")
             };
             let mut model = load(&Products::without_cublas);
             let vocab = model.info().vocab_size as u32;
@@ -299,7 +398,7 @@ mod tests {
         let engine = engine();
         for folder in ["models/stories260k", "tests/fixtures/families/gemma2"] {
             let recipe = recipe(folder, None, DType::F32);
-            let mut model = engine.load(&recipe, &NullProgress, Products::new).expect("a model");
+            let mut model = engine.load_fused(&recipe, &NullProgress, Products::new).expect("a model");
             let vocab = model.info().vocab_size as u32;
             let tokens: Vec<u32> = (0..40).map(|i| (i * 37 + 11) % vocab).collect();
             let mut logits = |fill: &dyn Fn(&mut GpuModel)| {
@@ -329,7 +428,7 @@ mod tests {
     fn released_memory_is_not_the_next_stage_s() {
         let engine = engine();
         let recipe = recipe("models/stories260k", Some("nf4"), DType::F32);
-        let mut model = engine.load(&recipe, &NullProgress, Products::new).expect("a model");
+        let mut model = engine.load_fused(&recipe, &NullProgress, Products::new).expect("a model");
         let tokens: Vec<u32> = (3..43).collect();
         let mut bytes = |n_ctx: usize| {
             model.release();

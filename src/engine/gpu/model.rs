@@ -5,6 +5,7 @@ use super::decode::{Decoder, synchronize};
 use super::pass::{Hidden, PassPlan, Passes};
 use super::room::Room;
 use super::rows::{Rows, device_error, floats, read};
+use crate::artifact::Execution;
 use crate::engine::tap::Tap;
 use crate::event::Progress;
 use crate::inference::{
@@ -182,6 +183,20 @@ impl Model for GpuModel {
 
     fn weights_bytes(&self) -> u64 {
         self.passes.weights.stored_bytes
+    }
+
+    fn execution(&self) -> Option<Execution> {
+        let (products, without_cublas) = self.passes.products.multiplier();
+        let decode = self.decoder.as_ref().map(Decoder::path);
+        let without_cublas = without_cublas.map(|reason| format!("large products run without cuBLAS: {reason}"));
+        let refused = decode.iter().flat_map(|(_, refused)| refused.iter().cloned());
+        Some(Execution {
+            path: "fused".to_owned(),
+            fallback: None,
+            products: Some(products.to_owned()),
+            decode: decode.map(|(how, _)| how.to_owned()),
+            slow: without_cublas.into_iter().chain(refused).collect(),
+        })
     }
 
     fn kv_cache_bytes(&self) -> u64 {

@@ -38,6 +38,8 @@ pub struct Products {
     pub element: Element,
     #[cfg(feature = "cuda")]
     blas: Option<Cublas>,
+    /// Why there is no cuBLAS where it could be.
+    without_cublas: Option<String>,
     /// Lets tests run the cuBLAS path without cuBLAS, in panels of so many bytes.
     test_panel_bytes: Option<usize>,
 }
@@ -73,21 +75,32 @@ struct Target<'a> {
 impl Products {
     /// Opens what the device has; without cuBLAS products are slower, not wrong.
     pub fn new(client: Client, element: Element) -> Products {
-        Products {
-            #[cfg(feature = "cuda")]
-            blas: if client.name() == "cuda" { Cublas::open(&client).ok() } else { None },
-            test_panel_bytes: None,
-            client,
-            element,
+        let mut products = Products::without_cublas(client, element);
+        #[cfg(feature = "cuda")]
+        if products.client.name() == "cuda" {
+            match Cublas::open(&products.client) {
+                Ok(blas) => products.blas = Some(blas),
+                Err(error) => products.without_cublas = Some(error.to_string()),
+            }
         }
+        products
+    }
+
+    /// Returns what multiplies many rows, and why that is not cuBLAS where it could be.
+    pub fn multiplier(&self) -> (&'static str, Option<&str>) {
+        #[cfg(feature = "cuda")]
+        if self.blas.is_some() {
+            return ("cuBLAS", None);
+        }
+        ("cubecl kernels", self.without_cublas.as_deref())
     }
 
     /// Takes the kernels that every device has.
-    #[cfg(test)]
     pub fn without_cublas(client: Client, element: Element) -> Products {
         Products {
             #[cfg(feature = "cuda")]
             blas: None,
+            without_cublas: None,
             test_panel_bytes: None,
             client,
             element,

@@ -41,6 +41,17 @@ impl Room {
         }
     }
 
+    /// Returns true where the device records launches, to be replayed at once.
+    pub fn records_launches(&self) -> bool {
+        self.client.name() == "cuda"
+    }
+
+    /// Gives what the allocator holds without need back to the driver. The runtime refuses while another thread records a graph; then
+    /// it stays where it is, and nothing else is wrong.
+    pub fn tidy(&self) {
+        let _ = self.client.memory_cleanup();
+    }
+
     /// Returns what could still be allocated: what the driver has free, and what the allocator holds without need.
     pub fn free_bytes(&self) -> Option<u64> {
         let usage = self.client.memory_report(MemoryScope::Device).usage();

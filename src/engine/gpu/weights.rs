@@ -70,7 +70,7 @@ impl GpuWeights {
     ) -> Result<GpuWeights, InferenceError> {
         let spec = reader.spec;
         progress.begin(Some(spec.n_layers as u64 + 1), "blocks");
-        let mut loading = Loading { client, loader: MatrixLoader::new(client), reader, progress, stored_bytes: 0 };
+        let mut loading = Loading::new(client, reader, progress);
         let embedding = loading.matrix("embed_tokens", &[reader.unread_embedding()?])?;
         let mut blocks = Vec::with_capacity(spec.n_layers);
         for layer_idx in 0..spec.n_layers {
@@ -89,9 +89,10 @@ impl GpuWeights {
     }
 }
 
-struct Loading<'a> {
-    client: &'a Client,
-    loader: MatrixLoader<'a>,
+/// Weights on their way to the device.
+pub struct Loading<'a> {
+    pub client: &'a Client,
+    pub loader: MatrixLoader<'a>,
     reader: &'a WeightReader<'a>,
     progress: &'a dyn Progress,
     stored_bytes: u64,
@@ -116,9 +117,28 @@ fn common_form(module: &str, weights: &[UnreadWeight]) -> Result<Option<Form>, I
     Ok(common.flatten().filter(|form| form.stacks(&rows, n_cols)))
 }
 
-impl Loading<'_> {
+impl<'a> Loading<'a> {
+    pub fn new(client: &'a Client, reader: &'a WeightReader<'a>, progress: &'a dyn Progress) -> Loading<'a> {
+        Loading { client, loader: MatrixLoader::new(client), reader, progress, stored_bytes: 0 }
+    }
+
+    /// Makes a matrix of one weight on the device; nothing where only the host can.
+    ///
+    /// # Errors
+    /// Whatever is wrong with the tensor or the scheme; `Cancelled`.
+    pub fn by_device(&mut self, module: &str, weight: &UnreadWeight) -> Result<Option<DeviceMatrix>, InferenceError> {
+        let weight = std::slice::from_ref(weight);
+        if common_form(module, weight)?.is_none() {
+            return Ok(None);
+        }
+        self.matrix(module, weight).map(Some)
+    }
+
     /// Makes one matrix of weights that [`common_form`] holds to go together.
-    fn matrix(&mut self, module: &str, weights: &[UnreadWeight]) -> Result<DeviceMatrix, InferenceError> {
+    ///
+    /// # Errors
+    /// Whatever is wrong with a tensor; `Cancelled`.
+    pub fn matrix(&mut self, module: &str, weights: &[UnreadWeight]) -> Result<DeviceMatrix, InferenceError> {
         let form = common_form(module, weights)?.expect("the caller looked, or they are plain values of one matrix");
         let files: Vec<FileMatrix> = weights
             .iter()

@@ -20,4 +20,6 @@ pub enum Unsupported {
     ExactGelu,
     #[error("a scheme's product quantizes activations too (LLM.int8())")]
     QuantizedActivations,
+    #[error("the weights are on a device")]
+    OnDevice,
 }

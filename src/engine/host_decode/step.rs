@@ -295,7 +295,7 @@ mod tests {
         let (spec, checkpoint) = BurnEngine::cpu().prepare(&recipe).expect("a model");
         let device = Device::flex();
         let reader = WeightReader { checkpoint: &checkpoint, spec: &spec, recipe: &recipe, device: &device };
-        let weights = reader.read_all(&NullProgress).expect("weights");
+        let weights = reader.read_all(&mut crate::engine::weights::OnHost, &NullProgress).expect("weights");
         Executor { spec, weights, device, compute: compute_dtype(&recipe) }
     }
 
@@ -307,7 +307,8 @@ mod tests {
     fn through_burn(executor: &Executor, cache: &mut KvCache, tokens: &[u32]) -> Vec<f32> {
         let hidden = executor.hidden_states(tokens, Some(cache), &mut Tap::closed()).expect("a pass");
         let [n, width] = hidden.dims();
-        crate::engine::score::values(executor.logits(hidden.slice([n - 1..n, 0..width]))).expect("logits")
+        crate::engine::score::values(executor.logits(hidden.slice([n - 1..n, 0..width])).expect("logits"))
+            .expect("logits")
     }
 
     /// Decodes after a prefill of `n_prompt` tokens both ways; returns the largest difference of any logit.

@@ -8,21 +8,40 @@ use crate::engine::weights::{Block, GateUpLinears, Linear, QkvLinears};
 use crate::inference::InferenceError;
 use crate::units::DType;
 use burn::tensor::Tensor;
+use labpipe_kernels::burn_ext::StoredWeight;
 use labpipe_kernels::token::Gate;
 use labpipe_kernels::weight::HostWeight;
 use std::sync::Arc;
 
 /// Linears that take the same input; their rows lie one after another in the output.
 pub struct Projection {
-    parts: Vec<Arc<HostWeight>>,
+    parts: Vec<OnHost>,
     bias: Option<Vec<f32>>, // [n_rows]
     n_rows: usize,
     n_cols: usize,
 }
 
+/// A weight that the host holds, shared with the executor.
+#[derive(Clone)]
+pub struct OnHost(Arc<StoredWeight>);
+
+impl OnHost {
+    fn new(weight: &Arc<StoredWeight>) -> OnHost {
+        OnHost(Arc::clone(weight))
+    }
+}
+
+impl std::ops::Deref for OnHost {
+    type Target = HostWeight;
+
+    fn deref(&self) -> &HostWeight {
+        self.0.as_host().expect("`supported` found every weight on the host")
+    }
+}
+
 impl Projection {
     fn new(linears: &[&Linear]) -> Result<Projection, InferenceError> {
-        let parts: Vec<Arc<HostWeight>> = linears.iter().map(|linear| Arc::clone(&linear.weight)).collect();
+        let parts: Vec<OnHost> = linears.iter().map(|linear| OnHost::new(&linear.weight)).collect();
         let n_rows = parts.iter().map(|part| part.n_rows()).sum();
         let bias = if linears.iter().any(|linear| linear.bias.is_some()) {
             let mut whole = Vec::with_capacity(n_rows);
@@ -85,7 +104,7 @@ pub struct HostBlock {
 
 /// All weights of a model.
 pub struct HostWeights {
-    pub embedding: Arc<HostWeight>, // [vocab, hidden]
+    pub embedding: OnHost, // [vocab, hidden]
     pub blocks: Vec<HostBlock>,
     pub final_norm: Vec<f32>, // [hidden]
     pub lm_head: Projection,  // [vocab, hidden]
@@ -105,7 +124,7 @@ impl HostWeights {
         let weights = &executor.weights;
         let blocks = weights.blocks.iter().map(block).collect::<Result<Vec<_>, _>>()?;
         Ok(Ok(HostWeights {
-            embedding: Arc::clone(&weights.embedding),
+            embedding: OnHost::new(&weights.embedding),
             blocks,
             final_norm: values(weights.final_norm.clone())?,
             lm_head: Projection::new(&[&weights.lm_head])?,
@@ -119,8 +138,12 @@ fn supported(spec: &ModelSpec, executor: &Executor) -> Result<Gate, Unsupported>
         return Err(Unsupported::ComputeDtype);
     }
     let linears = executor.weights.blocks.iter().flat_map(linears).chain([&executor.weights.lm_head]);
-    if linears.into_iter().any(|linear| linear.weight.has_own_product()) {
-        return Err(Unsupported::QuantizedActivations);
+    for linear in linears {
+        match linear.weight.as_host() {
+            None => return Err(Unsupported::OnDevice),
+            Some(weight) if weight.has_own_product() => return Err(Unsupported::QuantizedActivations),
+            Some(_) => {}
+        }
     }
     match spec.block.activation {
         Activation::Silu => Ok(Gate::Silu),

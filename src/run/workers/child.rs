@@ -61,7 +61,7 @@ pub fn serve(
             tell(&FromWorker::Note { level: Level::Warning, text });
         }
         let answer = match result {
-            Ok(StageOutput { body, summary }) => FromWorker::Done { body, summary },
+            Ok(StageOutput { body, summary, execution }) => FromWorker::Done { body, summary, execution },
             Err(error) => FromWorker::failure(&error),
         };
         if !tell(&answer) {

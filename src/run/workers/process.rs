@@ -2,7 +2,7 @@
 
 use super::protocol::{FromWorker, Task, ToWorker};
 use crate::event::Progress;
-use crate::inference::{EngineInfo, InferenceError, MemoryPrediction, ModelRecipe, Workload};
+use crate::inference::{EngineInfo, ExecutionChoice, InferenceError, MemoryPrediction, ModelRecipe, Workload};
 use crate::run::runner::RunnerError;
 use crate::stage::{StageError, StageOutput};
 use std::io::{BufRead, BufReader, Read, Write};
@@ -59,6 +59,8 @@ pub struct Launch {
     pub device: String,
     /// What a worker's model keeps below, in bytes.
     pub memory_limit: Option<u64>,
+    /// Which path its model takes through the device.
+    pub execution: ExecutionChoice,
     /// Disturbed measurements are kept as they are.
     pub accept_disturbed: bool,
     /// What is known of the processors, as the engine writes it.
@@ -68,7 +70,7 @@ pub struct Launch {
 impl Launch {
     fn command(&self) -> Command {
         let mut command = Command::new(&self.program);
-        command.args(["worker", "--device", &self.device]);
+        command.args(["worker", "--device", &self.device, "--execution", self.execution.name()]);
         command.args(self.accept_disturbed.then_some("--accept-disturbed"));
         if let Some(bytes) = self.memory_limit {
             command.arg("--memory-limit").arg(bytes.to_string());
@@ -118,7 +120,9 @@ impl Worker {
                 Ok(FromWorker::Begin { total, unit }) => progress.begin(total, &unit),
                 Ok(FromWorker::Advance { n }) => progress.advance(n),
                 Ok(FromWorker::Note { level, text }) => progress.note(level, &text),
-                Ok(FromWorker::Done { body, summary }) => return Ok(StageOutput { body, summary }),
+                Ok(FromWorker::Done { body, summary, execution }) => {
+                    return Ok(StageOutput { body, summary, execution });
+                }
                 Ok(FromWorker::Failed { kind, text }) => return Err(kind.error(text)),
                 Ok(FromWorker::Ready { .. } | FromWorker::NoDevice { .. } | FromWorker::Predicted { .. }) => {}
                 Err(RecvTimeoutError::Disconnected) if progress.is_cancelled() => {

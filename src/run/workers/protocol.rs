@@ -1,6 +1,6 @@
 //! What parent and worker say to each other: one JSON object per line.
 
-use crate::artifact::{Record, RecordError};
+use crate::artifact::{Execution, Record, RecordError};
 use crate::event::Level;
 use crate::inference::{EngineInfo, MemoryPrediction, ModelRecipe, Workload};
 use crate::run::runner::{RunnerError, StageTask};
@@ -78,6 +78,7 @@ pub enum FromWorker {
     Done {
         body: Map<String, Value>,
         summary: String,
+        execution: Option<Execution>,
     },
     /// Null where the engine predicts nothing.
     Predicted {

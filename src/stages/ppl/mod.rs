@@ -228,7 +228,7 @@ impl Outcome {
             scoring_method: SPEED_METHOD.to_owned(),
             compute_dtype: info.compute_dtype,
         };
-        StageOutput { body: record.to_fields(), summary: summary.join(", ") }
+        StageOutput::new(record.to_fields(), summary.join(", "))
     }
 }
 

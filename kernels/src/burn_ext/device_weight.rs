@@ -1,0 +1,110 @@
+//! A weight on a device of burn's cubecl backend, and how large products with it are done.
+
+use crate::cube::DeviceMatrix;
+#[cfg(feature = "cuda")]
+use crate::cube::cublas::Cublas;
+use burn_cubecl::CubeDevice;
+use cubecl::client::Client;
+use std::fmt;
+use std::sync::{Arc, Mutex, PoisonError};
+
+/// A matrix in its stored form on a device, with what its products need beside it.
+#[derive(Clone)]
+pub struct DeviceWeight {
+    matrix: DeviceMatrix,
+    device: CubeDevice,
+    outlier_threshold: Option<f32>,
+    large: Arc<LargeProducts>,
+}
+
+impl DeviceWeight {
+    /// Takes a matrix that lies on `device`. With an `outlier_threshold` its products are those of LLM.int8().
+    pub fn new(
+        matrix: DeviceMatrix,
+        device: CubeDevice,
+        outlier_threshold: Option<f32>,
+        large: Arc<LargeProducts>,
+    ) -> DeviceWeight {
+        DeviceWeight { matrix, device, outlier_threshold, large }
+    }
+
+    pub fn matrix(&self) -> &DeviceMatrix {
+        &self.matrix
+    }
+
+    pub fn device(&self) -> &CubeDevice {
+        &self.device
+    }
+
+    pub(super) fn outlier_threshold(&self) -> Option<f32> {
+        self.outlier_threshold
+    }
+
+    pub(super) fn large(&self) -> &LargeProducts {
+        &self.large
+    }
+}
+
+impl fmt::Debug for DeviceWeight {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let DeviceMatrix { kind, n_rows, n_cols, .. } = &self.matrix;
+        write!(f, "DeviceWeight({kind:?}, [{n_rows}, {n_cols}], {:?})", self.device)
+    }
+}
+
+/// What multiplies many rows at once, shared by the weights of a model: cuBLAS where it is, else burn's own matrix product.
+pub struct LargeProducts {
+    #[cfg(feature = "cuda")]
+    blas: Mutex<Option<Cublas>>,
+    /// Why cuBLAS does not multiply; nothing where it does.
+    without_cublas: Mutex<Option<String>>,
+}
+
+impl LargeProducts {
+    /// Opens cuBLAS on the client's device, where there is one.
+    pub fn open(client: &Client) -> LargeProducts {
+        if client.name() != "cuda" {
+            return LargeProducts::with_burn(format!("cuBLAS runs on CUDA alone, this device is {}", client.name()));
+        }
+        #[cfg(feature = "cuda")]
+        match Cublas::open(client) {
+            Ok(blas) => LargeProducts { blas: Mutex::new(Some(blas)), without_cublas: Mutex::new(None) },
+            Err(error) => LargeProducts::with_burn(error.to_string()),
+        }
+        #[cfg(not(feature = "cuda"))]
+        LargeProducts::with_burn("this build has no CUDA".to_owned())
+    }
+
+    /// Multiplies with burn's own matrix product, for `reason`.
+    pub fn with_burn(reason: String) -> LargeProducts {
+        LargeProducts {
+            #[cfg(feature = "cuda")]
+            blas: Mutex::new(None),
+            without_cublas: Mutex::new(Some(reason)),
+        }
+    }
+
+    /// Returns why cuBLAS does not multiply; nothing where it does.
+    pub fn without_cublas(&self) -> Option<String> {
+        self.without_cublas.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// Runs `multiply` with cuBLAS, where it is; false where it is not, or failed: then it is not asked again, and
+    /// [`without_cublas`](Self::without_cublas) says why.
+    #[cfg(feature = "cuda")]
+    pub(super) fn by_cublas(
+        &self,
+        multiply: impl FnOnce(&mut Cublas) -> Result<(), crate::cube::cublas::CublasError>,
+    ) -> bool {
+        let mut blas = self.blas.lock().unwrap_or_else(PoisonError::into_inner);
+        let Some(open) = blas.as_mut() else { return false };
+        match multiply(open) {
+            Ok(()) => true,
+            Err(error) => {
+                *blas = None;
+                *self.without_cublas.lock().unwrap_or_else(PoisonError::into_inner) = Some(error.to_string());
+                false
+            }
+        }
+    }
+}

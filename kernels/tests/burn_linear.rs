@@ -1,0 +1,165 @@
+//! The extension of burn's cubecl backend against the one on Flex, which the host's schemes compute: every stored form, with few rows of
+//! x and with many. It runs on whatever device cubecl finds first, as `cube_kernels` does.
+#![cfg(feature = "burn-cube")]
+
+use burn::tensor::{DType, Device, Int, Tensor, TensorData};
+use labpipe_kernels::burn_ext::{DeviceWeight, LargeProducts, StoredWeight, exact_matmul, stored_linear, stored_rows};
+use labpipe_kernels::cube::DeviceMatrix;
+use labpipe_kernels::dense::DenseType;
+use labpipe_kernels::weight::{DenseWeight, HostWeight, SharedBytes};
+use labpipe_kernels::{SchemeSpec, scheme};
+use std::sync::Arc;
+
+/// fp32 sums in another order, relative to the norm of the result.
+const BUDGET: f64 = 5e-6;
+
+/// Values like those of a trained layer, from a linear congruential generator.
+fn values(n: usize, seed: u64) -> Vec<f32> {
+    let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
+    let mut uniform = || {
+        state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        (state >> 40) as f32 / (1u64 << 24) as f32 - 0.5
+    };
+    (0..n).map(|_| 0.1 * (uniform() + uniform() + uniform())).collect()
+}
+
+fn packed(spec: SchemeSpec, n: usize, k: usize) -> HostWeight {
+    let scheme = scheme(&spec.scheme).expect("a known scheme");
+    let spec = scheme.normalize(&spec).expect("settings that fit");
+    HostWeight::Packed(scheme.pack(&spec, &values(n * k, 7), n, k).expect("finite values"))
+}
+
+fn weights(n: usize, k: usize) -> Vec<(&'static str, HostWeight)> {
+    let f32s = values(n * k, 3);
+    let dense = |dtype, bytes| HostWeight::Dense(DenseWeight { dtype, n_rows: n, n_cols: k, bytes });
+    let f16s: Vec<half::f16> = f32s.iter().map(|v| half::f16::from_f32(*v)).collect();
+    let bf16s: Vec<half::bf16> = f32s.iter().map(|v| half::bf16::from_f32(*v)).collect();
+    let of = |name: &str| packed(SchemeSpec::new(name), n, k);
+    vec![
+        ("nf4", of("nf4")),
+        ("nf4 double quant", packed(SchemeSpec { double_quant: true, ..SchemeSpec::new("nf4") }, n, k)),
+        ("fp4", of("fp4")),
+        ("mxfp4", of("mxfp4")),
+        ("int8", of("int8")),
+        ("int4", of("int4")),
+        ("f32", dense(DenseType::F32, SharedBytes::from_values(f32s))),
+        ("f16", dense(DenseType::F16, SharedBytes::from_values(f16s))),
+        ("bf16", dense(DenseType::Bf16, SharedBytes::from_values(bf16s))),
+    ]
+}
+
+fn placed(weight: &HostWeight, device: &cubecl::Device) -> Arc<StoredWeight> {
+    let client = device.client();
+    let (matrix, threshold) = match weight {
+        HostWeight::Packed(packed) => (DeviceMatrix::upload_packed(&client, packed), packed.spec.outlier_threshold),
+        HostWeight::Dense(_) => (DeviceMatrix::upload(&client, weight), None),
+    };
+    let large = Arc::new(LargeProducts::open(&client));
+    let weight = DeviceWeight::new(matrix.expect("a form that kernels know"), device.clone(), threshold, large);
+    Arc::new(StoredWeight::Device(weight))
+}
+
+fn read<const D: usize>(tensor: Tensor<D>) -> Vec<f32> {
+    tensor.into_data_dtype(DType::F32).try_into_vec().expect("f32 values")
+}
+
+fn product(x: &[f32], [m, k]: [usize; 2], weight: &Arc<StoredWeight>, device: &Device) -> Vec<f32> {
+    let x = Tensor::<2>::from_data(TensorData::new(x.to_vec(), [m, k]), device);
+    read(stored_linear(x, weight).expect("a weight where x is"))
+}
+
+fn relative_error(got: &[f32], want: &[f32]) -> f64 {
+    assert_eq!(got.len(), want.len());
+    let noise: f64 = got.iter().zip(want).map(|(g, w)| (f64::from(*g) - f64::from(*w)).powi(2)).sum();
+    let signal: f64 = want.iter().map(|w| f64::from(*w).powi(2)).sum();
+    (noise / signal.max(1e-30)).sqrt()
+}
+
+#[test]
+fn products_are_the_hosts() {
+    let cube = cubecl::Device::default();
+    let (device, host) = (Device::new(cube.clone()), Device::flex());
+    for [n, k] in [[192, 128], [70, 96]] {
+        for (name, weight) in weights(n, k) {
+            let on_device = placed(&weight, &cube);
+            let on_host = Arc::new(StoredWeight::Host(weight));
+            // One row, a few, and so many that a matrix is decoded first.
+            for m in [1, 5, 9, 33] {
+                let x = values(m * k, 11);
+                let want = product(&x, [m, k], &on_host, &host);
+                let got = product(&x, [m, k], &on_device, &device);
+                let error = relative_error(&got, &want);
+                assert!(error < BUDGET, "{name} [{n}, {k}], {m} rows: {error:.2e}");
+            }
+        }
+    }
+}
+
+#[test]
+fn llm_int8_multiplies_as_on_the_host() {
+    let cube = cubecl::Device::default();
+    let (device, host) = (Device::new(cube.clone()), Device::flex());
+    let (n, k) = (72, 160);
+    for threshold in [0.0, 6.0] {
+        let spec = SchemeSpec { outlier_threshold: Some(threshold), ..SchemeSpec::new("int8") };
+        let weight = packed(spec, n, k);
+        let on_device = placed(&weight, &cube);
+        let on_host = Arc::new(StoredWeight::Host(weight));
+        for m in [1, 3, 19] {
+            let mut x: Vec<f32> = values(m * k, 5).iter().map(|value| 20.0 * value).collect();
+            // Outliers in two columns, one of them in the last row alone.
+            x[7] = 61.0;
+            x[(m - 1) * k + 90] = -6.5;
+            let want = product(&x, [m, k], &on_host, &host);
+            let got = product(&x, [m, k], &on_device, &device);
+            let error = relative_error(&got, &want);
+            assert!(error < 1e-5, "threshold {threshold}, {m} rows: {error:.2e}");
+            // Values far from a rounding threshold: the difference to plain INT8 is what quantizing x costs.
+            let SchemeSpec { scheme, .. } = SchemeSpec::new("int8");
+            let plain = placed(&packed(SchemeSpec::new(&scheme), n, k), &cube);
+            let cost = relative_error(&product(&x, [m, k], &plain, &device), &want);
+            assert!(cost > 1e-4, "threshold {threshold}, {m} rows: x was not quantized ({cost:.2e})");
+        }
+    }
+}
+
+#[test]
+fn rows_of_a_weight_are_the_hosts() {
+    let cube = cubecl::Device::default();
+    let (device, host) = (Device::new(cube.clone()), Device::flex());
+    for (name, weight) in weights(40, 96) {
+        let on_device = placed(&weight, &cube);
+        let on_host = Arc::new(StoredWeight::Host(weight));
+        let rows = |weight: &Arc<StoredWeight>, device: &Device| {
+            let ids = Tensor::<1, Int>::from_data(TensorData::new(vec![3i32, 0, 39, 3], [4]), device);
+            read(stored_rows(ids, weight).expect("a weight where the ids are"))
+        };
+        let error = relative_error(&rows(&on_device, &device), &rows(&on_host, &host));
+        assert!(error < BUDGET, "{name}: {error:.2e}");
+    }
+}
+
+#[test]
+fn exact_products_of_tensors_are_the_hosts() {
+    let (device, host) = (Device::new(cubecl::Device::default()), Device::flex());
+    // Grouped heads over keys as attention has them: strided views.
+    let run = |device: &Device| {
+        let q = Tensor::<3>::from_data(TensorData::new(values(2 * 12 * 16, 1), [2, 12, 16]), device);
+        let k = Tensor::<3>::from_data(TensorData::new(values(21 * 2 * 16, 2), [21, 2, 16]), device);
+        read(exact_matmul(q, k.permute([1, 2, 0])))
+    };
+    let error = relative_error(&run(&device), &run(&host));
+    assert!(error < 1e-6, "{error:.2e}");
+}
+
+#[test]
+fn a_weight_that_lies_elsewhere_is_an_error() {
+    let cube = cubecl::Device::default();
+    let (_, weight) = weights(16, 32).remove(0);
+    let on_device = placed(&weight, &cube);
+    let x = |device: &Device| Tensor::<2>::from_data(TensorData::new(vec![0.5f32; 32], [1, 32]), device);
+    let error = stored_linear(x(&Device::flex()), &on_device).expect_err("nothing is copied in silence");
+    assert!(error.to_string().contains("multiply activations on"), "{error}");
+    let on_host = Arc::new(StoredWeight::Host(weight));
+    assert!(stored_linear(x(&Device::new(cube)), &on_host).is_err());
+}
