@@ -10,7 +10,7 @@ use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
 /// The fixtures and the family each belongs to.
-const CASES: [(&str, &str); 13] = [
+const CASES: [(&str, &str); 16] = [
     ("gemma2", "gemma2"),
     ("gemma3", "gemma3"),
     ("gemma3-vision", "gemma3"),
@@ -20,10 +20,13 @@ const CASES: [(&str, &str); 13] = [
     ("llama-llama3", "llama"),
     ("llama-yarn", "llama"),
     ("mistral", "mistral"),
+    ("olmo2", "olmo2"),
     ("phi3", "phi3"),
     ("phi3-longrope", "phi3"),
     ("qwen2", "qwen2"),
     ("qwen3", "qwen3"),
+    ("smollm3", "smollm3"),
+    ("smollm3-sliding", "smollm3"),
 ];
 
 fn folder(case: &str) -> PathBuf {
@@ -222,6 +225,10 @@ fn captured_modules_bear_the_names_that_the_family_s_weights_have() {
         ("phi3", vec!["self_attn.qkv_proj", "mlp.gate_up_proj"]),
         ("qwen3", vec!["self_attn.q_norm", "self_attn.k_norm", "mlp.gate_proj"]),
         ("gemma2", vec!["post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm"]),
+        (
+            "olmo2",
+            vec!["self_attn.q_norm", "self_attn.k_norm", "post_attention_layernorm", "post_feedforward_layernorm"],
+        ),
     ] {
         let mut names = Names::default();
         model(case).capture(&[3, 4, 5], &CaptureFilter::default(), &mut names, &NullProgress).expect("a capture");
@@ -339,6 +346,23 @@ fn models_of_every_family_have_the_parameters_that_their_cards_state() {
             3_821_079_552,
             4_096,
         ),
+        // HuggingFaceTB/SmolLM3-3B
+        (
+            r#"{"model_type": "smollm3", "hidden_size": 2048, "intermediate_size": 11008, "num_hidden_layers": 36, "vocab_size": 128256,
+                "num_attention_heads": 16, "num_key_value_heads": 4, "max_position_embeddings": 65536, "max_window_layers": 28,
+                "rms_norm_eps": 1e-6, "rope_theta": 5000000.0, "rope_scaling": null, "no_rope_layer_interval": 4,
+                "use_sliding_window": false, "sliding_window": null, "attention_bias": false, "mlp_bias": false}"#,
+            3_075_098_624,
+            65_536,
+        ),
+        // allenai/OLMo-2-1124-7B
+        (
+            r#"{"model_type": "olmo2", "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "vocab_size": 100352,
+                "num_attention_heads": 32, "num_key_value_heads": 32, "max_position_embeddings": 4096, "rms_norm_eps": 1e-6,
+                "rope_theta": 500000, "rope_scaling": null, "attention_bias": false, "tie_word_embeddings": false}"#,
+            7_298_617_344,
+            4_096,
+        ),
     ];
     for (config, n_params, n_ctx_max) in cases {
         let (_dir, config) = written(&serde_json::from_str(config).expect("JSON"));
@@ -382,6 +406,10 @@ fn fields_that_no_model_can_have_are_errors_that_name_them() {
         ("gemma2", "layer_types", r#"["a", "b", "c", "d"]"#, "layer_types"),
         ("gemma3", "use_bidirectional_attention", "true", "use_bidirectional_attention"),
         ("phi3", "rope_scaling", r#"{"type": "linear", "factor": 2}"#, "longrope"),
+        ("smollm3", "no_rope_layers", "[1, 0, 1]", "no_rope_layers has 3 entries for 4 layers"),
+        ("smollm3", "no_rope_layers", "[1, 0, 1, true]", "no_rope_layers"),
+        ("smollm3-sliding", "no_rope_layer_interval", "0", "no_rope_layer_interval"),
+        ("smollm3-sliding", "sliding_window", "null", "sliding_window"),
         (
             "phi3-longrope",
             "rope_scaling",
@@ -418,6 +446,16 @@ fn every_part_that_a_family_has_of_its_own_shows_in_the_logits() {
         ("gemma3", "sliding_window_pattern", "6"),
         ("phi3", "sliding_window", "null"),
         ("phi3-longrope", "original_max_position_embeddings", "200"),
+        ("smollm3", "no_rope_layers", "[1, 1, 1, 0]"),
+        ("smollm3", "no_rope_layers", "[1, 0, 1, 1]"),
+        ("smollm3-sliding", "no_rope_layer_interval", "4"),
+        ("smollm3-sliding", "sliding_window", "150"),
+        (
+            "smollm3-sliding",
+            "layer_types",
+            r#"["full_attention", "sliding_attention", "full_attention", "full_attention"]"#,
+        ),
+        ("olmo2", "rope_theta", "10000.0"),
     ] {
         let mut config: Value =
             serde_json::from_str(&std::fs::read_to_string(folder(case).join("config.json")).expect("the config"))

@@ -1,6 +1,7 @@
 //! Rotary embedding and causal attention over grouped heads, a chunk of queries at a time.
 
 use super::kv_cache::float_dtype;
+use super::rope::RopeSpec;
 use super::spec::{AttentionSpec, ModelSpec};
 use crate::units::DType;
 use burn::tensor::{Device, Tensor, TensorData, activation};
@@ -10,9 +11,15 @@ pub const QUERY_CHUNK: usize = 128;
 
 /// What all layers of one kind share in one pass: rotary tables of its positions and masks of its query chunks.
 pub struct AttentionPlan {
+    /// `None` where queries and keys are not rotated.
+    rotation: Option<Rotation>,
+    chunks: Vec<QueryChunk>,
+}
+
+/// Cosines and sines of a pass's positions.
+struct Rotation {
     cos: Tensor<3>, // [n, 1, rotary_dim]
     sin: Tensor<3>, // [n, 1, rotary_dim], negated in its first half
-    chunks: Vec<QueryChunk>,
 }
 
 struct QueryChunk {
@@ -28,8 +35,16 @@ struct QueryChunk {
 impl AttentionPlan {
     /// Prepares a pass of `n` tokens after `n_past` cached ones.
     pub fn new(spec: &AttentionSpec, n_past: usize, n: usize, device: &Device) -> AttentionPlan {
-        let frequencies = spec.rope.inverse_frequencies(n_past + n);
-        let factor = spec.rope.attention_factor() as f32;
+        let chunk = |first| QueryChunk::new(n_past, first, n, spec.window, device);
+        let chunks = (0..n).step_by(QUERY_CHUNK).map(chunk).collect();
+        AttentionPlan { rotation: spec.rope.as_ref().map(|rope| Rotation::new(rope, n_past, n, device)), chunks }
+    }
+}
+
+impl Rotation {
+    fn new(rope: &RopeSpec, n_past: usize, n: usize, device: &Device) -> Rotation {
+        let frequencies = rope.inverse_frequencies(n_past + n);
+        let factor = rope.attention_factor() as f32;
         let half = frequencies.len();
         let (mut cos, mut sin) = (vec![0.0f32; n * 2 * half], vec![0.0f32; n * 2 * half]);
         for i in 0..n {
@@ -43,9 +58,7 @@ impl AttentionPlan {
             }
         }
         let table = |values| Tensor::<3>::from_data(TensorData::new(values, [n, 1, 2 * half]), device);
-        let chunk = |first| QueryChunk::new(n_past, first, n, spec.window, device);
-        let chunks = (0..n).step_by(QUERY_CHUNK).map(chunk).collect();
-        AttentionPlan { cos: table(cos), sin: table(sin), chunks }
+        Rotation { cos: table(cos), sin: table(sin) }
     }
 }
 
@@ -69,19 +82,21 @@ impl QueryChunk {
     }
 }
 
-/// Rotates each head of `x` by its position (rotate-half form); values beyond `rotary_dim` stay as they are.
+/// Rotates each head of `x` by its position (rotate-half form); values beyond `rotary_dim` stay as they are, and so does all of `x`
+/// in a layer without rotary embedding.
 ///
 /// # Shapes
 /// `x` and result `[n, n_heads · head_dim]`.
 pub fn rotate(x: Tensor<2>, n_heads: usize, plan: &AttentionPlan) -> Tensor<2> {
+    let Some(Rotation { cos, sin }) = &plan.rotation else { return x };
     let [n, width] = x.dims();
     let head_dim = width / n_heads;
-    let rotary_dim = plan.cos.dims()[2];
+    let rotary_dim = cos.dims()[2];
     let dtype = x.dtype();
     let x = x.cast(float_dtype(DType::F32)).reshape([n, n_heads, head_dim]);
     let part = |from: usize, to: usize| x.clone().slice([0..n, 0..n_heads, from..to]);
     let swapped = Tensor::cat(vec![part(rotary_dim / 2, rotary_dim), part(0, rotary_dim / 2)], 2);
-    let rotated = part(0, rotary_dim).mul(plan.cos.clone()).add(swapped.mul(plan.sin.clone()));
+    let rotated = part(0, rotary_dim).mul(cos.clone()).add(swapped.mul(sin.clone()));
     let whole =
         if rotary_dim == head_dim { rotated } else { Tensor::cat(vec![rotated, part(rotary_dim, head_dim)], 2) };
     whole.reshape([n, width]).cast(dtype)

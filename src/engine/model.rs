@@ -128,7 +128,7 @@ impl Model for BurnModel {
 
     fn fill(&mut self, tokens: &[u32]) -> Result<(), InferenceError> {
         // Rotary frequencies that depend on the length are those of the whole context.
-        let follows_length = self.executor.spec.attentions.iter().any(|attention| attention.rope.depends_on_length());
+        let follows_length = self.executor.spec.rope_depends_on_length();
         if tokens.len() <= FILLED_TOKENS || follows_length {
             return self.prefill(tokens).map(|_| ());
         }

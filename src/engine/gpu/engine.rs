@@ -129,9 +129,15 @@ impl GpuEngine {
                 self.info.device
             )));
         }
+        let (spec, checkpoint) = self.host.prepare(&recipe)?;
+        if let Some(lacking) = spec.fused_path_lacks() {
+            return Err(InferenceError::Unsupported(format!(
+                "run a {} model on {}: its kernels do not compute {lacking}; use device: cpu",
+                spec.family, self.info.device
+            )));
+        }
         self.tidy();
         self.room.check("the model's weights", weights_bytes(&info, &recipe)? + LOADING_BYTES)?;
-        let (spec, checkpoint) = self.host.prepare(&recipe)?;
         let host = Device::flex();
         let reader = WeightReader { checkpoint: &checkpoint, spec: &spec, recipe: &recipe, device: &host };
         // What opens a library for products and what copies weights wait for different things. A thread has a stream of its own unless

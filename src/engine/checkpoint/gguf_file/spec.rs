@@ -27,10 +27,10 @@ impl GgufCheckpoint {
         let rope = self.rope(spec.head_dim)?;
         spec.n_ctx_max = self.n_ctx_max(&rope)?;
         let sliding_rope = self.sliding_rope(&rope)?;
-        spec.attentions = vec![AttentionSpec { window: None, rope }];
+        spec.attentions = vec![AttentionSpec { window: None, rope: Some(rope) }];
         spec.layer_attentions = vec![0; spec.n_layers];
         if let Some(window) = self.window(spec.n_ctx_max)? {
-            spec.set_sliding(&self.sliding_layers(spec.n_layers)?, Some(window), sliding_rope);
+            spec.set_sliding(&self.sliding_layers(spec.n_layers)?, Some(window), Some(sliding_rope));
         }
         self.check_neutral(spec)
     }
