@@ -6,7 +6,7 @@ use labpipe::event::NullProgress;
 use labpipe::inference::{CaptureFilter, CaptureSink, CaptureSite, Engine, Model, ModelRecipe, ModelSource};
 use labpipe::units::DType;
 use serde_json::Value;
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 
 /// The fixtures and the family each belongs to.
@@ -239,6 +239,41 @@ fn captured_modules_bear_the_names_that_the_family_s_weights_have() {
     }
 }
 
+/// Without a norm before a sublayer its projections read the residual stream, which is no norm's output.
+#[test]
+fn inputs_of_projections_without_a_norm_before_them_are_kept_once() {
+    type Port = (String, &'static str);
+    #[derive(Default)]
+    struct Inputs {
+        taken: BTreeMap<Port, Vec<f32>>,
+        aliases: BTreeMap<String, Port>,
+    }
+    impl CaptureSink for Inputs {
+        fn take(&mut self, site: &CaptureSite, _: usize, _: usize, values: &[f32]) -> Result<(), String> {
+            self.taken.insert((site.module.clone(), site.port), values.to_vec());
+            Ok(())
+        }
+
+        fn alias(&mut self, site: &CaptureSite, source: &CaptureSite) -> Result<(), String> {
+            self.aliases.insert(site.module.clone(), (source.module.clone(), source.port));
+            Ok(())
+        }
+    }
+    let mut found = Inputs::default();
+    let filter = CaptureFilter { modules: Vec::new(), inputs: true };
+    model("olmo2").capture(&[3, 4, 5], &filter, &mut found, &NullProgress).expect("a capture");
+    let port = |module: &str, port| (format!("model.{module}"), port);
+    for (module, source) in [("self_attn.k_proj", "self_attn.q_proj"), ("mlp.up_proj", "mlp.gate_proj")] {
+        let source = port(&format!("layers.1.{source}"), "input");
+        assert_eq!(found.aliases[&format!("model.layers.1.{module}")], source);
+        assert!(found.taken.contains_key(&source));
+    }
+    assert!(found.aliases.values().all(|source| found.taken.contains_key(source)), "{:?}", found.aliases);
+    let values = |module: &str, name| &found.taken[&port(module, name)];
+    assert_eq!(values("layers.0.self_attn.q_proj", "input"), values("embed_tokens", "output"));
+    assert_eq!(values("layers.1.self_attn.q_proj", "input"), values("layers.0", "output"));
+}
+
 #[test]
 fn linears_of_every_family_can_be_quantized() {
     for (case, _) in CASES {
@@ -446,8 +481,8 @@ fn every_part_that_a_family_has_of_its_own_shows_in_the_logits() {
         ("gemma3", "sliding_window_pattern", "6"),
         ("phi3", "sliding_window", "null"),
         ("phi3-longrope", "original_max_position_embeddings", "200"),
-        ("smollm3", "no_rope_layers", "[1, 1, 1, 0]"),
-        ("smollm3", "no_rope_layers", "[1, 0, 1, 1]"),
+        ("smollm3", "no_rope_layers", "[1, 1, 1, 1]"),
+        ("smollm3", "no_rope_layers", "[1, 0, 1, 0]"),
         ("smollm3-sliding", "no_rope_layer_interval", "4"),
         ("smollm3-sliding", "sliding_window", "150"),
         (

@@ -14,8 +14,9 @@ use serde_json::Value as Json;
 use std::path::Path;
 use std::sync::Arc;
 
-/// The fixtures that a GGUF file can hold, and the family each belongs to: it has no dynamic scaling.
-const CASES: [(&str, &str); 12] = [
+/// The fixtures that a GGUF file can hold, and the family each belongs to: it has no dynamic scaling, and no field for layers that are
+/// not rotated.
+const CASES: [(&str, &str); 14] = [
     ("gemma2", "gemma2"),
     ("gemma3", "gemma3"),
     ("gemma3-vision", "gemma3"),
@@ -24,10 +25,12 @@ const CASES: [(&str, &str); 12] = [
     ("llama-llama3", "llama"),
     ("llama-yarn", "llama"),
     ("mistral", "llama"),
+    ("olmo2", "olmo2"),
     ("phi3", "phi3"),
     ("phi3-longrope", "phi3"),
     ("qwen2", "qwen2"),
     ("qwen3", "qwen3"),
+    ("smollm3", "smollm3"),
 ];
 
 fn device() -> Arc<dyn Engine> {
@@ -319,6 +322,8 @@ fn keys_that_ask_for_what_labpipe_lacks_are_errors_that_name_them() {
         ("llama-yarn", "llama.rope.scaling.yarn_log_multiplier", Value::F32(0.1), "yarn_log_multiplier"),
         ("qwen3", "qwen3.attention.sliding_window", Value::U32(24), "which layers slide"),
         ("gemma2", "gemma2.attn_logit_softcapping", Value::F32(-1.0), "above 0"),
+        ("olmo2", "olmo2.attention.sliding_window", Value::U32(24), "OLMo 3"),
+        ("smollm3", "smollm3.attention.sliding_window", Value::U32(24), "which layers slide"),
     ] {
         let mut gguf = of_family(case);
         gguf.set(key, value);

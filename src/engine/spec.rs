@@ -302,3 +302,60 @@ impl ModelSpec {
         (self.n_layers * per_block + self.hidden_size + heads * self.vocab_size * self.hidden_size) as u64
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::engine::families::{ConfigFile, FAMILIES, spec_of};
+    use std::path::Path;
+
+    fn spec(case: &str) -> ModelSpec {
+        let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/families").join(case);
+        spec_of(&ConfigFile::read(&folder.join("config.json")).expect("a config")).expect("a spec")
+    }
+
+    #[test]
+    fn what_the_fused_path_lacks_is_named() {
+        let lacking = |case: &str| spec(case).fused_path_lacks();
+        for family in FAMILIES.iter().filter(|family| !matches!(family.model_type, "smollm3" | "olmo2")) {
+            let case = family.model_type.trim_end_matches("_text");
+            assert_eq!(lacking(case), None, "{case}");
+        }
+        assert_eq!(lacking("smollm3").as_deref(), Some("layers without rotary embedding"));
+        let found = lacking("olmo2");
+        assert_eq!(found.as_deref(), Some("norms over whole projections, blocks without a norm before a sublayer"));
+        let mut all_rotated = spec("smollm3");
+        let rotated = all_rotated.attentions[0].clone();
+        all_rotated.set_attentions(vec![rotated; all_rotated.n_layers]);
+        assert_eq!(all_rotated.fused_path_lacks(), None);
+    }
+
+    #[test]
+    fn norms_of_a_block_are_those_that_it_has() {
+        let norms = |case: &str| -> Vec<(&'static str, usize)> {
+            spec(case).block_norms().iter().map(|norm| (norm.name, norm.width)).collect()
+        };
+        // Queries of 4 heads of 8 values, keys of 2.
+        let olmo2 = [
+            ("self_attn.q_norm", 32),
+            ("self_attn.k_norm", 16),
+            ("post_attention_layernorm", 32),
+            ("post_feedforward_layernorm", 32),
+        ];
+        assert_eq!(norms("olmo2"), olmo2);
+        assert_eq!(norms("smollm3"), [("input_layernorm", 32), ("post_attention_layernorm", 32)]);
+    }
+
+    #[test]
+    fn layers_that_attend_alike_are_of_one_kind() {
+        let spec = spec("smollm3-sliding");
+        assert_eq!((spec.attentions.len(), spec.layer_attentions.clone()), (4, vec![0, 1, 2, 3]));
+        let kinds: Vec<(Option<usize>, bool)> =
+            spec.attentions.iter().map(|attention| (attention.window, attention.rope.is_some())).collect();
+        assert_eq!(kinds, [(None, true), (Some(24), false), (Some(24), true), (None, false)]);
+        let mut alike = spec.clone();
+        let [first, second] = [0, 1].map(|layer_idx| spec.attention(layer_idx).clone());
+        alike.set_attentions(vec![first.clone(), second, first.clone(), first]);
+        assert_eq!((alike.attentions.len(), alike.layer_attentions), (2, vec![0, 1, 0, 0]));
+    }
+}

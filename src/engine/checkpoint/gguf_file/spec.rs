@@ -27,11 +27,18 @@ impl GgufCheckpoint {
         let rope = self.rope(spec.head_dim)?;
         spec.n_ctx_max = self.n_ctx_max(&rope)?;
         let sliding_rope = self.sliding_rope(&rope)?;
+        let rotated: Vec<bool> = (0..spec.n_layers).map(|layer_idx| spec.attention(layer_idx).rope.is_some()).collect();
         spec.attentions = vec![AttentionSpec { window: None, rope: Some(rope) }];
         spec.layer_attentions = vec![0; spec.n_layers];
         if let Some(window) = self.window(spec.n_ctx_max)? {
             spec.set_sliding(&self.sliding_layers(spec.n_layers)?, Some(window), Some(sliding_rope));
         }
+        // The file holds one rotary embedding; which layers use it is known from the family.
+        let layers = rotated.iter().enumerate().map(|(layer_idx, is_rotated)| {
+            let AttentionSpec { window, rope } = spec.attention(layer_idx).clone();
+            AttentionSpec { window, rope: rope.filter(|_| *is_rotated) }
+        });
+        spec.set_attentions(layers.collect());
         self.check_neutral(spec)
     }
 
@@ -76,6 +83,10 @@ impl GgufCheckpoint {
     /// architecture's.
     fn sliding_layers(&self, n_layers: usize) -> Result<Vec<bool>, InferenceError> {
         const PATTERN: &str = "attention.sliding_window_pattern";
+        if self.architecture.sliding == Sliding::None {
+            let reason = "models of this family have no window; files with one are of OLMo 3, which is not supported";
+            return Err(self.wrong("attention.sliding_window", reason));
+        }
         let every = |period: usize| (0..n_layers).map(|i| period == 0 || i % period < period - 1).collect();
         match self.value(PATTERN) {
             Some(MetaValue::Array(_)) => {
@@ -93,6 +104,7 @@ impl GgufCheckpoint {
             Some(_) => Ok(every(self.required(PATTERN)?)),
             None => match self.architecture.sliding {
                 Sliding::All => Ok(vec![true; n_layers]),
+                Sliding::None => Ok(vec![false; n_layers]),
                 Sliding::AllButEvery(period) => Ok(every(period)),
                 Sliding::Unstated => Err(self.wrong(
                     "attention.sliding_window",
