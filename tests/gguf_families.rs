@@ -14,8 +14,8 @@ use serde_json::Value as Json;
 use std::path::Path;
 use std::sync::Arc;
 
-/// The fixtures that a GGUF file can hold, and the family each belongs to: it has no dynamic scaling, and no field for layers that are
-/// not rotated.
+/// The fixtures that a GGUF file can hold, and the family each belongs to: it has no dynamic scaling, and no key for layers without
+/// rotary embedding.
 const CASES: [(&str, &str); 14] = [
     ("gemma2", "gemma2"),
     ("gemma3", "gemma3"),

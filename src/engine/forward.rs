@@ -217,7 +217,7 @@ impl Executor {
     ) -> Result<Tensor<2>, InferenceError> {
         let layer = Some(layer_idx);
         let name = |leaf: &str| format!("model.layers.{layer_idx}.{leaf}");
-        let (mut q, mut k, v) = self.queries_keys_values(layer_idx, block, &input, tap)?;
+        let (mut q, mut k, v) = self.queries_keys_values(layer_idx, block, input, tap)?;
         if let (Some(q_norm), Some(k_norm)) = (&block.q_norm, &block.k_norm) {
             q = self.norm_heads(q, q_norm);
             tap.output(&name(self.spec.norm_name(NormRole::Q)), layer, "norm", &q)?;
@@ -244,10 +244,10 @@ impl Executor {
         &self,
         layer_idx: usize,
         block: &Block,
-        input: &SublayerInput,
+        input: SublayerInput,
         tap: &mut Tap<'_>,
     ) -> Result<(Tensor<2>, Tensor<2>, Tensor<2>), InferenceError> {
-        let mut project = |leaf, weights| project(layer_idx, leaf, input, weights, tap);
+        let mut project = |leaf, weights| project(layer_idx, leaf, &input, weights, tap);
         match &block.qkv {
             QkvLinears::Apart { q, k, v } => {
                 Ok((project("self_attn.q_proj", q)?, project("self_attn.k_proj", k)?, project("self_attn.v_proj", v)?))

@@ -179,6 +179,8 @@ mod tests {
         let part = account("gemma2", json!({ "hidden_act": "gelu_pytorch_tanh", "head_dim": 8 }));
         assert!(part.unused.is_empty() && part.warnings.is_empty(), "{part:?}");
         let full = json!(["full_attention", "full_attention"]);
+        let unused_window = json!({ "use_sliding_window": true, "sliding_window": null, "layer_types": null });
+        assert!(account("smollm3", unused_window).warnings.is_empty());
         let part = account(
             "smollm3",
             json!({ "no_rope_layers": [1, 0], "no_rope_layer_interval": 2, "use_sliding_window": false, "layer_types": full }),

@@ -1,5 +1,5 @@
-//! OLMo 2: Llama's block with norms of what attention and MLP give instead of what they read, and with queries and keys normalized over
-//! all heads at once.
+//! OLMo 2: Llama's block with norms after attention and MLP instead of before them, and with one RMSNorm over all queries of a token and
+//! one over all keys.
 
 use super::decoder::BaseNames;
 use super::fields::{COMMON, DECODER, FieldRule, NO_MLP_BIAS, NO_WINDOWS, WHOLE_HEADS, read};

@@ -1,5 +1,5 @@
-//! SmolLM3: Llama's block, whose queries and keys are not rotated in some layers (every fourth unless the config says otherwise). Those
-//! layers may slide.
+//! SmolLM3: Llama's block without rotary embedding in some layers, every fourth unless the config says otherwise. Those layers may have
+//! a sliding window.
 
 use super::decoder::BaseNames;
 use super::fields::{COMMON, DECODER, FieldRule, WHOLE_HEADS, harmless, read};
@@ -54,8 +54,8 @@ fn spec(config: &ConfigFile) -> Result<ModelSpec, InferenceError> {
     Ok(spec)
 }
 
-/// Returns for each layer whether its queries and keys are rotated: `no_rope_layers`, whose 0 names a layer that is not, or all but
-/// every n-th layer by `no_rope_layer_interval`.
+/// Returns for each layer whether it has a rotary embedding: where `no_rope_layers` is not 0, or in all layers but every n-th by
+/// `no_rope_layer_interval`.
 fn rotated_layers(config: &ConfigFile, n_layers: usize) -> Result<Vec<bool>, InferenceError> {
     let (list, interval) = ("no_rope_layers", "no_rope_layer_interval");
     config.refuse_null(interval)?;
@@ -85,14 +85,15 @@ fn rotated_layers(config: &ConfigFile, n_layers: usize) -> Result<Vec<bool>, Inf
     Ok(rotated)
 }
 
-/// Returns for each layer whether its attention slides: `layer_types`, or else the layers that are not rotated if windows are used.
+/// Returns for each layer whether its attention slides: by `layer_types`, or else the layers without rotary embedding if
+/// `use_sliding_window` is true.
 fn sliding_layers(config: &ConfigFile, rotated: &[bool]) -> Result<Vec<bool>, InferenceError> {
     let is_used = config.flag("use_sliding_window", false)?;
     let has_window = is_used && config.size("sliding_window")?.is_some();
     let by_flag: Vec<bool> = rotated.iter().map(|is_rotated| has_window && !is_rotated).collect();
     let sliding = config.sliding_layers(rotated.len(), |layer_idx| by_flag[layer_idx])?;
-    let (types, flag) = (config.peek("layer_types"), config.peek("use_sliding_window"));
-    if let (Some(types), Some(flag)) = (types, flag)
+    let types = config.peek("layer_types").filter(|types| !types.is_null());
+    if let (Some(types), Some(flag)) = (types, config.peek("use_sliding_window"))
         && sliding.contains(&true) != is_used
     {
         config.overrule(&config.path_of("use_sliding_window"), flag, &config.path_of("layer_types"), types);

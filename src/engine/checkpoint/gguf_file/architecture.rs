@@ -9,8 +9,8 @@ pub enum Sliding {
     AllButEvery(usize),
     /// Only the file can tell.
     Unstated,
-    /// None: a file with a window is of another model than the family's (OLMo 3).
-    None,
+    /// No layer: a file with a window is of another model than the family's (OLMo 3).
+    Never,
 }
 
 /// How files of one architecture differ from the checkpoints that they were made from.
@@ -74,13 +74,13 @@ pub static ARCHITECTURES: &[Architecture] = &[
         ..LLAMA
     },
     Architecture { name: "phi3", model_type: "phi3", has_interleaved_rope: false, may_fuse_gate_up: true, ..LLAMA },
-    // Every fourth layer is not rotated, in the family as in llama.cpp: there is no key for it.
+    // Every fourth layer has no rotary embedding, by the family's default and in llama.cpp: there is no key for it.
     Architecture { name: "smollm3", model_type: "smollm3", sliding: Sliding::Unstated, ..LLAMA },
     Architecture {
         name: "olmo2",
         model_type: "olmo2",
         has_interleaved_rope: false,
-        sliding: Sliding::None,
+        sliding: Sliding::Never,
         has_out_norms: true,
         ..LLAMA
     },

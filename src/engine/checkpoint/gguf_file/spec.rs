@@ -33,7 +33,7 @@ impl GgufCheckpoint {
         if let Some(window) = self.window(spec.n_ctx_max)? {
             spec.set_sliding(&self.sliding_layers(spec.n_layers)?, Some(window), Some(sliding_rope));
         }
-        // The file holds one rotary embedding; which layers use it is known from the family.
+        // The file holds one rotary embedding; the family decides which layers use it.
         let layers = rotated.iter().enumerate().map(|(layer_idx, is_rotated)| {
             let AttentionSpec { window, rope } = spec.attention(layer_idx).clone();
             AttentionSpec { window, rope: rope.filter(|_| *is_rotated) }
@@ -83,12 +83,12 @@ impl GgufCheckpoint {
     /// architecture's.
     fn sliding_layers(&self, n_layers: usize) -> Result<Vec<bool>, InferenceError> {
         const PATTERN: &str = "attention.sliding_window_pattern";
-        if self.architecture.sliding == Sliding::None {
-            let reason = "models of this family have no window; files with one are of OLMo 3, which is not supported";
-            return Err(self.wrong("attention.sliding_window", reason));
-        }
         let every = |period: usize| (0..n_layers).map(|i| period == 0 || i % period < period - 1).collect();
         match self.value(PATTERN) {
+            _ if self.architecture.sliding == Sliding::Never => Err(self.wrong(
+                "attention.sliding_window",
+                "models of this family have no window; files with one are of OLMo 3, which is not supported",
+            )),
             Some(MetaValue::Array(_)) => {
                 let values = self.file.numbers(&self.key(PATTERN))?.unwrap_or_default();
                 if values.len() != n_layers {
@@ -104,9 +104,8 @@ impl GgufCheckpoint {
             Some(_) => Ok(every(self.required(PATTERN)?)),
             None => match self.architecture.sliding {
                 Sliding::All => Ok(vec![true; n_layers]),
-                Sliding::None => Ok(vec![false; n_layers]),
                 Sliding::AllButEvery(period) => Ok(every(period)),
-                Sliding::Unstated => Err(self.wrong(
+                Sliding::Unstated | Sliding::Never => Err(self.wrong(
                     "attention.sliding_window",
                     "the file does not say which layers slide (attention.sliding_window_pattern); llama.cpp ignores the \
                      window of this architecture: remove the key to compute as it does",
