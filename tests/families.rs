@@ -9,11 +9,11 @@ use labpipe::event::NullProgress;
 use labpipe::inference::{CaptureFilter, CaptureSink, CaptureSite, Engine, Model, ModelRecipe, ModelSource};
 use labpipe::units::DType;
 use serde_json::Value;
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 
 /// The fixtures and the family each belongs to.
-const CASES: [(&str, &str); 13] = [
+const CASES: [(&str, &str); 16] = [
     ("gemma2", "gemma2"),
     ("gemma3", "gemma3"),
     ("gemma3-vision", "gemma3"),
@@ -23,10 +23,13 @@ const CASES: [(&str, &str); 13] = [
     ("llama-llama3", "llama"),
     ("llama-yarn", "llama"),
     ("mistral", "mistral"),
+    ("olmo2", "olmo2"),
     ("phi3", "phi3"),
     ("phi3-longrope", "phi3"),
     ("qwen2", "qwen2"),
     ("qwen3", "qwen3"),
+    ("smollm3", "smollm3"),
+    ("smollm3-sliding", "smollm3"),
 ];
 
 fn folder(case: &str) -> PathBuf {
@@ -219,6 +222,10 @@ fn captured_modules_bear_the_names_that_the_family_s_weights_have() {
         ("phi3", vec!["self_attn.qkv_proj", "mlp.gate_up_proj"]),
         ("qwen3", vec!["self_attn.q_norm", "self_attn.k_norm", "mlp.gate_proj"]),
         ("gemma2", vec!["post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm"]),
+        (
+            "olmo2",
+            vec!["self_attn.q_norm", "self_attn.k_norm", "post_attention_layernorm", "post_feedforward_layernorm"],
+        ),
     ] {
         let mut names = Names::default();
         model(case).capture(&[3, 4, 5], &CaptureFilter::default(), &mut names, &NullProgress).expect("a capture");
@@ -227,6 +234,41 @@ fn captured_modules_bear_the_names_that_the_family_s_weights_have() {
             assert_eq!(names.0.iter().filter(|found| **found == name).count(), 1, "{case}: {name}");
         }
     }
+}
+
+/// Without a norm before a sublayer its projections read the residual stream, which is no norm's output.
+#[test]
+fn inputs_of_projections_without_a_norm_before_them_are_kept_once() {
+    type Port = (String, &'static str);
+    #[derive(Default)]
+    struct Inputs {
+        taken: BTreeMap<Port, Vec<f32>>,
+        aliases: BTreeMap<String, Port>,
+    }
+    impl CaptureSink for Inputs {
+        fn take(&mut self, site: &CaptureSite, _: usize, _: usize, values: &[f32]) -> Result<(), String> {
+            self.taken.insert((site.module.clone(), site.port), values.to_vec());
+            Ok(())
+        }
+
+        fn alias(&mut self, site: &CaptureSite, source: &CaptureSite) -> Result<(), String> {
+            self.aliases.insert(site.module.clone(), (source.module.clone(), source.port));
+            Ok(())
+        }
+    }
+    let mut found = Inputs::default();
+    let filter = CaptureFilter { modules: Vec::new(), inputs: true };
+    model("olmo2").capture(&[3, 4, 5], &filter, &mut found, &NullProgress).expect("a capture");
+    let port = |module: &str, port| (format!("model.{module}"), port);
+    for (module, source) in [("self_attn.k_proj", "self_attn.q_proj"), ("mlp.up_proj", "mlp.gate_proj")] {
+        let source = port(&format!("layers.1.{source}"), "input");
+        assert_eq!(found.aliases[&format!("model.layers.1.{module}")], source);
+        assert!(found.taken.contains_key(&source));
+    }
+    assert!(found.aliases.values().all(|source| found.taken.contains_key(source)), "{:?}", found.aliases);
+    let values = |module: &str, name| &found.taken[&port(module, name)];
+    assert_eq!(values("layers.0.self_attn.q_proj", "input"), values("embed_tokens", "output"));
+    assert_eq!(values("layers.1.self_attn.q_proj", "input"), values("layers.0", "output"));
 }
 
 #[test]
@@ -336,6 +378,23 @@ fn models_of_every_family_have_the_parameters_that_their_cards_state() {
             3_821_079_552,
             4_096,
         ),
+        // HuggingFaceTB/SmolLM3-3B
+        (
+            r#"{"model_type": "smollm3", "hidden_size": 2048, "intermediate_size": 11008, "num_hidden_layers": 36, "vocab_size": 128256,
+                "num_attention_heads": 16, "num_key_value_heads": 4, "max_position_embeddings": 65536, "max_window_layers": 28,
+                "rms_norm_eps": 1e-6, "rope_theta": 5000000.0, "rope_scaling": null, "no_rope_layer_interval": 4,
+                "use_sliding_window": false, "sliding_window": null, "attention_bias": false, "mlp_bias": false}"#,
+            3_075_098_624,
+            65_536,
+        ),
+        // allenai/OLMo-2-1124-7B
+        (
+            r#"{"model_type": "olmo2", "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "vocab_size": 100352,
+                "num_attention_heads": 32, "num_key_value_heads": 32, "max_position_embeddings": 4096, "rms_norm_eps": 1e-6,
+                "rope_theta": 500000, "rope_scaling": null, "attention_bias": false, "tie_word_embeddings": false}"#,
+            7_298_617_344,
+            4_096,
+        ),
     ];
     for (config, n_params, n_ctx_max) in cases {
         let (_dir, config) = written(&serde_json::from_str(config).expect("JSON"));
@@ -379,6 +438,10 @@ fn fields_that_no_model_can_have_are_errors_that_name_them() {
         ("gemma2", "layer_types", r#"["a", "b", "c", "d"]"#, "layer_types"),
         ("gemma3", "use_bidirectional_attention", "true", "use_bidirectional_attention"),
         ("phi3", "rope_scaling", r#"{"type": "linear", "factor": 2}"#, "longrope"),
+        ("smollm3", "no_rope_layers", "[1, 0, 1]", "no_rope_layers has 3 entries for 4 layers"),
+        ("smollm3", "no_rope_layers", "[1, 0, 1, true]", "no_rope_layers"),
+        ("smollm3-sliding", "no_rope_layer_interval", "0", "no_rope_layer_interval"),
+        ("smollm3-sliding", "sliding_window", "null", "sliding_window"),
         (
             "phi3-longrope",
             "rope_scaling",
@@ -415,6 +478,16 @@ fn every_part_that_a_family_has_of_its_own_shows_in_the_logits() {
         ("gemma3", "sliding_window_pattern", "6"),
         ("phi3", "sliding_window", "null"),
         ("phi3-longrope", "original_max_position_embeddings", "200"),
+        ("smollm3", "no_rope_layers", "[1, 1, 1, 1]"),
+        ("smollm3", "no_rope_layers", "[1, 0, 1, 0]"),
+        ("smollm3-sliding", "no_rope_layer_interval", "4"),
+        ("smollm3-sliding", "sliding_window", "150"),
+        (
+            "smollm3-sliding",
+            "layer_types",
+            r#"["full_attention", "sliding_attention", "full_attention", "full_attention"]"#,
+        ),
+        ("olmo2", "rope_theta", "10000.0"),
     ] {
         let mut config: Value =
             serde_json::from_str(&std::fs::read_to_string(folder(case).join("config.json")).expect("the config"))

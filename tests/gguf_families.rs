@@ -15,8 +15,9 @@ use labpipe::units::DType;
 use serde_json::Value as Json;
 use std::path::Path;
 
-/// The fixtures that a GGUF file can hold, and the family each belongs to: it has no dynamic scaling.
-const CASES: [(&str, &str); 12] = [
+/// The fixtures that a GGUF file can hold, and the family each belongs to: it has no dynamic scaling, and no key for layers without
+/// rotary embedding.
+const CASES: [(&str, &str); 14] = [
     ("gemma2", "gemma2"),
     ("gemma3", "gemma3"),
     ("gemma3-vision", "gemma3"),
@@ -25,10 +26,12 @@ const CASES: [(&str, &str); 12] = [
     ("llama-llama3", "llama"),
     ("llama-yarn", "llama"),
     ("mistral", "llama"),
+    ("olmo2", "olmo2"),
     ("phi3", "phi3"),
     ("phi3-longrope", "phi3"),
     ("qwen2", "qwen2"),
     ("qwen3", "qwen3"),
+    ("smollm3", "smollm3"),
 ];
 
 fn recipe(path: &Path) -> ModelRecipe {
@@ -315,6 +318,8 @@ fn keys_that_ask_for_what_labpipe_lacks_are_errors_that_name_them() {
         ("llama-yarn", "llama.rope.scaling.yarn_log_multiplier", Value::F32(0.1), "yarn_log_multiplier"),
         ("qwen3", "qwen3.attention.sliding_window", Value::U32(24), "which layers slide"),
         ("gemma2", "gemma2.attn_logit_softcapping", Value::F32(-1.0), "above 0"),
+        ("olmo2", "olmo2.attention.sliding_window", Value::U32(24), "OLMo 3"),
+        ("smollm3", "smollm3.attention.sliding_window", Value::U32(24), "which layers slide"),
     ] {
         let mut gguf = of_family(case);
         gguf.set(key, value);

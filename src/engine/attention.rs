@@ -1,6 +1,7 @@
 //! Rotary embedding and causal attention over grouped heads, a chunk of queries at a time.
 
 use super::kv_cache::float_dtype;
+use super::rope::RopeSpec;
 use super::spec::{AttentionSpec, ModelSpec};
 use crate::units::DType;
 use burn::tensor::{Device, Int, Tensor, TensorData, activation};
@@ -11,18 +12,24 @@ pub const QUERY_CHUNK: usize = 128;
 
 /// What all layers of one kind share in one pass: rotary tables of its positions and masks of its query chunks.
 pub struct AttentionPlan {
-    cos: Tensor<3>, // [n, 1, rotary_dim]
-    sin: Tensor<3>, // [n, 1, rotary_dim], negated in its first half
+    /// `None` where queries and keys are not rotated.
+    rotation: Option<Rotation>,
     chunks: Vec<QueryChunk>,
     /// Where the pass's one token belongs, where only the device knows it.
     position: Option<Tensor<1, Int>>,
 }
 
+/// Cosines and sines of a pass's positions.
+struct Rotation {
+    cos: Tensor<3>, // [n, 1, rotary_dim]
+    sin: Tensor<3>, // [n, 1, rotary_dim], negated in its first half
+}
+
 /// What layers of one kind need to run a token whose position is a tensor: rotary tables of every position.
 #[cfg(any(feature = "cuda", feature = "wgpu"))]
 pub struct StepTables {
-    cos: Tensor<2>,       // [capacity, rotary_dim]
-    sin: Tensor<2>,       // [capacity, rotary_dim], negated in its first half
+    /// `None` where queries and keys are not rotated; else of `capacity` positions.
+    rotation: Option<Rotation>,
     keys: Tensor<1, Int>, // [capacity], 0, 1, 2, ..
     window: Option<usize>,
 }
@@ -31,34 +38,9 @@ pub struct StepTables {
 impl StepTables {
     /// Prepares steps up to `capacity` tokens.
     pub fn new(spec: &AttentionSpec, capacity: usize, device: &Device) -> StepTables {
-        let (cos, sin) = rotary_tables(spec, 0, capacity);
-        let width = cos.len() / capacity.max(1);
-        let table = |values| Tensor::from_data(TensorData::new(values, [capacity, width]), device);
-        let keys = Tensor::arange(0..capacity as i64, device);
-        StepTables { cos: table(cos), sin: table(sin), keys, window: spec.window }
+        let rotation = spec.rope.as_ref().map(|rope| Rotation::new(rope, 0, capacity, device));
+        StepTables { rotation, keys: Tensor::arange(0..capacity as i64, device), window: spec.window }
     }
-}
-
-/// Returns cosines and sines of `n` positions from `n_past` on, the sines negated in their first half.
-///
-/// # Shapes
-/// Both `[n, rotary_dim]`.
-fn rotary_tables(spec: &AttentionSpec, n_past: usize, n: usize) -> (Vec<f32>, Vec<f32>) {
-    let frequencies = spec.rope.inverse_frequencies(n_past + n);
-    let factor = spec.rope.attention_factor() as f32;
-    let half = frequencies.len();
-    let (mut cos, mut sin) = (vec![0.0f32; n * 2 * half], vec![0.0f32; n * 2 * half]);
-    for i in 0..n {
-        for (j, frequency) in frequencies.iter().enumerate() {
-            // The angle in f32, as the reference implementation takes it.
-            let angle = (n_past + i) as f32 * *frequency as f32;
-            let (s, c) = (factor * angle.sin(), factor * angle.cos());
-            let at = i * 2 * half + j;
-            (cos[at], cos[at + half]) = (c, c);
-            (sin[at], sin[at + half]) = (-s, s);
-        }
-    }
-    (cos, sin)
 }
 
 struct QueryChunk {
@@ -74,12 +56,10 @@ struct QueryChunk {
 impl AttentionPlan {
     /// Prepares a pass of `n` tokens after `n_past` cached ones.
     pub fn new(spec: &AttentionSpec, n_past: usize, n: usize, device: &Device) -> AttentionPlan {
-        let (cos, sin) = rotary_tables(spec, n_past, n);
-        let width = cos.len() / n.max(1);
-        let table = |values| Tensor::<3>::from_data(TensorData::new(values, [n, 1, width]), device);
         let chunk = |first| QueryChunk::new(n_past, first, n, spec.window, device);
         let chunks = (0..n).step_by(QUERY_CHUNK).map(chunk).collect();
-        AttentionPlan { cos: table(cos), sin: table(sin), chunks, position: None }
+        let rotation = spec.rope.as_ref().map(|rope| Rotation::new(rope, n_past, n, device));
+        AttentionPlan { rotation, chunks, position: None }
     }
 
     /// Prepares a pass of one token at `position`, `[1]`, over a whole cache: nothing of it depends on the host, so that it can be
@@ -87,7 +67,7 @@ impl AttentionPlan {
     #[cfg(any(feature = "cuda", feature = "wgpu"))]
     pub fn of_step(tables: &StepTables, position: &Tensor<1, Int>) -> AttentionPlan {
         let capacity = tables.keys.dims()[0];
-        let row = |table: &Tensor<2>| table.clone().select(0, position.clone()).unsqueeze_dim::<3>(1);
+        let row = |table: &Tensor<3>| table.clone().select(0, position.clone());
         let later = tables.keys.clone().greater(position.clone());
         let unseen = match tables.window {
             None => later,
@@ -104,9 +84,9 @@ impl AttentionPlan {
             end_key: capacity,
             mask: Some(mask.reshape([1, 1, 1, capacity])),
         };
+        let rotation = tables.rotation.as_ref();
         AttentionPlan {
-            cos: row(&tables.cos),
-            sin: row(&tables.sin),
+            rotation: rotation.map(|rotation| Rotation { cos: row(&rotation.cos), sin: row(&rotation.sin) }),
             chunks: vec![chunk],
             position: Some(position.clone()),
         }
@@ -115,6 +95,27 @@ impl AttentionPlan {
     /// Returns where the pass's one token belongs, where only the device knows it.
     pub fn position(&self) -> Option<&Tensor<1, Int>> {
         self.position.as_ref()
+    }
+}
+
+impl Rotation {
+    fn new(rope: &RopeSpec, n_past: usize, n: usize, device: &Device) -> Rotation {
+        let frequencies = rope.inverse_frequencies(n_past + n);
+        let factor = rope.attention_factor() as f32;
+        let half = frequencies.len();
+        let (mut cos, mut sin) = (vec![0.0f32; n * 2 * half], vec![0.0f32; n * 2 * half]);
+        for i in 0..n {
+            for (j, frequency) in frequencies.iter().enumerate() {
+                // The angle in f32, as the reference implementation takes it.
+                let angle = (n_past + i) as f32 * *frequency as f32;
+                let (s, c) = (factor * angle.sin(), factor * angle.cos());
+                let at = i * 2 * half + j;
+                (cos[at], cos[at + half]) = (c, c);
+                (sin[at], sin[at + half]) = (-s, s);
+            }
+        }
+        let table = |values| Tensor::<3>::from_data(TensorData::new(values, [n, 1, 2 * half]), device);
+        Rotation { cos: table(cos), sin: table(sin) }
     }
 }
 
@@ -138,19 +139,21 @@ impl QueryChunk {
     }
 }
 
-/// Rotates each head of `x` by its position (rotate-half form); values beyond `rotary_dim` stay as they are.
+/// Rotates each head of `x` by its position (rotate-half form); values beyond `rotary_dim` stay as they are, and so does all of `x`
+/// in a layer without rotary embedding.
 ///
 /// # Shapes
 /// `x` and result `[n, n_heads · head_dim]`.
 pub fn rotate(x: Tensor<2>, n_heads: usize, plan: &AttentionPlan) -> Tensor<2> {
+    let Some(Rotation { cos, sin }) = &plan.rotation else { return x };
     let [n, width] = x.dims();
     let head_dim = width / n_heads;
-    let rotary_dim = plan.cos.dims()[2];
+    let rotary_dim = cos.dims()[2];
     let dtype = x.dtype();
     let x = x.cast(float_dtype(DType::F32)).reshape([n, n_heads, head_dim]);
     let part = |from: usize, to: usize| x.clone().slice([0..n, 0..n_heads, from..to]);
     let swapped = Tensor::cat(vec![part(rotary_dim / 2, rotary_dim), part(0, rotary_dim / 2)], 2);
-    let rotated = part(0, rotary_dim).mul(plan.cos.clone()).add(swapped.mul(plan.sin.clone()));
+    let rotated = part(0, rotary_dim).mul(cos.clone()).add(swapped.mul(sin.clone()));
     let whole =
         if rotary_dim == head_dim { rotated } else { Tensor::cat(vec![rotated, part(rotary_dim, head_dim)], 2) };
     whole.reshape([n, width]).cast(dtype)

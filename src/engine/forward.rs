@@ -21,6 +21,14 @@ pub struct Executor {
     pub compute: DType,
 }
 
+/// What the projections of a sublayer read, and where it is captured.
+struct SublayerInput {
+    x: Tensor<2>, // [n, hidden]
+    /// The norm whose output it is, or the sublayer itself where the block has no norm before it.
+    name: String,
+    is_normed: bool,
+}
+
 impl Executor {
     /// Runs `tokens` and returns the hidden states after the final norm, `[n, hidden]`, in the compute dtype.
     ///
@@ -160,14 +168,31 @@ impl Executor {
         self.in_compute(x.mul(scale).mul(weight.clone()))
     }
 
-    /// Normalizes each head.
+    /// Normalizes as many values at a time as there are weights: each head, or the whole projection.
     ///
     /// # Shapes
-    /// `x` and result `[n, n_heads · head_dim]`, `weight` `[1, head_dim]`.
+    /// `x` and result `[n, n_heads · head_dim]`, `weight` `[1, head_dim]` or `[1, n_heads · head_dim]`.
     fn norm_heads(&self, x: Tensor<2>, weight: &Tensor<2>) -> Tensor<2> {
-        let [n, width] = x.dims();
-        let head_dim = self.spec.head_dim;
-        self.norm(x.reshape([n * width / head_dim, head_dim]), weight).reshape([n, width])
+        let ([n, width], [_, n_weights]) = (x.dims(), weight.dims());
+        self.norm(x.reshape([n * width / n_weights, n_weights]), weight).reshape([n, width])
+    }
+
+    /// Returns what the projections of a sublayer read: the residual stream, normalized where the block has a norm before the sublayer.
+    fn sublayer_input(
+        &self,
+        layer_idx: usize,
+        (role, sublayer): (NormRole, &str),
+        norm: Option<&Tensor<2>>,
+        x: &Tensor<2>,
+        tap: &mut Tap<'_>,
+    ) -> Result<SublayerInput, InferenceError> {
+        let name = |leaf: &str| format!("model.layers.{layer_idx}.{leaf}");
+        let Some(weight) = norm else {
+            return Ok(SublayerInput { x: x.clone(), name: name(sublayer), is_normed: false });
+        };
+        let (x, name) = (self.norm(x.clone(), weight), name(self.spec.norm_name(role)));
+        tap.output(&name, Some(layer_idx), "norm", &x)?;
+        Ok(SublayerInput { x, name, is_normed: true })
     }
 
     fn block(
@@ -181,18 +206,18 @@ impl Executor {
     ) -> Result<Tensor<2>, InferenceError> {
         let layer = Some(layer_idx);
         let name = |role| format!("model.layers.{layer_idx}.{}", self.spec.norm_name(role));
-        let normed = self.norm(x.clone(), &block.attn_norm);
-        tap.output(&name(NormRole::Attn), layer, "norm", &normed)?;
-        let mut attended = self.attention(layer_idx, block, normed, plan, cache, tap)?;
+        let at = (NormRole::Attn, "self_attn");
+        let input = self.sublayer_input(layer_idx, at, block.attn_norm.as_ref(), &x, tap)?;
+        let mut attended = self.attention(layer_idx, block, input, plan, cache, tap)?;
         if let Some(weight) = &block.attn_out_norm {
             attended = self.norm(attended, weight);
             tap.output(&name(NormRole::AttnOut), layer, "norm", &attended)?;
         }
         let x = x.add(attended);
 
-        let normed = self.norm(x.clone(), &block.mlp_norm);
-        tap.output(&name(NormRole::Mlp), layer, "norm", &normed)?;
-        let mut out = self.mlp(layer_idx, block, normed, tap)?;
+        let at = (NormRole::Mlp, "mlp");
+        let input = self.sublayer_input(layer_idx, at, block.mlp_norm.as_ref(), &x, tap)?;
+        let mut out = self.mlp(layer_idx, block, input, tap)?;
         if let Some(weight) = &block.mlp_out_norm {
             out = self.norm(out, weight);
             tap.output(&name(NormRole::MlpOut), layer, "norm", &out)?;
@@ -206,13 +231,12 @@ impl Executor {
         &self,
         layer_idx: usize,
         block: &Block,
-        normed: Tensor<2>,
+        input: SublayerInput,
         tap: &mut Tap<'_>,
     ) -> Result<Tensor<2>, InferenceError> {
         let layer = Some(layer_idx);
         let name = |leaf: &str| format!("model.layers.{layer_idx}.{leaf}");
-        let norm_name = name(self.spec.norm_name(NormRole::Mlp));
-        let project = |tap: &mut Tap<'_>, leaf, weights| project(layer_idx, leaf, &norm_name, &normed, weights, tap);
+        let project = |tap: &mut Tap<'_>, leaf, weights| project(layer_idx, leaf, &input, weights, tap);
         let activate = |tap: &mut Tap<'_>, gate| {
             let activated = activate(self.spec.block.activation, gate);
             tap.output(&name("mlp.act_fn"), layer, "act", &activated)?;
@@ -240,14 +264,14 @@ impl Executor {
         &self,
         layer_idx: usize,
         block: &Block,
-        normed: Tensor<2>,
+        input: SublayerInput,
         plan: &AttentionPlan,
         cache: Option<&mut KvCache>,
         tap: &mut Tap<'_>,
     ) -> Result<Tensor<2>, InferenceError> {
         let layer = Some(layer_idx);
         let name = |leaf: &str| format!("model.layers.{layer_idx}.{leaf}");
-        let (mut q, mut k, v) = self.queries_keys_values(layer_idx, block, normed, tap)?;
+        let (mut q, mut k, v) = self.queries_keys_values(layer_idx, block, input, tap)?;
         if let (Some(q_norm), Some(k_norm)) = (&block.q_norm, &block.k_norm) {
             q = self.norm_heads(q, q_norm);
             tap.output(&name(self.spec.norm_name(NormRole::Q)), layer, "norm", &q)?;
@@ -274,11 +298,10 @@ impl Executor {
         &self,
         layer_idx: usize,
         block: &Block,
-        normed: Tensor<2>,
+        input: SublayerInput,
         tap: &mut Tap<'_>,
     ) -> Result<(Tensor<2>, Tensor<2>, Tensor<2>), InferenceError> {
-        let norm_name = format!("model.layers.{layer_idx}.{}", self.spec.norm_name(NormRole::Attn));
-        let mut project = |leaf, weights| project(layer_idx, leaf, &norm_name, &normed, weights, tap);
+        let mut project = |leaf, weights| project(layer_idx, leaf, &input, weights, tap);
         match &block.qkv {
             QkvLinears::Apart { q, k, v } => {
                 Ok((project("self_attn.q_proj", q)?, project("self_attn.k_proj", k)?, project("self_attn.v_proj", v)?))
@@ -292,20 +315,23 @@ impl Executor {
     }
 }
 
-/// Runs a linear whose input is the output of the norm `norm_name`.
+/// Runs a linear that reads a sublayer's input.
 fn project(
     layer_idx: usize,
     leaf: &str,
-    norm_name: &str,
-    normed: &Tensor<2>,
+    input: &SublayerInput,
     weights: &Linear,
     tap: &mut Tap<'_>,
 ) -> Result<Tensor<2>, InferenceError> {
-    let module = format!("model.layers.{layer_idx}.{leaf}");
+    let (module, layer) = (format!("model.layers.{layer_idx}.{leaf}"), Some(layer_idx));
     let op = leaf.rsplit('.').next().unwrap_or(leaf);
-    tap.shared_input(&module, Some(layer_idx), op, &Source { module: norm_name, op: "norm" }, normed)?;
-    let y = linear(normed.clone(), weights)?;
-    tap.output(&module, Some(layer_idx), op, &y)?;
+    if input.is_normed {
+        tap.shared_input(&module, layer, op, &Source { module: &input.name, op: "norm" }, &input.x)?;
+    } else {
+        tap.common_input(&module, layer, op, &input.name, &input.x)?;
+    }
+    let y = linear(input.x.clone(), weights)?;
+    tap.output(&module, layer, op, &y)?;
     Ok(y)
 }
 

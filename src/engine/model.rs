@@ -118,7 +118,7 @@ impl BurnModel {
         #[cfg(any(feature = "cuda", feature = "wgpu"))]
         if let ModelRoom::Device(_) = self.room {
             // Rotary tables that follow the length are those of no step before.
-            let follows_length = self.executor.spec.attentions.iter().any(|spec| spec.rope.depends_on_length());
+            let follows_length = self.executor.spec.rope_depends_on_length();
             let capacity = self.cache.as_ref().map_or(0, KvCache::capacity);
             self.decoder = match follows_length {
                 true => Decoder::Burn,
@@ -182,7 +182,7 @@ impl Model for BurnModel {
 
     fn fill(&mut self, tokens: &[u32]) -> Result<(), InferenceError> {
         // Rotary frequencies that depend on the length are those of the whole context.
-        let follows_length = self.executor.spec.attentions.iter().any(|attention| attention.rope.depends_on_length());
+        let follows_length = self.executor.spec.rope_depends_on_length();
         if tokens.len() <= FILLED_TOKENS || follows_length {
             return self.prefill(tokens).map(|_| ());
         }

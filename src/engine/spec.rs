@@ -18,7 +18,17 @@ pub enum Activation {
 pub struct AttentionSpec {
     /// A query sees at most this many keys, its own included: query q sees key k where q − window < k ≤ q.
     pub window: Option<usize>,
-    pub rope: RopeSpec,
+    /// `None` where queries and keys are not rotated (NoPE).
+    pub rope: Option<RopeSpec>,
+}
+
+/// What one RMSNorm over queries or keys normalizes at a time.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum QkNorm {
+    /// Each head by itself; one weight `[head_dim]` for all heads of a layer.
+    Heads,
+    /// All heads of a token at once; weights `[q_width]` and `[kv_width]`.
+    Projections,
 }
 
 /// Which projections of a block add a bias to their product.
@@ -54,10 +64,12 @@ pub struct BlockSpec {
     /// Norms multiply by 1 + w. The loader adds the 1, in f32, so that executors multiply by what it gives them. (GGUF files
     /// hold the sum already.)
     pub norm_unit_offset: bool,
-    /// Norms behind attention and MLP too, before each is added to the residual stream.
+    /// Norms before attention and MLP.
+    pub in_norms: bool,
+    /// Norms after attention and MLP, before each sublayer's output is added to the residual stream.
     pub out_norms: bool,
-    /// RMSNorm over each head's query and key, before they are rotated; one weight `[head_dim]` for all heads of a layer.
-    pub qk_norm: bool,
+    /// RMSNorm over queries and keys, before they are rotated.
+    pub qk_norm: Option<QkNorm>,
     /// Multiplies queries' products with keys: 1/√head_dim in most families.
     pub attn_scale: f64,
     /// Scores s become cap · tanh(s / cap), after scaling and before the mask.
@@ -83,7 +95,7 @@ pub struct ModelSpec {
     /// Logits l become cap · tanh(l / cap).
     pub logit_softcap: Option<f64>,
     pub block: BlockSpec,
-    /// The kinds of attention that occur: one, or two where layers alternate.
+    /// The kinds of attention that occur: one, or more where layers differ.
     pub attentions: Vec<AttentionSpec>,
     /// Each layer's index into `attentions`, `[n_layers]`.
     pub layer_attentions: Vec<usize>,
@@ -121,9 +133,9 @@ pub struct LinearSpec {
 pub enum NormRole {
     /// Before attention.
     Attn,
-    /// On each head's query.
+    /// On queries.
     Q,
-    /// On each head's key.
+    /// On keys.
     K,
     /// Behind attention, before the residual sum.
     AttnOut,
@@ -144,19 +156,13 @@ pub struct NormSpec {
 }
 
 impl ModelSpec {
-    /// Returns what the fused GPU path does not compute of this model, in words; nothing where it computes all of it.
-    #[cfg(any(feature = "cuda", feature = "wgpu"))]
-    pub fn fused_path_lacks(&self) -> Option<String> {
-        None
-    }
-
     /// Returns the attention of a layer.
     pub fn attention(&self, layer_idx: usize) -> &AttentionSpec {
         &self.attentions[self.layer_attentions[layer_idx]]
     }
 
     /// Gives the layers that `is_sliding` names a window and a rotary embedding; the others keep what all had.
-    pub fn set_sliding(&mut self, is_sliding: &[bool], window: Option<usize>, rope: RopeSpec) {
+    pub fn set_sliding(&mut self, is_sliding: &[bool], window: Option<usize>, rope: Option<RopeSpec>) {
         let full = self.attentions[0].clone();
         let sliding = AttentionSpec { window, rope };
         self.layer_attentions = is_sliding.iter().map(|is_sliding| usize::from(*is_sliding)).collect();
@@ -168,6 +174,39 @@ impl ModelSpec {
         if self.attentions.len() == 1 {
             self.layer_attentions.fill(0);
         }
+    }
+
+    /// Gives each layer its attention, `[n_layers]`. Equal ones become one kind.
+    pub fn set_attentions(&mut self, layers: Vec<AttentionSpec>) {
+        self.attentions.clear();
+        self.layer_attentions.clear();
+        for attention in layers {
+            let known = self.attentions.iter().position(|known| *known == attention);
+            self.layer_attentions.push(known.unwrap_or(self.attentions.len()));
+            if known.is_none() {
+                self.attentions.push(attention);
+            }
+        }
+    }
+
+    /// Returns true if rotary frequencies of some layer change with the length of the sequence.
+    pub fn rope_depends_on_length(&self) -> bool {
+        self.attentions.iter().filter_map(|attention| attention.rope.as_ref()).any(RopeSpec::depends_on_length)
+    }
+
+    /// Returns what the fused GPU path does not compute of this model, in words, or `None` if it computes all of it.
+    pub fn fused_path_lacks(&self) -> Option<String> {
+        let mut lacks = Vec::new();
+        if self.attentions.iter().any(|attention| attention.rope.is_none()) {
+            lacks.push("layers without rotary embedding");
+        }
+        if self.block.qk_norm == Some(QkNorm::Projections) {
+            lacks.push("norms over whole projections");
+        }
+        if !self.block.in_norms {
+            lacks.push("blocks without a norm before a sublayer");
+        }
+        (!lacks.is_empty()).then(|| lacks.join(", "))
     }
 
     /// Number of values of all query heads: n_heads · head_dim.
@@ -207,20 +246,24 @@ impl ModelSpec {
 
     /// Returns a block's norms in execution order.
     pub fn block_norms(&self) -> Vec<NormSpec> {
-        let mut roles = vec![NormRole::Attn];
-        if self.block.qk_norm {
-            roles.extend([NormRole::Q, NormRole::K]);
-        }
-        if self.block.out_norms {
-            roles.extend([NormRole::AttnOut, NormRole::Mlp, NormRole::MlpOut]);
-        } else {
-            roles.push(NormRole::Mlp);
-        }
-        let norm = |role| {
-            let width = if matches!(role, NormRole::Q | NormRole::K) { self.head_dim } else { self.hidden_size };
-            NormSpec { role, name: self.norm_name(role), width }
+        let BlockSpec { in_norms, out_norms, qk_norm, .. } = self.block;
+        let (q_width, k_width) = match qk_norm {
+            None | Some(QkNorm::Heads) => (self.head_dim, self.head_dim),
+            Some(QkNorm::Projections) => (self.q_width(), self.kv_width()),
         };
-        roles.into_iter().map(norm).collect()
+        let hidden = self.hidden_size;
+        let norms = [
+            (in_norms, NormRole::Attn, hidden),
+            (qk_norm.is_some(), NormRole::Q, q_width),
+            (qk_norm.is_some(), NormRole::K, k_width),
+            (out_norms, NormRole::AttnOut, hidden),
+            (in_norms, NormRole::Mlp, hidden),
+            (out_norms, NormRole::MlpOut, hidden),
+        ];
+        let norm = |(is_there, role, width): (bool, NormRole, usize)| {
+            is_there.then(|| NormSpec { role, name: self.norm_name(role), width })
+        };
+        norms.into_iter().filter_map(norm).collect()
     }
 
     /// Returns a norm's module name, below the layer's own.
@@ -230,7 +273,8 @@ impl ModelSpec {
             NormRole::Q => "self_attn.q_norm",
             NormRole::K => "self_attn.k_norm",
             NormRole::Mlp if self.block.out_norms => "pre_feedforward_layernorm",
-            // Llama's name for the norm before the MLP says where it stands; in Gemma's blocks it is a norm of its own.
+            // Llama's name for the norm before the MLP says where it stands; where sublayers have norms of their outputs it is that of
+            // attention.
             NormRole::Mlp | NormRole::AttnOut => "post_attention_layernorm",
             NormRole::MlpOut => "post_feedforward_layernorm",
         }
@@ -256,5 +300,62 @@ impl ModelSpec {
             + self.block_norms().iter().map(|norm| norm.width).sum::<usize>();
         let heads = if self.tied_embeddings { 1 } else { 2 };
         (self.n_layers * per_block + self.hidden_size + heads * self.vocab_size * self.hidden_size) as u64
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::engine::families::{ConfigFile, FAMILIES, spec_of};
+    use std::path::Path;
+
+    fn spec(case: &str) -> ModelSpec {
+        let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/families").join(case);
+        spec_of(&ConfigFile::read(&folder.join("config.json")).expect("a config")).expect("a spec")
+    }
+
+    #[test]
+    fn what_the_fused_path_lacks_is_named() {
+        let lacking = |case: &str| spec(case).fused_path_lacks();
+        for family in FAMILIES.iter().filter(|family| !matches!(family.model_type, "smollm3" | "olmo2")) {
+            let case = family.model_type.trim_end_matches("_text");
+            assert_eq!(lacking(case), None, "{case}");
+        }
+        assert_eq!(lacking("smollm3").as_deref(), Some("layers without rotary embedding"));
+        let found = lacking("olmo2");
+        assert_eq!(found.as_deref(), Some("norms over whole projections, blocks without a norm before a sublayer"));
+        let mut all_rotated = spec("smollm3");
+        let rotated = all_rotated.attentions[0].clone();
+        all_rotated.set_attentions(vec![rotated; all_rotated.n_layers]);
+        assert_eq!(all_rotated.fused_path_lacks(), None);
+    }
+
+    #[test]
+    fn norms_of_a_block_are_those_that_it_has() {
+        let norms = |case: &str| -> Vec<(&'static str, usize)> {
+            spec(case).block_norms().iter().map(|norm| (norm.name, norm.width)).collect()
+        };
+        // Queries of 4 heads of 8 values, keys of 2.
+        let olmo2 = [
+            ("self_attn.q_norm", 32),
+            ("self_attn.k_norm", 16),
+            ("post_attention_layernorm", 32),
+            ("post_feedforward_layernorm", 32),
+        ];
+        assert_eq!(norms("olmo2"), olmo2);
+        assert_eq!(norms("smollm3"), [("input_layernorm", 32), ("post_attention_layernorm", 32)]);
+    }
+
+    #[test]
+    fn layers_that_attend_alike_are_of_one_kind() {
+        let spec = spec("smollm3-sliding");
+        assert_eq!((spec.attentions.len(), spec.layer_attentions.clone()), (4, vec![0, 1, 2, 3]));
+        let kinds: Vec<(Option<usize>, bool)> =
+            spec.attentions.iter().map(|attention| (attention.window, attention.rope.is_some())).collect();
+        assert_eq!(kinds, [(None, true), (Some(24), false), (Some(24), true), (None, false)]);
+        let mut alike = spec.clone();
+        let [first, second] = [0, 1].map(|layer_idx| spec.attention(layer_idx).clone());
+        alike.set_attentions(vec![first.clone(), second, first.clone(), first]);
+        assert_eq!((alike.attentions.len(), alike.layer_attentions), (2, vec![0, 1, 0, 0]));
     }
 }

@@ -41,7 +41,7 @@ struct Capture<'a> {
     inputs: bool,
     /// Position of the pass's first token.
     first_token_idx: usize,
-    /// By source module, the input site under which its output was kept.
+    /// By source module or other key, the input site under which the values were kept.
     kept_inputs: BTreeMap<String, CaptureSite>,
 }
 
@@ -128,19 +128,32 @@ impl<'a> Tap<'a> {
         let Some(capture) = self.capture.as_mut().filter(|capture| capture.inputs && capture.wants(module)) else {
             return Ok(());
         };
-        let own = site(module, "input", layer_idx, op);
-        let first = if capture.wants(source.module) {
-            Some(site(source.module, "output", layer_idx, source.op))
-        } else {
-            capture.kept_inputs.get(source.module).cloned()
-        };
-        match first {
-            Some(first) => capture.sink.alias(&own, &first).map_err(InferenceError::Sink),
-            None => {
-                capture.kept_inputs.insert(source.module.to_owned(), own);
-                self.take(module, "input", layer_idx, op, values)
-            }
+        if capture.wants(source.module) {
+            let own = site(module, "input", layer_idx, op);
+            let first = site(source.module, "output", layer_idx, source.op);
+            return capture.sink.alias(&own, &first).map_err(InferenceError::Sink);
         }
+        self.common_input(module, layer_idx, op, source.module, values)
+    }
+
+    /// Captures an input that several modules read: a note suffices where another one's was captured under the same `key`.
+    pub fn common_input(
+        &mut self,
+        module: &str,
+        layer_idx: Option<usize>,
+        op: &str,
+        key: &str,
+        values: &impl Values,
+    ) -> Result<(), InferenceError> {
+        let Some(capture) = self.capture.as_mut().filter(|capture| capture.inputs && capture.wants(module)) else {
+            return Ok(());
+        };
+        let own = site(module, "input", layer_idx, op);
+        if let Some(first) = capture.kept_inputs.get(key) {
+            return capture.sink.alias(&own, first).map_err(InferenceError::Sink);
+        }
+        capture.kept_inputs.insert(key.to_owned(), own);
+        self.take(module, "input", layer_idx, op, values)
     }
 
     fn take(

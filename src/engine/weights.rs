@@ -51,13 +51,13 @@ pub enum GateUpLinears {
 /// One decoder block. Norms' weights are what to multiply by: where the family stores w for 1 + w, the 1 is in them.
 #[derive(Debug)]
 pub struct Block {
-    pub attn_norm: Tensor<2>, // [1, hidden]
+    pub attn_norm: Option<Tensor<2>>, // [1, hidden]
     pub qkv: QkvLinears,
-    pub q_norm: Option<Tensor<2>>, // [1, head_dim]
-    pub k_norm: Option<Tensor<2>>, // [1, head_dim]
+    pub q_norm: Option<Tensor<2>>, // [1, head_dim] or [1, q_width]
+    pub k_norm: Option<Tensor<2>>, // [1, head_dim] or [1, kv_width]
     pub o: Linear,
     pub attn_out_norm: Option<Tensor<2>>, // [1, hidden]
-    pub mlp_norm: Tensor<2>,              // [1, hidden]
+    pub mlp_norm: Option<Tensor<2>>,      // [1, hidden]
     pub gate_up: GateUpLinears,
     pub down: Linear,
     pub mlp_out_norm: Option<Tensor<2>>, // [1, hidden]
@@ -214,13 +214,9 @@ impl WeightReader<'_> {
     ) -> Result<Block, InferenceError> {
         let prefix = format!("model.layers.{layer_idx}");
         let linear_specs = self.spec.block_linears();
-        let mut norm = |role| self.block_norm(layer_idx, role, stored_bytes);
-        // Every block has these two; the others depend on the family.
-        let required = |norm: Option<Tensor<2>>| norm.expect("a block's spec has this norm");
-        let attn_norm = required(norm(NormRole::Attn)?);
-        let mlp_norm = required(norm(NormRole::Mlp)?);
-        let [q_norm, k_norm, attn_out_norm, mlp_out_norm] =
-            [NormRole::Q, NormRole::K, NormRole::AttnOut, NormRole::MlpOut].map(norm);
+        let norm = |role| self.block_norm(layer_idx, role, stored_bytes);
+        let roles = [NormRole::Attn, NormRole::Q, NormRole::K, NormRole::AttnOut, NormRole::Mlp, NormRole::MlpOut];
+        let [attn_norm, q_norm, k_norm, attn_out_norm, mlp_norm, mlp_out_norm] = roles.map(norm);
         let mut read = |role| {
             let spec = linear_specs.iter().find(|linear| linear.role == role).expect("a block's spec has this linear");
             let shape = (spec.n_out, spec.n_in);
@@ -239,13 +235,13 @@ impl WeightReader<'_> {
         };
         let down = read(LinearRole::Down)?;
         Ok(Block {
-            attn_norm,
+            attn_norm: attn_norm?,
             qkv,
             q_norm: q_norm?,
             k_norm: k_norm?,
             o,
             attn_out_norm: attn_out_norm?,
-            mlp_norm,
+            mlp_norm: mlp_norm?,
             gate_up,
             down,
             mlp_out_norm: mlp_out_norm?,

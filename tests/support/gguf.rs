@@ -119,7 +119,7 @@ pub fn interleave(tensor: &Tensor, n_heads: usize) -> Tensor {
     Tensor { shape: tensor.shape.clone(), values: rows.collect() }
 }
 
-fn tensor_name(name: &str, is_gemma: bool) -> Option<String> {
+fn tensor_name(name: &str, has_out_norms: bool) -> Option<String> {
     let name = name.replace("model.language_model.", "model.");
     match name.as_str() {
         "model.embed_tokens.weight" => return Some("token_embd.weight".to_owned()),
@@ -138,7 +138,7 @@ fn tensor_name(name: &str, is_gemma: bool) -> Option<String> {
         "self_attn.o_proj" => "attn_output",
         "self_attn.q_norm" => "attn_q_norm",
         "self_attn.k_norm" => "attn_k_norm",
-        "post_attention_layernorm" if is_gemma => "post_attention_norm",
+        "post_attention_layernorm" if has_out_norms => "post_attention_norm",
         "post_attention_layernorm" | "pre_feedforward_layernorm" => "ffn_norm",
         "post_feedforward_layernorm" => "post_ffw_norm",
         "mlp.gate_proj" => "ffn_gate",
@@ -279,12 +279,13 @@ fn write_rope(gguf: &mut Gguf, arch: &str, config: &Json) {
 
 fn write_tensors(gguf: &mut Gguf, arch: &str, config: &Json, tensors: &BTreeMap<String, Tensor>) {
     let is_gemma = arch.starts_with("gemma");
+    let is_interleaved = matches!(arch, "llama" | "smollm3");
     // GGUF has no field for the scale of Gemma's scores and llama.cpp takes 1/√head_dim: what differs goes into the queries.
     let scale =
         config["query_pre_attn_scalar"].as_f64().map_or(1.0, |scalar| (head_dim(config) as f64 / scalar).sqrt());
     let has_q_norm = tensors.keys().any(|name| name.contains("q_norm"));
     for (name, tensor) in tensors {
-        let Some(gguf_name) = tensor_name(name, is_gemma) else { continue };
+        let Some(gguf_name) = tensor_name(name, is_gemma || arch == "olmo2") else { continue };
         let mut tensor = tensor.clone();
         if is_gemma && name.ends_with("norm.weight") {
             tensor.values.iter_mut().for_each(|value| *value += 1.0);
@@ -292,10 +293,10 @@ fn write_tensors(gguf: &mut Gguf, arch: &str, config: &Json, tensors: &BTreeMap<
         if name.contains(if has_q_norm { "q_norm" } else { "q_proj" }) {
             tensor.values.iter_mut().for_each(|value| *value = (f64::from(*value) * scale) as f32);
         }
-        if arch == "llama" && name.contains("self_attn.q_proj") {
+        if is_interleaved && name.contains("self_attn.q_proj") {
             tensor = interleave(&tensor, size(config, "num_attention_heads"));
         }
-        if arch == "llama" && name.contains("self_attn.k_proj") {
+        if is_interleaved && name.contains("self_attn.k_proj") {
             tensor = interleave(&tensor, size(config, "num_key_value_heads"));
         }
         gguf.tensors.insert(gguf_name, tensor);

@@ -314,7 +314,8 @@ mod tests {
         )
         .expect("a spec");
         assert_eq!(spec.n_params(), 3_212_749_824);
-        assert!(matches!(spec.attentions[0].rope.scaling, RopeScaling::Llama3 { factor: 32.0, .. }));
+        let rope = spec.attentions[0].rope.as_ref().expect("a rotary embedding");
+        assert!(matches!(rope.scaling, RopeScaling::Llama3 { factor: 32.0, .. }));
     }
 
     #[test]
@@ -374,7 +375,8 @@ mod tests {
     fn a_field_that_stands_twice_counts_as_it_stands_last() {
         let file = config(format!(r#"{{"rope_theta": 5e5, "model_type": "llama", {TINY}, "rope_theta": 7e4}}"#));
         let file = file.expect("a config");
-        assert_eq!(spec_of(&file).expect("a spec").attentions[0].rope.theta, 7e4);
+        let rope = spec_of(&file).expect("a spec").attentions[0].rope.clone();
+        assert_eq!(rope.expect("a rotary embedding").theta, 7e4);
         let expected = "config.json: rope_theta stands twice: 70000.0 counts and 500000.0 does not, as in transformers";
         assert_eq!(account_of(&file).expect("an account").warnings, [expected]);
     }

@@ -62,12 +62,13 @@ impl ConfigFile {
                 activation: self.activation(names.activation)?,
                 norm_eps,
                 norm_unit_offset: false,
+                in_norms: true,
                 out_norms: false,
-                qk_norm: false,
+                qk_norm: None,
                 attn_scale: 1.0 / (head_dim as f64).sqrt(),
                 attn_softcap: None,
             },
-            attentions: vec![AttentionSpec { window: None, rope }],
+            attentions: vec![AttentionSpec { window: None, rope: Some(rope) }],
             layer_attentions: vec![0; n_layers],
         })
     }

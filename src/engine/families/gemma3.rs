@@ -6,7 +6,7 @@ use super::fields::{COMMON, DECODER, FieldRule, harmless, harmless_as, read};
 use super::gemma2::{GEMMA, gemma_spec, shared_defaults};
 use super::notes::Rules;
 use super::{ConfigFile, Family};
-use crate::engine::spec::ModelSpec;
+use crate::engine::spec::{ModelSpec, QkNorm};
 use crate::inference::InferenceError;
 use serde_json::{Value, json};
 
@@ -67,12 +67,12 @@ fn text_spec(config: &ConfigFile) -> Result<ModelSpec, InferenceError> {
     let mut spec = gemma_spec(&config, &NAMES)?;
     // `max_position_embeddings` is already what the linear scaling allows.
     spec.n_ctx_max = config.size("max_position_embeddings")?.unwrap_or(spec.n_ctx_max);
-    spec.block.qk_norm = true;
+    spec.block.qk_norm = Some(QkNorm::Heads);
     config.refuse_null("sliding_window_pattern")?;
     let pattern = config.size("sliding_window_pattern")?.unwrap_or(6);
     let sliding = config.sliding_layers(spec.n_layers, |layer_idx| !(layer_idx + 1).is_multiple_of(pattern))?;
     let rope = config.sliding_attention_rope(spec.head_dim)?;
-    spec.set_sliding(&sliding, config.window(&sliding)?, rope);
+    spec.set_sliding(&sliding, config.window(&sliding)?, Some(rope));
     Ok(spec)
 }
 

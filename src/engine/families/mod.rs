@@ -9,11 +9,13 @@ mod gemma3;
 mod llama;
 mod mistral;
 mod notes;
+mod olmo2;
 mod phi3;
 mod qwen2;
 mod qwen3;
 mod rope_config;
 mod rope_fields;
+mod smollm3;
 
 pub use config::ConfigFile;
 
@@ -41,6 +43,8 @@ pub static FAMILIES: &[Family] = &[
     gemma3::FAMILY,
     gemma3::WITH_VISION,
     phi3::FAMILY,
+    smollm3::FAMILY,
+    olmo2::FAMILY,
 ];
 
 /// Returns the spec that a config stands for.
@@ -86,15 +90,19 @@ mod tests {
 
     const FIELDS_FILE: &str = "tests/fixtures/config_fields.json";
     /// Configs that transformers refuses or fails with, and why labpipe reads them.
-    const READ_ALL_THE_SAME: [(&str, &str); 5] = [
+    const READ_ALL_THE_SAME: [(&str, &str); 9] = [
         ("llama-window", "only the cache of keys and values has a window"),
         ("llama-layers", "only the cache of keys and values has kinds of layers"),
         ("phi3-layers", "only the cache of keys and values has kinds of layers"),
         ("qwen2-head-dim-null", "null counts as missing"),
         ("phi3-head-dim-null", "null counts as missing"),
+        ("smollm3-head-dim-null", "null counts as missing"),
+        ("olmo2-window", "only the cache of keys and values has a window"),
+        ("olmo2-layers", "only the cache of keys and values has kinds of layers"),
+        ("olmo2-head-dim-null", "null counts as missing"),
     ];
     /// Configs that transformers reads by leaving out what is nested.
-    const REFUSED: [&str; 2] = ["llama-rope-nested", "mistral-rope-nested"];
+    const REFUSED: [&str; 3] = ["llama-rope-nested", "mistral-rope-nested", "olmo2-rope-nested"];
 
     fn fixture(path: &str) -> Value {
         let text = std::fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join(path)).expect("the fixture");
@@ -149,9 +157,14 @@ mod tests {
                 differences.push(format!("{field} {found}, transformers {}", expected[field]));
             }
         }
-        for (layer_idx, rope_idx) in numbers(&expected["layer_ropes"]).into_iter().enumerate() {
-            let (found, expected) = (&spec.attention(layer_idx).rope, &expected["ropes"][rope_idx as usize]);
-            differences.extend(rope_differences(found, expected, lengths));
+        for (layer_idx, rope_idx) in expected["layer_ropes"].as_array().expect("a list").iter().enumerate() {
+            match (&spec.attention(layer_idx).rope, rope_idx.as_u64()) {
+                (Some(found), Some(rope_idx)) => {
+                    differences.extend(rope_differences(found, &expected["ropes"][rope_idx as usize], lengths));
+                }
+                (None, None) => {}
+                (found, _) => differences.push(format!("layer {layer_idx}: {found:?}, transformers {rope_idx}")),
+            }
         }
         differences
     }

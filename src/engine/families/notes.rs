@@ -129,7 +129,7 @@ mod tests {
 
     #[test]
     fn a_rotated_part_is_named_by_families_that_rotate_whole_heads() {
-        for family in ["llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text"] {
+        for family in ["llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "smollm3", "olmo2"] {
             let inside = json!({ "rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5 });
             let beside = account(family, json!({ "partial_rotary_factor": 0.5 }));
             assert_eq!(beside.unused, ["partial_rotary_factor"], "{family}");
@@ -162,6 +162,12 @@ mod tests {
             json!({ "use_sliding_window": false, "layer_types": ["sliding_attention", "sliding_attention"] }),
         );
         assert_eq!(part.unused, ["layer_types"]);
+        let full = json!(["full_attention", "full_attention"]);
+        let part = account(
+            "smollm3",
+            json!({ "no_rope_layers": [1, 0], "no_rope_layer_interval": 4, "use_sliding_window": true, "sliding_window": 8, "layer_types": full }),
+        );
+        assert_eq!(part.unused, ["no_rope_layer_interval", "use_sliding_window"]);
     }
 
     #[test]
@@ -171,6 +177,14 @@ mod tests {
         let part = account("llama", json!({ "rope_scaling": linear, "rope_parameters": saved, "rope_theta": 10000 }));
         assert!(part.unused.is_empty() && part.warnings.is_empty(), "{part:?}");
         let part = account("gemma2", json!({ "hidden_act": "gelu_pytorch_tanh", "head_dim": 8 }));
+        assert!(part.unused.is_empty() && part.warnings.is_empty(), "{part:?}");
+        let full = json!(["full_attention", "full_attention"]);
+        let unused_window = json!({ "use_sliding_window": true, "sliding_window": null, "layer_types": null });
+        assert!(account("smollm3", unused_window).warnings.is_empty());
+        let part = account(
+            "smollm3",
+            json!({ "no_rope_layers": [1, 0], "no_rope_layer_interval": 2, "use_sliding_window": false, "layer_types": full }),
+        );
         assert!(part.unused.is_empty() && part.warnings.is_empty(), "{part:?}");
     }
 

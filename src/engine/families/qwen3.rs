@@ -5,7 +5,7 @@ use super::fields::{COMMON, DECODER, FieldRule, NO_MLP_BIAS, WHOLE_HEADS, read};
 use super::notes::Rules;
 use super::qwen2::{WINDOWS, slide_upper_layers, stated_defaults};
 use super::{ConfigFile, Family};
-use crate::engine::spec::{LinearBiases, ModelSpec};
+use crate::engine::spec::{LinearBiases, ModelSpec, QkNorm};
 use crate::inference::InferenceError;
 use serde_json::json;
 
@@ -22,7 +22,7 @@ fn spec(config: &ConfigFile) -> Result<ModelSpec, InferenceError> {
     let mut spec = config.base_spec(&NAMES)?;
     let attention_bias = config.flag("attention_bias", false)?;
     spec.block.biases = LinearBiases { o: attention_bias, ..LinearBiases::qkv(attention_bias) };
-    spec.block.qk_norm = true;
+    spec.block.qk_norm = Some(QkNorm::Heads);
     slide_upper_layers(&config, &mut spec)?;
     Ok(spec)
 }

@@ -14,8 +14,13 @@ const LAYER_KINDS: [&str; 2] = ["full_attention", "sliding_attention"];
 impl ConfigFile {
     /// Returns the rotary embedding of a family that rotates whole heads and has one embedding for all layers.
     pub fn rope(&self, head_dim: usize) -> Result<RopeSpec, InferenceError> {
+        self.rope_with_theta(head_dim, DEFAULT_THETA)
+    }
+
+    /// As [`rope`](Self::rope), for a family with a theta of its own where the config has none.
+    pub fn rope_with_theta(&self, head_dim: usize, default_theta: f64) -> Result<RopeSpec, InferenceError> {
         self.one_rope(&|config, fields| {
-            let theta = config.theta(&fields, "rope_theta", DEFAULT_THETA)?;
+            let theta = config.theta(&fields, "rope_theta", default_theta)?;
             config.whole_heads(&fields)?;
             config.rope_spec(theta, head_dim, fields)
         })

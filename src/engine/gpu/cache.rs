@@ -4,7 +4,8 @@ use super::products::element;
 use super::rope::RopeTable;
 use super::weights::GpuBlock;
 use crate::engine::footprint::cache_bytes;
-use crate::engine::spec::ModelSpec;
+use crate::engine::rope::RopeSpec;
+use crate::engine::spec::{AttentionSpec, ModelSpec};
 use crate::units::DType;
 use cubecl::client::Client;
 use cubecl::server::Handle;
@@ -26,7 +27,7 @@ impl GpuCache {
     pub fn new(client: &Client, spec: &ModelSpec, compute: DType, capacity: usize) -> GpuCache {
         let n_bytes = capacity * spec.kv_width() * compute.size_bytes();
         let layers = (0..spec.n_layers).map(|_| (cube::kept(client, n_bytes), cube::kept(client, n_bytes))).collect();
-        let ropes = spec.attentions.iter().map(|kind| RopeTable::new(client, &kind.rope, capacity)).collect();
+        let ropes = spec.attentions.iter().map(|kind| RopeTable::new(client, rope(kind), capacity)).collect();
         let n_bytes = GpuCache::bytes_of(spec, compute, capacity);
         GpuCache { layers, ropes, element: element(compute), capacity, n_tokens: 0, n_bytes }
     }
@@ -62,11 +63,15 @@ impl GpuCache {
                 n_kv_heads: spec.n_kv_heads as u32,
                 head_dim: spec.head_dim as u32,
                 qk_norm: block.qk_norm.is_some(),
-                rotary_dim: attention.rope.rotary_dim as u32,
+                rotary_dim: rope(attention).rotary_dim as u32,
             },
             window: attention.window.map_or(u32::MAX, |window| window as u32),
             scale: spec.block.attn_scale as f32,
             soft_cap: spec.block.attn_softcap.map(|cap| cap as f32),
         }
     }
+}
+
+fn rope(attention: &AttentionSpec) -> &RopeSpec {
+    attention.rope.as_ref().expect("the engine asked `fused_path_lacks`")
 }

@@ -30,13 +30,14 @@ impl Shape<'_> {
     /// Returns the most that a stage's passes and steps take.
     pub fn working_bytes(&self, work: &Workload) -> u64 {
         let spec = self.spec;
-        let follows_length = spec.attentions.iter().any(|attention| attention.rope.depends_on_length());
+        let follows_length = spec.rope_depends_on_length();
         let n = match work.n_gen > 0 && !follows_length {
             true => work.n_pass.min(FILLED_TOKENS),
             false => work.n_pass,
         };
         let n_ctx = work.n_ctx.max(work.n_pass) as u64;
-        let ropes: u64 = spec.attentions.iter().map(|attention| 4 * attention.rope.rotary_dim as u64 * n_ctx).sum();
+        let ropes = spec.attentions.iter().filter_map(|attention| attention.rope.as_ref());
+        let ropes: u64 = ropes.map(|rope| 4 * rope.rotary_dim as u64 * n_ctx).sum();
         let step = if work.n_gen > 0 { Decoder::bytes_of(spec, n_ctx as usize) } else { 0 };
         let scores = 8 * work.n_logits as u64;
         let workspace = if self.has_panels { WORKSPACE_BYTES } else { 0 };

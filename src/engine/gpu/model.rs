@@ -147,7 +147,7 @@ impl GpuModel {
     /// Fills the emptied cache `n_at_once` tokens at a time.
     pub fn fill_by(&mut self, tokens: &[u32], n_at_once: usize) -> Result<(), InferenceError> {
         // Rotary frequencies that depend on the length are those of the whole context.
-        let follows_length = self.passes.spec.attentions.iter().any(|attention| attention.rope.depends_on_length());
+        let follows_length = self.passes.spec.rope_depends_on_length();
         if tokens.len() <= n_at_once || follows_length {
             return self.prefill(tokens).map(|_| ());
         }

@@ -262,8 +262,8 @@ impl<'a> Loading<'a> {
             if block.fused_qkv { &[LinearRole::Qkv] } else { &[LinearRole::Q, LinearRole::K, LinearRole::V] };
         let gate_up: &[LinearRole] =
             if block.fused_gate_up { &[LinearRole::GateUp] } else { &[LinearRole::Gate, LinearRole::Up] };
-        // Every block has these two; the others depend on the family.
-        let required = |norm: Option<Handle>| norm.expect("a block's spec has this norm");
+        // Every block that the engine takes has these two; the others depend on the family.
+        let required = |norm: Option<Handle>| norm.expect("the engine asked `fused_path_lacks`");
         Ok(GpuBlock {
             attn_norm: required(self.norm(layer_idx, NormRole::Attn)?),
             qkv: self.projection(layer_idx, qkv)?,

@@ -23,7 +23,8 @@ const UP_ROWS: usize = 256;
 /// Decodes one model.
 pub struct HostDecoder {
     weights: HostWeights,
-    ropes: Vec<Rope>,
+    /// One for each kind of attention; `None` where it does not rotate.
+    ropes: Vec<Option<Rope>>,
     buffers: Buffers,
     level: Level,
 }
@@ -98,7 +99,7 @@ impl HostDecoder {
             logits: zeros(spec.vocab_size),
             parts: Vec::new(),
         };
-        let ropes = spec.attentions.iter().map(|attention| Rope::new(&attention.rope)).collect();
+        let ropes = spec.attentions.iter().map(|attention| attention.rope.as_ref().map(Rope::new)).collect();
         Ok(Ok(HostDecoder { weights, ropes, buffers, level: simd::level() }))
     }
 
@@ -119,7 +120,9 @@ impl HostDecoder {
         token: u32,
     ) {
         for (rope, attention) in self.ropes.iter_mut().zip(&spec.attentions) {
-            rope.set(&attention.rope, n_past);
+            if let (Some(rope), Some(spec)) = (rope, &attention.rope) {
+                rope.set(spec, n_past);
+            }
         }
         let HostDecoder { weights, ropes, buffers, level } = self;
         weights.embedding.unpack_rows(token as usize, &mut buffers.x);
@@ -127,7 +130,7 @@ impl HostDecoder {
         buffers.x.iter_mut().for_each(|x| *x *= scale);
         let mut step = Step { leader, spec, weights, buffers, level: *level, n_past };
         for (layer_idx, (block, layer)) in weights.blocks.iter().zip(layers).enumerate() {
-            let rope = &ropes[spec.layer_attentions[layer_idx]];
+            let rope = ropes[spec.layer_attentions[layer_idx]].as_ref();
             step.attention(block, spec.attention(layer_idx), rope, layer);
             step.mlp(block);
         }
@@ -146,8 +149,8 @@ struct Step<'a, 'b, 'team> {
 }
 
 impl Step<'_, '_, '_> {
-    fn attention(&mut self, block: &HostBlock, attention: &AttentionSpec, rope: &Rope, layer: &mut HostLayer) {
-        self.norm(&block.attn_norm);
+    fn attention(&mut self, block: &HostBlock, attention: &AttentionSpec, rope: Option<&Rope>, layer: &mut HostLayer) {
+        self.norm(block.attn_norm.as_deref());
         let Buffers { normed, qkv, .. } = &mut *self.buffers;
         project(self.leader, &block.qkv, normed, qkv);
         self.rotate_and_append(block, rope, layer);
@@ -158,7 +161,7 @@ impl Step<'_, '_, '_> {
     }
 
     fn mlp(&mut self, block: &HostBlock) {
-        self.norm(&block.mlp_norm);
+        self.norm(block.mlp_norm.as_deref());
         let Buffers { normed, product, delta, .. } = &mut *self.buffers;
         let (level, kind, gate_up) = (self.level, self.weights.gate, &block.gate_up);
         let ffn = self.spec.ffn_size;
@@ -177,7 +180,7 @@ impl Step<'_, '_, '_> {
     }
 
     fn logits(&mut self) {
-        self.norm(&self.weights.final_norm);
+        self.norm(Some(&self.weights.final_norm));
         let Buffers { normed, logits, .. } = &mut *self.buffers;
         let (head, cap) = (&self.weights.lm_head, self.spec.logit_softcap.map(|cap| cap as f32));
         self.leader.fill(logits, chunk_rows(head.n_rows(), head.n_cols()), &|first, logits| {
@@ -188,11 +191,13 @@ impl Step<'_, '_, '_> {
         });
     }
 
-    /// Normalizes the residual stream into a buffer of its own.
-    fn norm(&mut self, weight: &[f32]) {
+    /// Copies the residual stream into a buffer of its own, and normalizes it there where the model has a norm.
+    fn norm(&mut self, weight: Option<&[f32]>) {
         let Buffers { x, normed, .. } = &mut *self.buffers;
         normed.copy_from_slice(x);
-        rms_norm(self.level, weight, self.spec.block.norm_eps as f32, normed);
+        if let Some(weight) = weight {
+            rms_norm(self.level, weight, self.spec.block.norm_eps as f32, normed);
+        }
     }
 
     /// Adds what a half of the block computed to the residual stream, through a norm of its own where the model has one.
@@ -204,25 +209,22 @@ impl Step<'_, '_, '_> {
         x.iter_mut().zip(&*delta).for_each(|(x, delta)| *x += delta);
     }
 
-    /// Normalizes heads where the model does, rotates queries and keys, scales queries, and caches keys and values.
-    fn rotate_and_append(&mut self, block: &HostBlock, rope: &Rope, layer: &mut HostLayer) {
+    /// Normalizes and rotates queries and keys where the model does, scales queries, and caches keys and values.
+    fn rotate_and_append(&mut self, block: &HostBlock, rope: Option<&Rope>, layer: &mut HostLayer) {
         let (spec, level, eps) = (self.spec, self.level, self.spec.block.norm_eps as f32);
         let (q, kv) = self.buffers.qkv.split_at_mut(spec.q_width());
         let (k, v) = kv.split_at_mut(spec.kv_width());
+        for (values, weight) in [(&mut *q, &block.q_norm), (&mut *k, &block.k_norm)] {
+            if let Some(weight) = weight {
+                // A head at a time, or all of them.
+                values.chunks_exact_mut(weight.len()).for_each(|values| rms_norm(level, weight, eps, values));
+            }
+            if let Some(rope) = rope {
+                values.chunks_exact_mut(spec.head_dim).for_each(|head| rope.rotate(head));
+            }
+        }
         let scale = spec.block.attn_scale as f32;
-        for head in q.chunks_exact_mut(spec.head_dim) {
-            if let Some(weight) = &block.q_norm {
-                rms_norm(level, weight, eps, head);
-            }
-            rope.rotate(head);
-            head.iter_mut().for_each(|q| *q *= scale);
-        }
-        for head in k.chunks_exact_mut(spec.head_dim) {
-            if let Some(weight) = &block.k_norm {
-                rms_norm(level, weight, eps, head);
-            }
-            rope.rotate(head);
-        }
+        q.iter_mut().for_each(|q| *q *= scale);
         let at = self.n_past * spec.kv_width();
         layer.keys[at..at + k.len()].copy_from_slice(k);
         layer.values[at..at + v.len()].copy_from_slice(v);
@@ -350,7 +352,7 @@ mod tests {
             }
             n_cases += 1;
         }
-        assert!(n_cases >= 13, "{n_cases} fixtures");
+        assert!(n_cases >= 16, "{n_cases} fixtures");
     }
 
     #[test]

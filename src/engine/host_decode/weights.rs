@@ -90,13 +90,13 @@ impl Projection {
 
 /// One decoder block.
 pub struct HostBlock {
-    pub attn_norm: Vec<f32>,             // [hidden]
+    pub attn_norm: Option<Vec<f32>>,     // [hidden]
     pub qkv: Projection,                 // [q_width + 2 · kv_width, hidden]
-    pub q_norm: Option<Vec<f32>>,        // [head_dim]
-    pub k_norm: Option<Vec<f32>>,        // [head_dim]
+    pub q_norm: Option<Vec<f32>>,        // [head_dim] or [q_width]
+    pub k_norm: Option<Vec<f32>>,        // [head_dim] or [kv_width]
     pub o: Projection,                   // [hidden, q_width]
     pub attn_out_norm: Option<Vec<f32>>, // [hidden]
-    pub mlp_norm: Vec<f32>,              // [hidden]
+    pub mlp_norm: Option<Vec<f32>>,      // [hidden]
     pub gate_up: Projection,             // [2 · ffn, hidden]
     pub down: Projection,                // [hidden, ffn]
     pub mlp_out_norm: Option<Vec<f32>>,  // [hidden]
@@ -173,13 +173,13 @@ fn linears(block: &Block) -> Vec<&Linear> {
 fn block(block: &Block) -> Result<HostBlock, InferenceError> {
     let maybe = |norm: &Option<Tensor<2>>| norm.clone().map(values).transpose();
     Ok(HostBlock {
-        attn_norm: values(block.attn_norm.clone())?,
+        attn_norm: maybe(&block.attn_norm)?,
         qkv: Projection::new(&qkv(block))?,
         q_norm: maybe(&block.q_norm)?,
         k_norm: maybe(&block.k_norm)?,
         o: Projection::new(&[&block.o])?,
         attn_out_norm: maybe(&block.attn_out_norm)?,
-        mlp_norm: values(block.mlp_norm.clone())?,
+        mlp_norm: maybe(&block.mlp_norm)?,
         gate_up: Projection::new(&gate_up(block))?,
         down: Projection::new(&[&block.down])?,
         mlp_out_norm: maybe(&block.mlp_out_norm)?,

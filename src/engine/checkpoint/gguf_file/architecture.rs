@@ -9,6 +9,8 @@ pub enum Sliding {
     AllButEvery(usize),
     /// Only the file can tell.
     Unstated,
+    /// No layer: a file with a window is of another model than the family's (OLMo 3).
+    Never,
 }
 
 /// How files of one architecture differ from the checkpoints that they were made from.
@@ -72,6 +74,16 @@ pub static ARCHITECTURES: &[Architecture] = &[
         ..LLAMA
     },
     Architecture { name: "phi3", model_type: "phi3", has_interleaved_rope: false, may_fuse_gate_up: true, ..LLAMA },
+    // Every fourth layer has no rotary embedding, by the family's default and in llama.cpp: there is no key for it.
+    Architecture { name: "smollm3", model_type: "smollm3", sliding: Sliding::Unstated, ..LLAMA },
+    Architecture {
+        name: "olmo2",
+        model_type: "olmo2",
+        has_interleaved_rope: false,
+        sliding: Sliding::Never,
+        has_out_norms: true,
+        ..LLAMA
+    },
     Architecture {
         name: "gemma2",
         model_type: "gemma2",
@@ -164,6 +176,7 @@ mod tests {
         let norm = "model.layers.12.post_attention_layernorm.weight";
         assert_eq!(name("llama", norm).as_deref(), Some("blk.12.ffn_norm.weight"));
         assert_eq!(name("gemma2", norm).as_deref(), Some("blk.12.post_attention_norm.weight"));
+        assert_eq!(name("olmo2", norm).as_deref(), Some("blk.12.post_attention_norm.weight"));
         let norm = "model.layers.3.pre_feedforward_layernorm.weight";
         assert_eq!(name("gemma3", norm).as_deref(), Some("blk.3.ffn_norm.weight"));
         assert_eq!(name("llama", "model.layers.0.self_attn.q_proj.bias").as_deref(), Some("blk.0.attn_q.bias"));

@@ -27,11 +27,18 @@ impl GgufCheckpoint {
         let rope = self.rope(spec.head_dim)?;
         spec.n_ctx_max = self.n_ctx_max(&rope)?;
         let sliding_rope = self.sliding_rope(&rope)?;
-        spec.attentions = vec![AttentionSpec { window: None, rope }];
+        let rotated: Vec<bool> = (0..spec.n_layers).map(|layer_idx| spec.attention(layer_idx).rope.is_some()).collect();
+        spec.attentions = vec![AttentionSpec { window: None, rope: Some(rope) }];
         spec.layer_attentions = vec![0; spec.n_layers];
         if let Some(window) = self.window(spec.n_ctx_max)? {
-            spec.set_sliding(&self.sliding_layers(spec.n_layers)?, Some(window), sliding_rope);
+            spec.set_sliding(&self.sliding_layers(spec.n_layers)?, Some(window), Some(sliding_rope));
         }
+        // The file holds one rotary embedding; the family decides which layers use it.
+        let layers = rotated.iter().enumerate().map(|(layer_idx, is_rotated)| {
+            let AttentionSpec { window, rope } = spec.attention(layer_idx).clone();
+            AttentionSpec { window, rope: rope.filter(|_| *is_rotated) }
+        });
+        spec.set_attentions(layers.collect());
         self.check_neutral(spec)
     }
 
@@ -78,6 +85,10 @@ impl GgufCheckpoint {
         const PATTERN: &str = "attention.sliding_window_pattern";
         let every = |period: usize| (0..n_layers).map(|i| period == 0 || i % period < period - 1).collect();
         match self.value(PATTERN) {
+            _ if self.architecture.sliding == Sliding::Never => Err(self.wrong(
+                "attention.sliding_window",
+                "models of this family have no window; files with one are of OLMo 3, which is not supported",
+            )),
             Some(MetaValue::Array(_)) => {
                 let values = self.file.numbers(&self.key(PATTERN))?.unwrap_or_default();
                 if values.len() != n_layers {
@@ -94,7 +105,7 @@ impl GgufCheckpoint {
             None => match self.architecture.sliding {
                 Sliding::All => Ok(vec![true; n_layers]),
                 Sliding::AllButEvery(period) => Ok(every(period)),
-                Sliding::Unstated => Err(self.wrong(
+                Sliding::Unstated | Sliding::Never => Err(self.wrong(
                     "attention.sliding_window",
                     "the file does not say which layers slide (attention.sliding_window_pattern); llama.cpp ignores the \
                      window of this architecture: remove the key to compute as it does",
