@@ -9,8 +9,10 @@ export XDG_RUNTIME_DIR=${XDG_RUNTIME_DIR:-/tmp}
 export LABPIPE_TEST_DEVICE=wgpu
 # One set of features for both packages, so that what both need is built once. The time of these tests is the software Vulkan's.
 tests() { cargo test --profile quick --locked --package labpipe --package labpipe-kernels --features labpipe/wgpu "$@"; }
-tests --test cube_kernels --test cube_quantize
+tests --test cube_kernels --test cube_quantize --test burn_linear
 # One thread: what one test launches while another records a step would be recorded too.
 tests --test families --test damaged_weights --test survey -- --test-threads 1
 tests --lib -- --test-threads 1 gpu:: simd:: weight:: schemes:: strips:: token::
 tests --test engine_reference -- --test-threads 1 logits greedy longer
+# The other path through the device: burn's operations, for every family and scheme.
+LABPIPE_TEST_EXECUTION=burn tests --test families --test engine_reference -- --test-threads 1 logits greedy longer
