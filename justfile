@@ -29,6 +29,10 @@ kernels:
 gpu-kernels:
     scripts/ci/gpu-kernels.sh
 
+# Compiles every GPU kernel with NVRTC for each architecture, without a GPU.
+nvrtc:
+    scripts/ci/nvrtc.sh
+
 # Tests the kernels and the engine on an NVIDIA GPU, where there is one.
 cuda:
     scripts/ci/cuda.sh

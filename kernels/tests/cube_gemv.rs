@@ -1,5 +1,5 @@
 //! The tensor-core matrix-vector kernel against the generic kernels: every scheme, number of rows, epilogue and half type. Only CUDA
-//! has what it takes; elsewhere these tests say that they were left out (`cuda_source` still lowers the kernel).
+//! has what it takes; elsewhere these tests say that they were left out (`nvrtc` still compiles the kernel).
 #![cfg(any(feature = "wgpu", feature = "cuda"))]
 
 use cubecl::client::Client;

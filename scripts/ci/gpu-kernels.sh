@@ -7,8 +7,8 @@ if ! ls /usr/share/vulkan/icd.d/*.json >/dev/null 2>&1 && command -v apt-get >/d
 fi
 export XDG_RUNTIME_DIR=${XDG_RUNTIME_DIR:-/tmp}
 export LABPIPE_TEST_DEVICE=wgpu
-# One set of features for both packages, so that what both need is built once. The time of these tests is the software Vulkan's.
-tests() { cargo test --profile quick --locked --package labpipe --package labpipe-kernels --features labpipe/wgpu "$@"; }
+# One set of features for both packages and for nvrtc.sh, so that what all need is built once. The time of these tests is the software Vulkan's.
+tests() { cargo test --profile quick --locked --package labpipe --package labpipe-kernels --features labpipe/wgpu,labpipe-kernels/cuda-source "$@"; }
 tests --test cube_kernels --test cube_quantize --test burn_linear
 # One thread: what one test launches while another records a step would be recorded too.
 tests --test families --test damaged_weights --test survey -- --test-threads 1

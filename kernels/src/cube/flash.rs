@@ -50,7 +50,7 @@ fn stage<A: Float>(
 /// # Shapes
 /// `q`, `out` `[n, n_heads·head_dim]` as words of two, `keys`, `values` `[n_kv_heads, capacity, head_dim]` in vectors of eight;
 /// `state` holds the position of the first query. A cube's y position is a head.
-#[cube(launch_unchecked, create_dummy_kernel)]
+#[cube(launch_unchecked)]
 #[allow(clippy::too_many_arguments)]
 pub fn flash_attention_kernel<A: Float>(
     q: &[u32],

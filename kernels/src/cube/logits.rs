@@ -18,7 +18,7 @@ fn read_clock(clock: &mut [u32], entry: u32) {
 }
 
 /// Writes when it runs, in nanoseconds of the device's clock, as a clock's first reading. NVIDIA only.
-#[cube(launch_unchecked, create_dummy_kernel)]
+#[cube(launch_unchecked)]
 pub fn stamp_kernel(clock: &mut [u32]) {
     if ABSOLUTE_POS == 0 {
         read_clock(clock, 0u32);
@@ -33,7 +33,7 @@ pub fn stamp_kernel(clock: &mut [u32]) {
 /// # Shapes
 /// `logits` `[n]`, `state` as the `STATE_` constants say, `clock` two words a reading, `found` `[n_cubes, 2]`: a part's largest logit
 /// and where it is; `counter` one word, zero before and after.
-#[cube(launch_unchecked, create_dummy_kernel)]
+#[cube(launch_unchecked)]
 #[expect(clippy::too_many_arguments, reason = "a kernel's buffers and sizes")]
 pub fn choose_kernel(
     logits: &[f32],

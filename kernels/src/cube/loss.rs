@@ -147,7 +147,7 @@ fn to_one(exponent: u32) -> f32 {
 ///
 /// # Shapes
 /// `raw` and `decoded` `[n_values]`; `sums` `[n, 4]` from `first` on: the sum of (difference / 2^e)², e + 127, and the same of `raw`.
-#[cube(launch_unchecked, create_dummy_kernel)]
+#[cube(launch_unchecked)]
 pub fn loss_kernel(
     raw: &[u32],
     decoded: &[f32],

@@ -65,25 +65,12 @@ mod recording {
         result.result().map_err(|error| OverlapError::Call(format!("{what}: {error:?}")))
     }
 
-    /// Returns true where kernels are compiled so that they can overlap.
-    pub fn is_known(client: &Client) -> bool {
-        if client.name() != "cuda" {
-            return false;
-        }
-        let (mut version, mut major) = (0, 0);
-        let index = client.service_id().device.index_id;
-        // SAFETY: each writes one integer, which outlives the call.
-        let asked = unsafe {
-            driver::cuDriverGetVersion(&mut version).result().and(
-                driver::cuDeviceGetAttribute(
-                    &mut major,
-                    driver::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR,
-                    i32::from(index),
-                )
-                .result(),
-            )
-        };
-        asked.is_ok() && version >= MIN_DRIVER_VERSION && major >= 9
+    /// Returns true if the driver has dependencies of this kind.
+    pub(super) fn driver_has_dependencies() -> bool {
+        let mut version = 0;
+        // SAFETY: writes one integer, which outlives the call.
+        let asked = unsafe { driver::cuDriverGetVersion(&mut version).result() };
+        asked.is_ok() && version >= MIN_DRIVER_VERSION
     }
 
     /// Lets the launches recorded so far overlap where the later of two waits by itself; returns how many do. Called between the
@@ -168,10 +155,19 @@ mod recording {
 }
 
 #[cfg(feature = "cuda")]
-pub use recording::{OverlapError, is_known, overlap};
+pub use recording::{OverlapError, overlap};
 
-/// Returns false: no runtime but CUDA's has it.
+/// Returns true where kernels are compiled so that they can overlap: on CUDA devices of compute capability 9.0 and up, which are those
+/// with clusters, under a driver that records such dependencies.
+pub fn is_known(client: &cubecl::client::Client) -> bool {
+    client.name() == "cuda" && client.features().cube_cluster && driver_has_dependencies()
+}
+
+#[cfg(feature = "cuda")]
+use recording::driver_has_dependencies;
+
+/// Returns true: without a driver kernels are compiled and never run.
 #[cfg(not(feature = "cuda"))]
-pub fn is_known(_client: &cubecl::client::Client) -> bool {
-    false
+fn driver_has_dependencies() -> bool {
+    true
 }

@@ -81,7 +81,7 @@ pub fn read(raw: &[u32], at: u32, #[comptime] reading: Reading) -> f32 {
 ///
 /// # Shapes
 /// `absmax` `[n_values / len]` from `first` on; `lanes` units share a run, `UNITS / lanes` runs a cube.
-#[cube(launch_unchecked, create_dummy_kernel)]
+#[cube(launch_unchecked)]
 pub fn absmax_kernel(
     raw: &[u32],
     absmax: &mut [f32],
@@ -142,7 +142,7 @@ fn count_below(thresholds: &[f32], value: f32, #[comptime] n: u32) -> u32 {
 ///
 /// # Shapes
 /// `raw` a tile of `n_values`, which starts a block; `absmax` a value a block of the whole matrix.
-#[cube(launch_unchecked, create_dummy_kernel)]
+#[cube(launch_unchecked)]
 pub fn codebook_codes_kernel(
     raw: &[u32],
     absmax: &[f32],
@@ -190,7 +190,7 @@ pub fn codebook_codes_kernel(
 /// # Shapes
 /// `absmax` `[n]`; `nested` an absmax a 256 of them from `first_nested` on, `middles` the 255 points halfway between neighbours of the
 /// dynamic map, `aux` from `first_word` on.
-#[cube(launch_unchecked, create_dummy_kernel)]
+#[cube(launch_unchecked)]
 pub fn nested_codes_kernel(
     absmax: &[f32],
     nested: &[f32],
@@ -229,7 +229,7 @@ pub fn nested_codes_kernel(
 ///
 /// # Shapes
 /// `raw` a tile of whole rows, the first of them `first_row`; `absmax` a value a row.
-#[cube(launch_unchecked, create_dummy_kernel)]
+#[cube(launch_unchecked)]
 pub fn int8_codes_kernel(
     raw: &[u32],
     absmax: &[f32],
@@ -263,7 +263,7 @@ pub fn int8_codes_kernel(
 ///
 /// # Shapes
 /// `raw` a tile of `n_rows` whole rows; `aux` a word a group from `first` on.
-#[cube(launch_unchecked, create_dummy_kernel)]
+#[cube(launch_unchecked)]
 pub fn int4_stats_kernel(
     raw: &[u32],
     aux: &mut [u32],
@@ -307,7 +307,7 @@ pub fn int4_stats_kernel(
 ///
 /// # Shapes
 /// `raw` a tile of `n_rows` whole rows, whose groups' statistics start at `first_stat`; `codes` from `first_word` on.
-#[cube(launch_unchecked, create_dummy_kernel)]
+#[cube(launch_unchecked)]
 pub fn int4_codes_kernel(
     raw: &[u32],
     aux: &[u32],
@@ -352,7 +352,7 @@ pub fn int4_codes_kernel(
 ///
 /// # Shapes
 /// `raw` a tile of `n_values`; `out` from `first_word` on.
-#[cube(launch_unchecked, create_dummy_kernel)]
+#[cube(launch_unchecked)]
 pub fn convert_kernel(raw: &[u32], out: &mut [u32], n_values: u32, first_word: u32, #[comptime] reading: Reading) {
     let word_at = ABSOLUTE_POS as u32;
     if comptime!(reading.base == Element::F32) {

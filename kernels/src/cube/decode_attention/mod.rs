@@ -204,7 +204,7 @@ fn share_out(
 /// `qkv` `[(n_heads + 2·n_kv_heads)·head_dim]` f32 before rotation, `table` `[capacity, head_dim / 2, 2]`, `keys`, `values`
 /// `[n_kv_heads, capacity, head_dim]` in vectors, `partial` as [`combine`] reads it, `out` `[n_heads·head_dim]`, `counters`
 /// `[cubes in x]`, zero before and after.
-#[cube(launch_unchecked, create_dummy_kernel)]
+#[cube(launch_unchecked)]
 #[expect(clippy::too_many_arguments, reason = "a kernel's buffers and sizes")]
 pub fn decode_attention_kernel<C: Float, W: Size>(
     qkv: &[f32],

@@ -123,7 +123,7 @@ impl GemvSpec {
 /// # Shapes
 /// `codes` the packed matrix `[n_rows, n_cols]` in vectors of words, `x` `[m, n_cols]`, `norm_weight` `[n_cols]` in vectors, `bias`
 /// `[n_rows]`, `y` `[m, n_rows]` (`[m, n_rows / 2]` where rows are paired).
-#[cube(launch_unchecked, create_dummy_kernel)]
+#[cube(launch_unchecked)]
 #[expect(clippy::too_many_arguments, reason = "a kernel's buffers and sizes")]
 pub fn gemv_kernel<S: Fragments, V: Size>(
     codes: &[Vector<u32, V>],
