@@ -3,6 +3,7 @@
 #![cfg(feature = "burn-cube")]
 
 use burn::tensor::{DType, Device, Int, Tensor, TensorData};
+use labpipe_kernels::burn_ext::row_ops;
 use labpipe_kernels::burn_ext::{DeviceWeight, LargeProducts, StoredWeight, exact_matmul, stored_linear, stored_rows};
 use labpipe_kernels::cube::DeviceMatrix;
 use labpipe_kernels::dense::DenseType;
@@ -162,4 +163,73 @@ fn a_weight_that_lies_elsewhere_is_an_error() {
     assert!(error.to_string().contains("multiply activations on"), "{error}");
     let on_host = Arc::new(StoredWeight::Host(weight));
     assert!(stored_linear(x(&Device::new(cube)), &on_host).is_err());
+}
+
+#[test]
+fn norms_rotations_and_attention_are_what_their_formulae_say() {
+    let device = Device::new(cubecl::Device::default());
+    let (n, n_heads, n_kv_heads, head_dim, rotary_dim) = (5, 6, 2, 24, 16);
+    let tensor = |values: Vec<f32>, shape: [usize; 2]| Tensor::<2>::from_data(TensorData::new(values, shape), &device);
+
+    let (x, weight) = (values(n * 144, 1), values(144, 2));
+    let want: Vec<f32> = x
+        .chunks_exact(144)
+        .flat_map(|row| {
+            let mean = row.iter().map(|v| f64::from(*v).powi(2)).sum::<f64>() / 144.0;
+            let scale = 1.0 / (mean + 1e-5).sqrt();
+            row.iter().zip(&weight).map(move |(v, w)| (f64::from(*v) * scale * f64::from(*w)) as f32)
+        })
+        .collect();
+    let got = read(row_ops::rms_norm(tensor(x.clone(), [n, 144]), tensor(weight.clone(), [1, 144]), 1e-5));
+    assert!(relative_error(&got, &want) < 1e-6, "norms: {:.2e}", relative_error(&got, &want));
+
+    // Angles of position i and pair j, the sines negated in the first half.
+    let angle = |i: usize, j: usize| 0.3 * i as f32 + 0.7 * (j % (rotary_dim / 2)) as f32;
+    let table = |f: &dyn Fn(usize, usize) -> f32| -> Tensor<3> {
+        let values: Vec<f32> = (0..n * rotary_dim).map(|at| f(at / rotary_dim, at % rotary_dim)).collect();
+        Tensor::from_data(TensorData::new(values, [n, 1, rotary_dim]), &device)
+    };
+    let cos = table(&|i, j| angle(i, j).cos());
+    let sin = table(&|i, j| if j < rotary_dim / 2 { -angle(i, j).sin() } else { angle(i, j).sin() });
+    let want: Vec<f32> = (0..n * 144)
+        .map(|at| {
+            let (i, dim, half) = (at / 144, at % head_dim, rotary_dim / 2);
+            match dim {
+                dim if dim < half => x[at] * angle(i, dim).cos() - x[at + half] * angle(i, dim).sin(),
+                dim if dim < rotary_dim => x[at] * angle(i, dim).cos() + x[at - half] * angle(i, dim).sin(),
+                _ => x[at],
+            }
+        })
+        .collect();
+    let got = read(row_ops::rotate(tensor(x.clone(), [n, 144]), cos, sin, head_dim));
+    assert!(relative_error(&got, &want) < 1e-6, "rotations: {:.2e}", relative_error(&got, &want));
+
+    // Queries from position 3 on over 8 keys; the last case sees three keys each and caps its scores.
+    let (k, v) = (values(8 * 48, 4), values(8 * 48, 5));
+    for (soft_cap, window) in [(None, None), (Some(0.2f32), Some(3))] {
+        let sizes = row_ops::Attention { n_heads, n_kv_heads, head_dim, scale: 2.0, soft_cap, window };
+        let position = Tensor::<1, Int>::from_data(TensorData::new(vec![3i32], [1]), &device);
+        let [q, keys, sums] = [tensor(x.clone(), [n, 144]), tensor(k.clone(), [8, 48]), tensor(v.clone(), [8, 48])];
+        let got = read(row_ops::attention(q, keys, sums, position, sizes));
+        let mut want = Vec::new();
+        for i in 0..n {
+            for head in 0..n_heads {
+                let kv = head / (n_heads / n_kv_heads) * head_dim;
+                let first = window.map_or(0, |window| (3 + i + 1usize).saturating_sub(window));
+                let score = |key: usize| {
+                    let at = i * 144 + head * head_dim;
+                    let dot: f32 = (0..head_dim).map(|d| x[at + d] * k[key * 48 + kv + d]).sum();
+                    soft_cap.map_or(2.0 * dot, |cap| cap * (2.0 * dot / cap).tanh())
+                };
+                let weights: Vec<f32> = (first..=3 + i).map(|key| score(key).exp()).collect();
+                let total: f32 = weights.iter().sum();
+                want.extend((0..head_dim).map(|d| {
+                    let sum: f32 = (first..).zip(&weights).map(|(key, w)| w * v[key * 48 + kv + d]).sum();
+                    sum / total
+                }));
+            }
+        }
+        let error = relative_error(&got, &want);
+        assert!(error < 2e-6, "attention, window {window:?}: {error:.2e}");
+    }
 }

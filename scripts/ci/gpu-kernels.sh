@@ -15,4 +15,6 @@ tests --test families --test damaged_weights --test survey -- --test-threads 1
 tests --lib -- --test-threads 1 gpu:: simd:: weight:: schemes:: strips:: token::
 tests --test engine_reference -- --test-threads 1 logits greedy longer
 # The other path through the device: burn's operations, for every family and scheme.
-LABPIPE_TEST_EXECUTION=burn tests --test families --test engine_reference -- --test-threads 1 logits greedy longer
+export LABPIPE_TEST_EXECUTION=burn
+tests --test families -- --test-threads 1
+tests --test engine_reference -- --test-threads 1 logits greedy longer decode

@@ -6,6 +6,8 @@ use super::spec::{AttentionSpec, ModelSpec};
 use crate::units::DType;
 use burn::tensor::{Device, Int, Tensor, TensorData, activation};
 use labpipe_kernels::burn_ext::exact_matmul;
+#[cfg(any(feature = "cuda", feature = "wgpu"))]
+use labpipe_kernels::burn_ext::row_ops::Attention;
 
 /// Queries handled at once: bounds the scores to n_heads · 128 · n_keys values.
 pub const QUERY_CHUNK: usize = 128;
@@ -17,6 +19,11 @@ pub struct AttentionPlan {
     chunks: Vec<QueryChunk>,
     /// Where the pass's one token belongs, where only the device knows it.
     position: Option<Tensor<1, Int>>,
+    /// Position of the first token, `[1]`.
+    #[cfg(any(feature = "cuda", feature = "wgpu"))]
+    first_position: Tensor<1, Int>,
+    #[cfg(any(feature = "cuda", feature = "wgpu"))]
+    window: Option<usize>,
 }
 
 /// Cosines and sines of a pass's positions.
@@ -30,7 +37,6 @@ struct Rotation {
 pub struct StepTables {
     /// `None` where queries and keys are not rotated; else of `capacity` positions.
     rotation: Option<Rotation>,
-    keys: Tensor<1, Int>, // [capacity], 0, 1, 2, ..
     window: Option<usize>,
 }
 
@@ -39,7 +45,7 @@ impl StepTables {
     /// Prepares steps up to `capacity` tokens.
     pub fn new(spec: &AttentionSpec, capacity: usize, device: &Device) -> StepTables {
         let rotation = spec.rope.as_ref().map(|rope| Rotation::new(rope, 0, capacity, device));
-        StepTables { rotation, keys: Tensor::arange(0..capacity as i64, device), window: spec.window }
+        StepTables { rotation, window: spec.window }
     }
 }
 
@@ -59,36 +65,54 @@ impl AttentionPlan {
         let chunk = |first| QueryChunk::new(n_past, first, n, spec.window, device);
         let chunks = (0..n).step_by(QUERY_CHUNK).map(chunk).collect();
         let rotation = spec.rope.as_ref().map(|rope| Rotation::new(rope, n_past, n, device));
-        AttentionPlan { rotation, chunks, position: None }
+        AttentionPlan {
+            rotation,
+            chunks,
+            position: None,
+            #[cfg(any(feature = "cuda", feature = "wgpu"))]
+            first_position: Tensor::from_data(TensorData::new(vec![n_past as i32], [1]), device),
+            #[cfg(any(feature = "cuda", feature = "wgpu"))]
+            window: spec.window,
+        }
     }
 
     /// Prepares a pass of one token at `position`, `[1]`, over a whole cache: nothing of it depends on the host, so that it can be
     /// recorded and replayed.
     #[cfg(any(feature = "cuda", feature = "wgpu"))]
     pub fn of_step(tables: &StepTables, position: &Tensor<1, Int>) -> AttentionPlan {
-        let capacity = tables.keys.dims()[0];
         let row = |table: &Tensor<3>| table.clone().select(0, position.clone());
-        let later = tables.keys.clone().greater(position.clone());
-        let unseen = match tables.window {
-            None => later,
-            Some(window) => {
-                let before = position.clone().sub_scalar(window as i64);
-                later.bool_or(tables.keys.clone().lower_equal(before))
-            }
-        };
-        let mask = Tensor::<1>::zeros([capacity], &position.device()).mask_fill(unseen, f32::NEG_INFINITY);
-        let chunk = QueryChunk {
-            first: 0,
-            n: 1,
-            first_key: 0,
-            end_key: capacity,
-            mask: Some(mask.reshape([1, 1, 1, capacity])),
-        };
         let rotation = tables.rotation.as_ref();
         AttentionPlan {
             rotation: rotation.map(|rotation| Rotation { cos: row(&rotation.cos), sin: row(&rotation.sin) }),
-            chunks: vec![chunk],
+            chunks: Vec::new(),
             position: Some(position.clone()),
+            first_position: position.clone(),
+            window: tables.window,
+        }
+    }
+
+    /// Returns the position of the first token, `[1]`.
+    #[cfg(any(feature = "cuda", feature = "wgpu"))]
+    pub fn first_position(&self) -> Tensor<1, Int> {
+        self.first_position.clone()
+    }
+
+    /// Returns cosines and sines of the pass's positions, each `[n, 1, rotary_dim]`; `None` where nothing is rotated.
+    #[cfg(any(feature = "cuda", feature = "wgpu"))]
+    pub fn tables(&self) -> Option<[Tensor<3>; 2]> {
+        self.rotation.as_ref().map(|rotation| [rotation.cos.clone(), rotation.sin.clone()])
+    }
+
+    /// Returns what the kernel for attention needs to know.
+    #[cfg(any(feature = "cuda", feature = "wgpu"))]
+    pub fn kernel(&self, spec: &ModelSpec) -> Attention {
+        Attention {
+            n_heads: spec.n_heads,
+            n_kv_heads: spec.n_kv_heads,
+            head_dim: spec.head_dim,
+            scale: spec.block.attn_scale as f32,
+            soft_cap: spec.block.attn_softcap.map(|cap| cap as f32),
+            window: self.window,
         }
     }
 

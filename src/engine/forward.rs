@@ -10,6 +10,8 @@ use crate::inference::InferenceError;
 use crate::units::DType;
 use burn::backend::ExecutionError;
 use burn::tensor::{Device, Int, Tensor, TensorData, activation};
+#[cfg(any(feature = "cuda", feature = "wgpu"))]
+use labpipe_kernels::burn_ext::row_ops;
 use labpipe_kernels::burn_ext::{ElsewhereError, stored_linear, stored_rows};
 use std::ops::Range;
 
@@ -45,7 +47,8 @@ impl Executor {
         let n_past = cache.as_ref().map_or(0, |cache| cache.n_tokens());
         self.check(tokens, n_past)?;
         let ids: Vec<i32> = tokens.iter().map(|token| *token as i32).collect();
-        let x = self.embed(Tensor::from_data(TensorData::new(ids, [tokens.len()]), &self.device))?;
+        let ids = Tensor::from_data(TensorData::new(ids, [tokens.len()]), &self.device);
+        let x = self.embed(ids, self.compute)?;
         tap.output("model.embed_tokens", None, "embedding", &x)?;
         let plans = self.plans(n_past, tokens.len());
         let x = self.run_layers(0..self.spec.n_layers, x, &plans, cache.as_deref_mut(), tap)?;
@@ -86,6 +89,7 @@ impl Executor {
     }
 
     /// Runs one token, whose id `[1]` and place are tensors (see [`AttentionPlan::of_step`]), and returns its logits, `[1, vocab]` f32.
+    /// Activations stay in f32 whatever the compute dtype: products round what they take.
     ///
     /// # Errors
     /// `Device` where weights are elsewhere.
@@ -96,7 +100,7 @@ impl Executor {
         plans: &[AttentionPlan],
         cache: &mut KvCache,
     ) -> Result<Tensor<2>, InferenceError> {
-        let x = self.embed(token)?;
+        let x = self.embed(token, DType::F32)?;
         let x = self.run_layers(0..self.spec.n_layers, x, plans, Some(cache), &mut Tap::closed())?;
         self.logits(self.norm(x, &self.weights.final_norm))
     }
@@ -151,21 +155,57 @@ impl Executor {
         }
     }
 
-    fn embed(&self, ids: Tensor<1, Int>) -> Result<Tensor<2>, InferenceError> {
-        let x = self.in_compute(stored_rows(ids, &self.weights.embedding).map_err(elsewhere)?);
+    /// Returns embeddings in `dtype`, in which they are scaled where the model does, `[n, hidden]`.
+    fn embed(&self, ids: Tensor<1, Int>, dtype: DType) -> Result<Tensor<2>, InferenceError> {
+        let x = stored_rows(ids, &self.weights.embedding).map_err(elsewhere)?.cast(float_dtype(dtype));
         Ok(if self.spec.embedding_scale == 1.0 { x } else { x.mul_scalar(self.spec.embedding_scale) })
-    }
-
-    fn in_compute(&self, x: Tensor<2>) -> Tensor<2> {
-        if self.compute == DType::F32 { x } else { x.cast(float_dtype(self.compute)) }
     }
 
     /// RMSNorm (Zhang and Sennrich 2019), computed in f32.
     fn norm(&self, x: Tensor<2>, weight: &Tensor<2>) -> Tensor<2> {
-        let x = if self.compute == DType::F32 { x } else { x.cast(float_dtype(DType::F32)) };
-        let mean_square = x.clone().square().mean_dim(1);
-        let scale = mean_square.add_scalar(self.spec.block.norm_eps).sqrt().recip();
-        self.in_compute(x.mul(scale).mul(weight.clone()))
+        let (dtype, eps) = (x.dtype(), self.spec.block.norm_eps);
+        #[cfg(any(feature = "cuda", feature = "wgpu"))]
+        if self.is_on_device() {
+            return row_ops::rms_norm(x, weight.clone(), eps as f32);
+        }
+        let x = x.cast(float_dtype(DType::F32));
+        let scale = x.clone().square().mean_dim(1).add_scalar(eps).sqrt().recip();
+        x.mul(scale).mul(weight.clone()).cast(dtype)
+    }
+
+    /// Returns true where the weights are on a device of burn's cubecl backend, which has kernels for operations over rows.
+    #[cfg(any(feature = "cuda", feature = "wgpu"))]
+    fn is_on_device(&self) -> bool {
+        self.weights.embedding.as_host().is_none()
+    }
+
+    /// Returns attention in the type of the queries.
+    ///
+    /// # Shapes
+    /// As [`attend`].
+    fn attend(&self, q: Tensor<2>, k: Tensor<2>, v: Tensor<2>, plan: &AttentionPlan) -> Tensor<2> {
+        // In f32 the kernel for many queries is slower than products of matrices.
+        #[cfg(any(feature = "cuda", feature = "wgpu"))]
+        if self.is_on_device() && (q.dims()[0] == 1 || self.compute != DType::F32) {
+            return row_ops::attention(q, k, v, plan.first_position(), plan.kernel(&self.spec));
+        }
+        let dtype = q.dtype();
+        attend(q, k, v, &self.spec, plan, self.compute == DType::F32).cast(dtype)
+    }
+
+    /// Rotates each head by its position.
+    ///
+    /// # Shapes
+    /// As [`rotate`].
+    fn rotate(&self, x: Tensor<2>, n_heads: usize, plan: &AttentionPlan) -> Tensor<2> {
+        #[cfg(any(feature = "cuda", feature = "wgpu"))]
+        if self.is_on_device() {
+            return match plan.tables() {
+                Some([cos, sin]) => row_ops::rotate(x, cos, sin, self.spec.head_dim),
+                None => x,
+            };
+        }
+        rotate(x, n_heads, plan)
     }
 
     /// Normalizes as many values at a time as there are weights: each head, or the whole projection.
@@ -278,13 +318,13 @@ impl Executor {
             k = self.norm_heads(k, k_norm);
             tap.output(&name(self.spec.norm_name(NormRole::K)), layer, "norm", &k)?;
         }
-        let q = rotate(q, self.spec.n_heads, plan);
-        let k = rotate(k, self.spec.n_kv_heads, plan);
+        let q = self.rotate(q, self.spec.n_heads, plan);
+        let k = self.rotate(k, self.spec.n_kv_heads, plan);
         let (k, v) = match cache {
             Some(cache) => cache.append(layer_idx, k, v, plan.position()),
             None => (k, v),
         };
-        let attended = self.in_compute(attend(q, k, v, &self.spec, plan, self.compute == DType::F32));
+        let attended = self.attend(q, k, v, plan);
         let (attn_name, o_name) = (name("self_attn.attn"), name("self_attn.o_proj"));
         tap.output(&attn_name, layer, "attn", &attended)?;
         tap.shared_input(&o_name, layer, "o_proj", &Source { module: &attn_name, op: "attn" }, &attended)?;

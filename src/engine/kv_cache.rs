@@ -101,10 +101,11 @@ impl KvCache {
     ) -> (Tensor<2>, Tensor<2>) {
         let n = k.dims()[0];
         let range = self.n_tokens..self.n_tokens + n;
+        let dtype = self.dtype;
         let [keys, values] = &mut self.layers[layer_idx];
         // The cache's tensors are owned alone at this point, so that the assignment writes in place.
         let write = |slot: &mut Option<Tensor<2>>, new: Tensor<2>| {
-            let owned = slot.take().expect(WRITTEN);
+            let (owned, new) = (slot.take().expect(WRITTEN), new.cast(float_dtype(dtype)));
             if let Some(position) = position {
                 let written = owned.select_assign(0, position.clone(), new, IndexingUpdateOp::Assign);
                 return slot.insert(written).clone();

@@ -35,7 +35,7 @@ fn device(weight: &StoredWeight) -> &DeviceWeight {
     }
 }
 
-fn element(dtype: DType) -> Element {
+pub(super) fn element(dtype: DType) -> Element {
     match dtype {
         DType::F32 | DType::Flex32 => Element::F32,
         DType::F16 => Element::F16,
@@ -53,7 +53,7 @@ fn float_type(dtype: DType) -> FloatDType {
 }
 
 /// Allocates a tensor whose rows lie one after the other.
-fn empty_like(x: &CubeTensor, shape: [usize; 2], dtype: DType) -> CubeTensor {
+pub(super) fn empty_like(x: &CubeTensor, shape: [usize; 2], dtype: DType) -> CubeTensor {
     empty_device_contiguous_dtype(x.client.clone(), x.device.clone(), Shape::new(shape), dtype)
 }
 
@@ -71,7 +71,8 @@ impl StoredLinear for Cube {
             cube::outlier_linear(&x.client, matrix, element, threshold, &x.handle, &y.handle, m);
             return y;
         }
-        if element != Element::F32 && m <= MAX_ROWS as usize && cube::gemv_fits(&x.client, matrix, m, false) {
+        let may_round = element != Element::F32 || weight.rounds_few_rows();
+        if may_round && m <= MAX_ROWS as usize && cube::gemv_fits(&x.client, matrix, m, false) {
             return few_rows(x, matrix, m);
         }
         if m >= LARGE_ROWS {

@@ -14,6 +14,7 @@ pub struct DeviceWeight {
     matrix: DeviceMatrix,
     device: CubeDevice,
     outlier_threshold: Option<f32>,
+    rounds_few_rows: bool,
     large: Arc<LargeProducts>,
 }
 
@@ -25,7 +26,18 @@ impl DeviceWeight {
         outlier_threshold: Option<f32>,
         large: Arc<LargeProducts>,
     ) -> DeviceWeight {
-        DeviceWeight { matrix, device, outlier_threshold, large }
+        DeviceWeight { matrix, device, outlier_threshold, rounds_few_rows: false, large }
+    }
+
+    /// Lets products with a few rows of f32 round those to halves, as tensor cores take them: where a model computes in halves, and
+    /// single tokens are only kept in f32 between its products.
+    #[must_use]
+    pub fn rounding_few_rows(self, rounds_few_rows: bool) -> DeviceWeight {
+        DeviceWeight { rounds_few_rows, ..self }
+    }
+
+    pub(super) fn rounds_few_rows(&self) -> bool {
+        self.rounds_few_rows
     }
 
     pub fn matrix(&self) -> &DeviceMatrix {

@@ -10,6 +10,8 @@ mod cube;
 mod device_weight;
 mod flex;
 mod host;
+#[cfg(feature = "burn-cube")]
+pub mod row_ops;
 mod stored_weight;
 
 #[cfg(feature = "burn-cube")]

@@ -178,7 +178,7 @@ macro_rules! with_elements {
         }
     };
 }
-pub(super) use with_elements;
+pub(super) use {with_element, with_elements};
 
 /// Buffer of a known number of elements.
 ///

@@ -3,9 +3,10 @@
 
 use super::rows::device_error;
 use super::weights::Loading;
-use crate::engine::weights::{Placing, WeightReader};
+use crate::engine::weights::{Placing, WeightReader, compute_dtype};
 use crate::event::Progress;
 use crate::inference::InferenceError;
+use crate::units::DType;
 use cubecl::client::Client;
 use labpipe_kernels::burn_ext::{DeviceWeight, LargeProducts, StoredWeight};
 use labpipe_kernels::cube::DeviceMatrix;
@@ -17,6 +18,8 @@ pub struct OnDevice<'a> {
     device: cubecl::Device,
     loading: Loading<'a>,
     large: Arc<LargeProducts>,
+    /// The model computes in halves.
+    is_half: bool,
 }
 
 impl<'a> OnDevice<'a> {
@@ -27,12 +30,14 @@ impl<'a> OnDevice<'a> {
         large: Arc<LargeProducts>,
         progress: &'a dyn Progress,
     ) -> OnDevice<'a> {
-        OnDevice { device: device.clone(), loading: Loading::new(client, reader, progress), large }
+        let is_half = compute_dtype(reader.recipe) != DType::F32;
+        OnDevice { device: device.clone(), loading: Loading::new(client, reader, progress), large, is_half }
     }
 
     fn placed(&self, matrix: DeviceMatrix, outlier_threshold: Option<f32>) -> StoredWeight {
         let large = Arc::clone(&self.large);
-        StoredWeight::Device(DeviceWeight::new(matrix, self.device.clone(), outlier_threshold, large))
+        let weight = DeviceWeight::new(matrix, self.device.clone(), outlier_threshold, large);
+        StoredWeight::Device(weight.rounding_few_rows(self.is_half))
     }
 
     /// Copies what the host made.
