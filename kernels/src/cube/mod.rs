@@ -12,8 +12,6 @@
 )]
 
 mod attention;
-#[cfg(feature = "cuda")]
-pub mod cublas;
 pub mod decode;
 pub mod decode_attention;
 mod dequantize;
@@ -30,16 +28,17 @@ mod loader;
 pub mod logits;
 pub mod loss;
 mod matrix;
-#[cfg(feature = "cuda")]
-pub mod nvidia;
 pub mod ops;
 pub mod overlap;
+mod paths;
 pub mod quantize;
 mod reduce;
 mod staging;
 mod tensor_core;
 mod tile;
 
+#[cfg(feature = "cuda")]
+pub use crate::cuda::{cublas, parts as nvidia};
 pub use form::{FileMatrix, Form};
 pub use launch::{
     Element, Place, Residual, add_bias, add_norm, embed, gate, gate_columns, linear, linear_add, soft_cap,
@@ -50,4 +49,5 @@ pub use launch_logits::{ChooseScratch, choose, has_clock, score, stamp};
 pub use loader::{MatrixLoader, kept};
 pub use loss::{LOSS_BUDGET, Loss, LossMeter, measuring_bytes};
 pub use matrix::{DeviceMatrix, Kind};
+pub use paths::{NotTaken, Paths};
 pub use tensor_core::{Gemv, Norm, Tuning, flash_attention, flash_fits, gemv, gemv_fits};

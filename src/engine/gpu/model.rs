@@ -11,7 +11,7 @@ use crate::inference::{
     CaptureFilter, CaptureSink, Decoded, InferenceError, Model, ModelInfo, Prefilled, TakeLogits, TokenScore, argmax,
     check_targets, run_for_scores,
 };
-use labpipe_kernels::cube::{self, Element};
+use labpipe_kernels::cube::{self, Element, NotTaken, Paths};
 use std::ops::Range;
 use std::time::Instant;
 
@@ -35,6 +35,14 @@ pub struct GpuModel {
 impl GpuModel {
     pub fn new(info: ModelInfo, passes: Passes, room: Room) -> GpuModel {
         GpuModel { info, passes, cache: None, decoder: None, room, next_token: None }
+    }
+
+    /// Returns which of the device's fast ways passes and steps take, as far as was tried.
+    #[allow(dead_code, reason = "for records and warnings, which are made elsewhere")]
+    pub fn paths(&self) -> Paths {
+        let untried = (Err(NotTaken::Untried), Err(NotTaken::Untried));
+        let (recorded, overlapped) = self.decoder.as_ref().map_or(untried, Decoder::recorded);
+        Paths { cublas: self.passes.products.cublas(), recorded, overlapped }
     }
 
     /// Makes room for `n_ctx` tokens and empties the cache.
