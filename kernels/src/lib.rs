@@ -7,6 +7,8 @@
 pub mod burn_ext;
 #[cfg(feature = "cube")]
 pub mod cube;
+#[cfg(feature = "cuda")]
+pub mod cuda;
 pub mod dense;
 mod error;
 pub mod schemes;

@@ -11,7 +11,7 @@ pub struct Execution {
     /// Why the fused path was not taken, where it was not asked for either way.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub fallback: Option<String>,
-    /// What multiplies many rows at once: `cuBLAS`, `burn's matmul`, `cubecl kernels`, `gemm`.
+    /// What multiplies many rows at once: `cuBLAS 13.0.2`, `burn's matmul`, `cubecl kernels`, `gemm`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub products: Option<String>,
     /// How single tokens went through the model: `recorded, overlapped`, `recorded`, `launched one by one`, `host slices`,

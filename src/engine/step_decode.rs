@@ -173,7 +173,7 @@ impl StepDecoder {
 }
 
 fn reason(error: &ExecutionError) -> String {
-    format!("the device does not record a step: {error:?}")
+    format!("decode without a recorded graph, which is slower: {error:?}")
 }
 
 fn ids(tensor: Tensor<1, Int>) -> Result<Vec<u32>, InferenceError> {

@@ -96,13 +96,23 @@ impl LargeProducts {
         }
     }
 
-    /// Returns why cuBLAS does not multiply; nothing where it does.
-    pub fn without_cublas(&self) -> Option<String> {
-        self.without_cublas.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    /// Returns the version of the cuBLAS that multiplies, or why there is none.
+    ///
+    /// # Errors
+    /// The reason.
+    pub fn cublas(&self) -> Result<String, String> {
+        if let Some(reason) = self.without_cublas.lock().unwrap_or_else(PoisonError::into_inner).clone() {
+            return Err(reason);
+        }
+        #[cfg(feature = "cuda")]
+        if let Some(blas) = &*self.blas.lock().unwrap_or_else(PoisonError::into_inner) {
+            return Ok(blas.version.clone());
+        }
+        Err("it was not opened".to_owned())
     }
 
     /// Runs `multiply` with cuBLAS, where it is; false where it is not, or failed: then it is not asked again, and
-    /// [`without_cublas`](Self::without_cublas) says why.
+    /// [`cublas`](Self::cublas) says why.
     #[cfg(feature = "cuda")]
     pub(super) fn by_cublas(
         &self,

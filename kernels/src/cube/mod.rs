@@ -12,8 +12,6 @@
 )]
 
 mod attention;
-#[cfg(feature = "cuda")]
-pub mod cublas;
 pub mod decode;
 pub mod decode_attention;
 mod dequantize;
@@ -30,11 +28,10 @@ mod loader;
 pub mod logits;
 pub mod loss;
 mod matrix;
-#[cfg(feature = "cuda")]
-pub mod nvidia;
 pub mod ops;
 pub mod outliers;
 pub mod overlap;
+mod paths;
 pub mod quantize;
 mod reduce;
 mod rows;
@@ -42,6 +39,8 @@ mod staging;
 mod tensor_core;
 mod tile;
 
+#[cfg(feature = "cuda")]
+pub use crate::cuda::{cublas, parts as nvidia};
 pub use form::{FileMatrix, Form};
 pub use launch::{
     Element, Place, Residual, add_bias, add_norm, embed, gate, gate_columns, linear, linear_add, soft_cap,
@@ -53,5 +52,6 @@ pub use loader::{MatrixLoader, kept};
 pub use loss::{LOSS_BUDGET, Loss, LossMeter, measuring_bytes};
 pub use matrix::{DeviceMatrix, Kind};
 pub use outliers::outlier_linear;
+pub use paths::{NotTaken, Paths};
 pub use rows::{rms_norm, rotate};
 pub use tensor_core::{Gemv, Norm, Tuning, flash_attention, flash_fits, gemv, gemv_fits};

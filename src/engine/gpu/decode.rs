@@ -15,7 +15,9 @@ use cubecl::client::{Client, Graph};
 use cubecl::server::Handle;
 use labpipe_kernels::cube::gemv::Epilogue;
 use labpipe_kernels::cube::ops::{STATE_HISTORY, STATE_POSITION, STATE_TOKEN};
-use labpipe_kernels::cube::{self, ChooseScratch, DecodeScratch, Element, Gemv, Norm, Place, Residual, Tuning};
+use labpipe_kernels::cube::{
+    self, ChooseScratch, DecodeScratch, Element, Gemv, Norm, NotTaken, Place, Residual, Tuning,
+};
 use std::time::Instant;
 
 /// The buffers of a step and its recording.
@@ -37,13 +39,10 @@ pub struct Decoder {
     clock: Option<Handle>,
     /// Words of the state: position, token, and as many chosen tokens as the cache has room for.
     n_state: usize,
-    graph: Option<Graph>,
-    /// Recording was tried.
-    is_settled: bool,
-    /// Launches of the recording overlap.
-    overlaps: bool,
-    /// What the device could do and refused: recording a step, letting its launches overlap.
-    refused: Vec<String>,
+    /// A step, recorded; why it is not.
+    graph: Result<Graph, NotTaken>,
+    /// How many of its launches overlap; why none does.
+    overlapped: Result<usize, NotTaken>,
 }
 
 impl Decoder {
@@ -85,10 +84,8 @@ impl Decoder {
             choice: ChooseScratch::new(client, spec.vocab_size),
             clock: cube::has_clock(client).then(|| client.empty(8 * n_state)),
             n_state,
-            graph: None,
-            is_settled: false,
-            overlaps: false,
-            refused: Vec::new(),
+            graph: Err(NotTaken::Untried),
+            overlapped: Err(NotTaken::Untried),
         }
     }
 
@@ -108,14 +105,14 @@ impl Decoder {
             return Ok(Vec::new());
         }
         let follows_length = cache.ropes.iter().any(super::rope::RopeTable::depends_on_length);
-        if !self.is_settled && !follows_length {
+        if matches!(self.graph, Err(NotTaken::Untried)) && !follows_length {
             self.set_state(&client, cache.n_tokens, token);
             self.record(passes, cache)?;
         }
         self.set_state(&client, cache.n_tokens, token);
         synchronize(&client)?;
         let durations = match &self.clock {
-            Some(clock) if self.graph.is_some() => self.replay(&client, clock, n_gen)?,
+            Some(clock) if self.graph.is_ok() => self.replay(&client, clock, n_gen)?,
             _ => self.step_by_step(passes, cache, n_gen)?,
         };
         cache.n_tokens += n_gen;
@@ -129,7 +126,7 @@ impl Decoder {
     fn replay(&self, client: &Client, clock: &Handle, n_gen: usize) -> Result<Vec<f64>, InferenceError> {
         cube::stamp(client, clock, 2 * self.n_state);
         for _ in 0..n_gen {
-            if let Some(graph) = &self.graph {
+            if let Ok(graph) = &self.graph {
                 // SAFETY: the buffers of all recorded launches live as long as `self`, the cache and the weights;
                 // replacing one of them makes a new decoder.
                 unsafe { graph.replay() }.map_err(device_error)?;
@@ -157,8 +154,8 @@ impl Decoder {
             let start = Instant::now();
             match &self.graph {
                 // SAFETY: as above.
-                Some(graph) => unsafe { graph.replay() }.map_err(device_error)?,
-                None => self.step(passes, cache),
+                Ok(graph) => unsafe { graph.replay() }.map_err(device_error)?,
+                Err(_) => self.step(passes, cache),
             }
             synchronize(client)?;
             durations.push(start.elapsed().as_secs_f64());
@@ -168,17 +165,12 @@ impl Decoder {
 
     /// Returns true where steps are timed by the device's clock: for records.
     pub fn is_timed_by_device(&self) -> bool {
-        self.clock.is_some() && self.graph.is_some()
+        self.clock.is_some() && self.graph.is_ok()
     }
 
-    /// Returns how steps run, and what the device refused.
-    pub fn path(&self) -> (&'static str, &[String]) {
-        let how = match (&self.graph, self.overlaps) {
-            (Some(_), true) => "recorded, overlapped",
-            (Some(_), false) => "recorded",
-            (None, _) => "launched one by one",
-        };
-        (how, &self.refused)
+    /// Returns whether steps are recorded, and how many of their launches overlap; why not.
+    pub fn recorded(&self) -> (Result<(), NotTaken>, Result<usize, NotTaken>) {
+        (self.graph.as_ref().map(|_| ()).map_err(Clone::clone), self.overlapped.clone())
     }
 
     fn check_logits(&self, client: &Client, vocab_size: usize) -> Result<(), InferenceError> {
@@ -199,43 +191,31 @@ impl Decoder {
 
     /// Records a step; where the device can't, steps are launched one by one.
     fn record(&mut self, passes: &Passes, cache: &GpuCache) -> Result<(), InferenceError> {
-        self.is_settled = true;
         let client = passes.client();
         if let Err(error) = client.graph_prepare() {
-            // wgpu records nothing: there it is no failure.
-            if client.name() == "cuda" {
-                self.refused.push(format!("a decoded token is not recorded: {error}"));
-            }
+            (self.graph, self.overlapped) = (Err(NotTaken::failed(&error)), Err(NotTaken::failed(&error)));
             return Ok(());
         }
         // Compiles every kernel and writes only what the first step writes again.
         self.step(passes, cache);
         synchronize(client)?;
-        let can_overlap = cube::overlap::is_known(client);
-        for overlap in [true, false].into_iter().filter(|overlap| !overlap || can_overlap) {
-            match self.recording(passes, cache, overlap) {
-                Ok(graph) => {
-                    (self.graph, self.overlaps) = (Some(graph), overlap);
-                    return Ok(());
-                }
-                Err(reason) if overlap => self.refused.push(format!("launches of a token do not overlap: {reason}")),
-                Err(reason) => self.refused.push(format!("a decoded token is not recorded: {reason}")),
-            }
-        }
+        let overlapping = cube::overlap::support(client).and_then(|()| self.recording(passes, cache, true));
+        (self.graph, self.overlapped) = match overlapping {
+            Ok((graph, n_early)) => (Ok(graph), Ok(n_early)),
+            Err(why) => (self.recording(passes, cache, false).map(|(graph, _)| graph), Err(why)),
+        };
         Ok(())
     }
 
-    /// Returns the recording of a step, whose launches begin early where they `overlap`, or why the device refused it.
-    fn recording(&self, passes: &Passes, cache: &GpuCache, overlap: bool) -> Result<Graph, String> {
+    /// Returns the recording of a step, and how many of its launches begin early, which they do where they are to `overlap`.
+    fn recording(&self, passes: &Passes, cache: &GpuCache, overlap: bool) -> Result<(Graph, usize), NotTaken> {
         let client = passes.client();
-        client.start_capture().map_err(|error| error.to_string())?;
+        client.start_capture().map_err(NotTaken::failed)?;
         self.step(passes, cache);
-        #[cfg(feature = "cuda")]
-        let overlapped = if overlap { cube::overlap::overlap(client).map(|_| ()) } else { Ok(()) };
-        #[cfg(not(feature = "cuda"))]
-        let overlapped: Result<(), String> = if overlap { Err("this build has no CUDA".to_owned()) } else { Ok(()) };
-        let graph = client.stop_capture().map_err(|error| error.to_string())?;
-        overlapped.map_err(|error| error.to_string()).map(|()| graph)
+        let n_early = if overlap { cube::overlap::overlap(client) } else { Ok(0) };
+        // A capture that was begun ends, also where its graph is of no use.
+        let graph = client.stop_capture().map_err(NotTaken::failed)?;
+        Ok((graph, n_early?))
     }
 
     /// Launches everything between a token and the next.

@@ -180,14 +180,16 @@ impl GpuEngine {
         super::decode::synchronize(&self.client)?;
         self.tidy();
         let is_cuda = self.client.name() == "cuda";
-        let without_cublas = large.without_cublas();
-        let products = if without_cublas.is_none() { "cuBLAS" } else { "burn's matmul" };
-        let slow =
-            without_cublas.filter(|_| is_cuda).map(|reason| format!("large products run without cuBLAS: {reason}"));
+        let cublas = large.cublas();
+        let products = cublas.as_ref().map_or("burn's matmul".to_owned(), |version| format!("cuBLAS {version}"));
+        let slow = cublas
+            .err()
+            .filter(|_| is_cuda)
+            .map(|reason| format!("multiply without cuBLAS, which is slower: {reason}"));
         let execution = Execution {
             path: "burn".to_owned(),
             fallback,
-            products: Some(products.to_owned()),
+            products: Some(products),
             decode: None,
             slow: slow.into_iter().collect(),
         };

@@ -12,7 +12,7 @@ use crate::inference::{
     CaptureFilter, CaptureSink, Decoded, InferenceError, Model, ModelInfo, Prefilled, TakeLogits, TokenScore, argmax,
     check_targets, run_for_scores,
 };
-use labpipe_kernels::cube::{self, Element};
+use labpipe_kernels::cube::{self, Element, NotTaken, Paths};
 use std::ops::Range;
 use std::time::Instant;
 
@@ -36,6 +36,13 @@ pub struct GpuModel {
 impl GpuModel {
     pub fn new(info: ModelInfo, passes: Passes, room: Room) -> GpuModel {
         GpuModel { info, passes, cache: None, decoder: None, room, next_token: None }
+    }
+
+    /// Returns which of the device's fast ways passes and steps take, as far as was tried.
+    pub fn paths(&self) -> Paths {
+        let untried = (Err(NotTaken::Untried), Err(NotTaken::Untried));
+        let (recorded, overlapped) = self.decoder.as_ref().map_or(untried, Decoder::recorded);
+        Paths { cublas: self.passes.products.cublas(), recorded, overlapped }
     }
 
     /// Makes room for `n_ctx` tokens and empties the cache.
@@ -186,16 +193,21 @@ impl Model for GpuModel {
     }
 
     fn execution(&self) -> Option<Execution> {
-        let (products, without_cublas) = self.passes.products.multiplier();
-        let decode = self.decoder.as_ref().map(Decoder::path);
-        let without_cublas = without_cublas.map(|reason| format!("large products run without cuBLAS: {reason}"));
-        let refused = decode.iter().flat_map(|(_, refused)| refused.iter().cloned());
+        let paths = self.paths();
+        let decode = match (&paths.recorded, &paths.overlapped) {
+            (Err(NotTaken::Untried), _) => None,
+            (Ok(()), Ok(_)) => Some("recorded, overlapped"),
+            (Ok(()), Err(_)) => Some("recorded"),
+            (Err(_), _) => Some("launched one by one"),
+        };
         Some(Execution {
             path: "fused".to_owned(),
             fallback: None,
-            products: Some(products.to_owned()),
-            decode: decode.map(|(how, _)| how.to_owned()),
-            slow: without_cublas.into_iter().chain(refused).collect(),
+            products: Some(
+                paths.cublas.as_ref().map_or("cubecl kernels".to_owned(), |version| format!("cuBLAS {version}")),
+            ),
+            decode: decode.map(str::to_owned),
+            slow: paths.warnings(),
         })
     }
 

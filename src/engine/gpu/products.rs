@@ -12,7 +12,7 @@ use cubecl::server::Handle;
 #[cfg(feature = "cuda")]
 use labpipe_kernels::cube::cublas::{Cublas, CublasError, Operand};
 use labpipe_kernels::cube::ops::Gate;
-use labpipe_kernels::cube::{self, DeviceMatrix, Element, Kind, Piece, Place};
+use labpipe_kernels::cube::{self, DeviceMatrix, Element, Kind, NotTaken, Piece, Place};
 use std::ops::Range;
 
 /// Bytes of decoded rows at most: they stay in L2 between the two kernels.
@@ -37,9 +37,7 @@ pub struct Products {
     /// What activations of whole sequences are stored in.
     pub element: Element,
     #[cfg(feature = "cuda")]
-    blas: Option<Cublas>,
-    /// Why there is no cuBLAS where it could be.
-    without_cublas: Option<String>,
+    blas: Result<Cublas, NotTaken>,
     /// Lets tests run the cuBLAS path without cuBLAS, in panels of so many bytes.
     test_panel_bytes: Option<usize>,
 }
@@ -75,32 +73,25 @@ struct Target<'a> {
 impl Products {
     /// Opens what the device has; without cuBLAS products are slower, not wrong.
     pub fn new(client: Client, element: Element) -> Products {
-        let mut products = Products::without_cublas(client, element);
-        #[cfg(feature = "cuda")]
-        if products.client.name() == "cuda" {
-            match Cublas::open(&products.client) {
-                Ok(blas) => products.blas = Some(blas),
-                Err(error) => products.without_cublas = Some(error.to_string()),
-            }
+        Products {
+            #[cfg(feature = "cuda")]
+            blas: if client.name() == "cuda" {
+                Cublas::open(&client).map_err(NotTaken::failed)
+            } else {
+                Err(NotTaken::Runtime)
+            },
+            test_panel_bytes: None,
+            client,
+            element,
         }
-        products
-    }
-
-    /// Returns what multiplies many rows, and why that is not cuBLAS where it could be.
-    pub fn multiplier(&self) -> (&'static str, Option<&str>) {
-        #[cfg(feature = "cuda")]
-        if self.blas.is_some() {
-            return ("cuBLAS", None);
-        }
-        ("cubecl kernels", self.without_cublas.as_deref())
     }
 
     /// Takes the kernels that every device has.
+    #[cfg(test)]
     pub fn without_cublas(client: Client, element: Element) -> Products {
         Products {
             #[cfg(feature = "cuda")]
-            blas: None,
-            without_cublas: None,
+            blas: Err(NotTaken::Untried),
             test_panel_bytes: None,
             client,
             element,
@@ -113,10 +104,22 @@ impl Products {
         Products { test_panel_bytes: Some(panel_bytes), ..Products::new(client, element) }
     }
 
+    /// Returns the version of the cuBLAS that multiplies; why there is none.
+    #[cfg(feature = "cuda")]
+    pub fn cublas(&self) -> Result<String, NotTaken> {
+        self.blas.as_ref().map(|blas| blas.version.clone()).map_err(Clone::clone)
+    }
+
+    /// As with CUDA, which this program is built without.
+    #[cfg(not(feature = "cuda"))]
+    pub fn cublas(&self) -> Result<String, NotTaken> {
+        Err(NotTaken::Runtime)
+    }
+
     /// Returns true where quantized matrices are decoded to panels and products are added to the residual stream.
     pub fn has_panels(&self) -> bool {
         #[cfg(feature = "cuda")]
-        if self.blas.is_some() {
+        if self.blas.is_ok() {
             return true;
         }
         self.test_panel_bytes.is_some()
@@ -318,7 +321,7 @@ impl Products {
     /// Looks up where a product's buffers lie, for cuBLAS: once for all pieces of a matrix, since each look waits for the runtime.
     #[cfg(feature = "cuda")]
     fn found(&self, x: &Handle, y: &Handle, y_element: Element, w: &Handle) -> Result<Found, InferenceError> {
-        if self.blas.is_none() {
+        if self.blas.is_err() {
             return Ok(None);
         }
         let of = |handle, element| Operand::of(&self.client, handle, element).map_err(blas_error);
@@ -351,7 +354,7 @@ impl Products {
         found: &Found,
     ) -> Result<(), InferenceError> {
         #[cfg(feature = "cuda")]
-        if let (Some(blas), Some([x, w, y])) = (&mut self.blas, found) {
+        if let (Ok(blas), Some([x, w, y])) = (&mut self.blas, found) {
             let (k, place) = (matrix.n_cols, target.place);
             let (x, y) = (x.offset(place.x_row * k), y.offset(place.y_first));
             return blas

@@ -54,20 +54,7 @@ impl CudaParts {
 
     /// Returns the version of cuBLAS, as 12.8.4; `None` if it is missing.
     pub fn cublas_version(&self) -> Option<String> {
-        use cudarc::cublas::sys::{cublasGetProperty, libraryPropertyType};
-        if !self.has_cublas {
-            return None;
-        }
-        let number = |property| {
-            let mut value = 0;
-            // SAFETY: needs no handle and writes one integer, which outlives the call; where it fails that stays 0.
-            let _ = unsafe { cublasGetProperty(property, &mut value) };
-            value
-        };
-        let [major, minor, patch] =
-            [libraryPropertyType::MAJOR_VERSION, libraryPropertyType::MINOR_VERSION, libraryPropertyType::PATCH_LEVEL]
-                .map(number);
-        Some(format!("{major}.{minor}.{patch}"))
+        self.has_cublas.then(cublas_version).flatten()
     }
 
     /// Returns why device `index` can't be used, or nothing.
@@ -86,6 +73,20 @@ impl CudaParts {
             _ => None,
         }
     }
+}
+
+/// Returns the version of the cuBLAS that is there, as 12.8.4; `None` if it does not tell. The caller has looked that it is.
+pub(super) fn cublas_version() -> Option<String> {
+    use cudarc::cublas::sys::{cublasGetProperty, libraryPropertyType};
+    let number = |property| {
+        let mut value = 0;
+        // SAFETY: needs no handle and writes one integer, which outlives the call.
+        unsafe { cublasGetProperty(property, &mut value) }.result().ok().map(|()| value)
+    };
+    let major = number(libraryPropertyType::MAJOR_VERSION)?;
+    let minor = number(libraryPropertyType::MINOR_VERSION)?;
+    let patch = number(libraryPropertyType::PATCH_LEVEL)?;
+    Some(format!("{major}.{minor}.{patch}"))
 }
 
 /// Bytes of stack that a thread is given from the start; the driver gives a kernel more where it needs more.

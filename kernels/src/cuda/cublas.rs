@@ -4,7 +4,7 @@
 //! all that was launched before, and all that is launched later waits for ours. The library is found at run time; where it or a
 //! driver with context events (CUDA 12.5) is missing, [`Cublas::open`] says so and callers multiply with cubecl's own kernels.
 
-use super::Element;
+use crate::cube::{Element, kept};
 use cubecl::client::Client;
 use cubecl::cuda::CudaRuntime;
 use cubecl::server::Handle;
@@ -12,6 +12,7 @@ use cubecl_server::runtime::Runtime;
 use cudarc::cublas::{result as blas, sys as blas_sys};
 use cudarc::driver::sys as driver;
 use std::ffi::c_void;
+use std::ptr::null_mut;
 
 /// Oldest driver whose context events work, as CUDA numbers versions.
 const MIN_DRIVER_VERSION: i32 = 12_050;
@@ -32,12 +33,14 @@ pub enum CublasError {
     Call(String),
 }
 
-/// cuBLAS on a device's context.
+/// cuBLAS on a device's context. Everything that was made goes when it is dropped.
 #[derive(Debug)]
 pub struct Cublas {
+    /// As 13.0.2.
+    pub version: String,
     handle: blas_sys::cublasHandle_t,
     stream: driver::CUstream,
-    context: driver::CUcontext,
+    context: Context,
     before: driver::CUevent,
     after: driver::CUevent,
     // Kept alive: cuBLAS was given its address.
@@ -86,41 +89,42 @@ impl Cublas {
         if !unsafe { blas_sys::is_culib_present() } {
             return Err(CublasError::Missing);
         }
-        let workspace = super::kept(client, WORKSPACE_BYTES);
-        let at = Operand::of(client, &workspace, Element::F32)?.address;
-        let mut version = 0;
-        // SAFETY: plain driver calls; every out-pointer is a local that outlives its call.
-        unsafe {
-            check(driver::cuDriverGetVersion(&mut version), "driver version")?;
-            if version < MIN_DRIVER_VERSION {
-                return Err(CublasError::Driver { found: version, needed: MIN_DRIVER_VERSION });
-            }
-            let mut context: driver::CUcontext = std::ptr::null_mut();
-            check(
-                driver::cuPointerGetAttribute(
-                    (&raw mut context).cast(),
-                    driver::CUpointer_attribute::CU_POINTER_ATTRIBUTE_CONTEXT,
-                    at,
-                ),
-                "find the context",
-            )?;
-            if context.is_null() {
-                let mut device = 0;
-                check(driver::cuDeviceGet(&mut device, 0), "find the device")?;
-                check(driver::cuDevicePrimaryCtxRetain(&mut context, device), "find the context")?;
-            }
-            check(driver::cuCtxSetCurrent(context), "enter the context")?;
-            let (mut stream, mut before, mut after) =
-                (std::ptr::null_mut(), std::ptr::null_mut(), std::ptr::null_mut());
-            check(driver::cuStreamCreate(&mut stream, 1), "make a stream")?;
-            check(driver::cuEventCreate(&mut before, 2), "make an event")?;
-            check(driver::cuEventCreate(&mut after, 2), "make an event")?;
-            let call = |error: blas::CublasError| CublasError::Call(format!("{error:?}"));
-            let handle = blas::create_handle().map_err(call)?;
-            blas::set_stream(handle, stream.cast()).map_err(call)?;
-            blas_sys::cublasSetWorkspace_v2(handle, at as *mut c_void, WORKSPACE_BYTES).result().map_err(call)?;
-            Ok(Cublas { handle, stream, context, before, after, _workspace: workspace })
+        let mut found = 0;
+        // SAFETY: writes one integer, which outlives the call.
+        check(unsafe { driver::cuDriverGetVersion(&mut found) }, "ask for the driver's version")?;
+        if found < MIN_DRIVER_VERSION {
+            return Err(CublasError::Driver { found, needed: MIN_DRIVER_VERSION });
         }
+        let workspace = kept(client, WORKSPACE_BYTES);
+        let at = Operand::of(client, &workspace, Element::F32)?.address;
+        let context = Context::of(client, at)?;
+        context.enter()?;
+        let version = super::parts::cublas_version().unwrap_or_else(|| "unknown".to_owned());
+        // Filled step by step: what is there by then goes where one fails.
+        let mut opened = Cublas {
+            version,
+            handle: null_mut(),
+            stream: null_mut(),
+            context,
+            before: null_mut(),
+            after: null_mut(),
+            _workspace: workspace,
+        };
+        let call = |error: blas::CublasError| CublasError::Call(format!("{error:?}"));
+        let non_blocking = driver::CUstream_flags::CU_STREAM_NON_BLOCKING as u32;
+        let untimed = driver::CUevent_flags::CU_EVENT_DISABLE_TIMING as u32;
+        // SAFETY: calls in the context just entered, whose out-pointers outlive them; the workspace lives as long as the handle.
+        unsafe {
+            check(driver::cuStreamCreate(&mut opened.stream, non_blocking), "make a stream")?;
+            check(driver::cuEventCreate(&mut opened.before, untimed), "make an event")?;
+            check(driver::cuEventCreate(&mut opened.after, untimed), "make an event")?;
+            opened.handle = blas::create_handle().map_err(call)?;
+            blas::set_stream(opened.handle, opened.stream.cast()).map_err(call)?;
+            blas_sys::cublasSetWorkspace_v2(opened.handle, at as *mut c_void, WORKSPACE_BYTES)
+                .result()
+                .map_err(call)?;
+        }
+        Ok(opened)
     }
 
     /// Writes `y = x · Wᵀ`, or adds it to y, with fp32 sums, after everything launched so far and before everything launched later.
@@ -176,8 +180,8 @@ impl Cublas {
     unsafe fn enter(&self) -> Result<(), CublasError> {
         // SAFETY: the context, event and stream live as long as `self`.
         unsafe {
-            check(driver::cuCtxSetCurrent(self.context), "enter the context")?;
-            check(driver::cuCtxRecordEvent(self.context, self.before), "mark earlier work")?;
+            self.context.enter()?;
+            check(driver::cuCtxRecordEvent(self.context.raw, self.before), "mark earlier work")?;
             check(driver::cuStreamWaitEvent(self.stream, self.before, 0), "wait for earlier work")
         }
     }
@@ -186,20 +190,72 @@ impl Cublas {
         // SAFETY: as in `enter`.
         unsafe {
             check(driver::cuEventRecord(self.after, self.stream), "mark the product")?;
-            check(driver::cuCtxWaitEvent(self.context, self.after), "hold later work back")
+            check(driver::cuCtxWaitEvent(self.context.raw, self.after), "hold later work back")
         }
     }
 }
 
 impl Drop for Cublas {
     fn drop(&mut self) {
-        // SAFETY: nothing uses them afterwards; errors while it is dropped can't be returned.
+        // Errors while it is dropped can't be returned.
+        let _ = self.context.enter();
+        // SAFETY: nothing uses them afterwards; what was never made is null.
         unsafe {
-            let _ = driver::cuStreamSynchronize(self.stream);
-            let _ = blas::destroy_handle(self.handle);
-            let _ = driver::cuEventDestroy_v2(self.before);
-            let _ = driver::cuEventDestroy_v2(self.after);
-            let _ = driver::cuStreamDestroy_v2(self.stream);
+            if !self.stream.is_null() {
+                let _ = driver::cuStreamSynchronize(self.stream);
+            }
+            if !self.handle.is_null() {
+                let _ = blas::destroy_handle(self.handle);
+            }
+            for event in [self.before, self.after].into_iter().filter(|event| !event.is_null()) {
+                let _ = driver::cuEventDestroy_v2(event);
+            }
+            if !self.stream.is_null() {
+                let _ = driver::cuStreamDestroy_v2(self.stream);
+            }
+        }
+    }
+}
+
+/// The context that a client's device runs in.
+#[derive(Debug)]
+struct Context {
+    raw: driver::CUcontext,
+    /// The device whose primary context was retained for it, until it is dropped.
+    retained: Option<driver::CUdevice>,
+}
+
+impl Context {
+    /// Finds the context of a client's buffer at `address`; where the driver names none (buffers of its memory pools), the primary one
+    /// of the client's own device.
+    fn of(client: &Client, address: u64) -> Result<Context, CublasError> {
+        let mut raw: driver::CUcontext = null_mut();
+        let mut device = 0;
+        // SAFETY: plain driver calls; every out-pointer is a local that outlives its call.
+        unsafe {
+            let attribute = driver::CUpointer_attribute::CU_POINTER_ATTRIBUTE_CONTEXT;
+            check(driver::cuPointerGetAttribute((&raw mut raw).cast(), attribute, address), "find the context")?;
+            if !raw.is_null() {
+                return Ok(Context { raw, retained: None });
+            }
+            let index = i32::from(client.service_id().device.index_id);
+            check(driver::cuDeviceGet(&mut device, index), "find the device")?;
+            check(driver::cuDevicePrimaryCtxRetain(&mut raw, device), "find the device's context")?;
+        }
+        Ok(Context { raw, retained: Some(device) })
+    }
+
+    fn enter(&self) -> Result<(), CublasError> {
+        // SAFETY: the context lives as long as cubecl's server, or as `self` where that retained it.
+        check(unsafe { driver::cuCtxSetCurrent(self.raw) }, "enter the context")
+    }
+}
+
+impl Drop for Context {
+    fn drop(&mut self) {
+        if let Some(device) = self.retained {
+            // SAFETY: it was retained once; errors while it is dropped can't be returned.
+            let _ = unsafe { driver::cuDevicePrimaryCtxRelease_v2(device) };
         }
     }
 }
