@@ -233,3 +233,18 @@ fn norms_rotations_and_attention_are_what_their_formulae_say() {
         assert!(error < 2e-6, "attention, window {window:?}: {error:.2e}");
     }
 }
+
+#[test]
+fn the_largest_of_a_row_is_the_first_of_equal_ones() {
+    let device = Device::new(cubecl::Device::default());
+    let width = 1000;
+    let mut rows = vec![-1.0f32; 4 * width];
+    // The last value; two equal ones; a row of equal ones; and one whose largest is negative infinity's neighbour.
+    rows[width - 1] = 0.5;
+    (rows[width + 700], rows[width + 301]) = (2.0, 2.0);
+    rows[3 * width..].fill(f32::NEG_INFINITY);
+    rows[3 * width + 5] = -3e38;
+    let x = Tensor::<2>::from_data(TensorData::new(rows, [4, width]), &device);
+    let found: Vec<i64> = row_ops::largest(x).into_data_dtype(DType::I64).try_into_vec().expect("places");
+    assert_eq!(found, [999, 301, 0, 5]);
+}

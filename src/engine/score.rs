@@ -9,6 +9,8 @@ use crate::inference::{InferenceError, TakeLogits};
 use burn::tensor::{DType as BurnDType, Tensor};
 #[cfg(any(feature = "cuda", feature = "wgpu"))]
 use burn::tensor::{Int, TensorData};
+#[cfg(any(feature = "cuda", feature = "wgpu"))]
+use labpipe_kernels::burn_ext::row_ops;
 use std::ops::Range;
 
 /// Rows of logits that are on the host at once: bounds them to 64 · vocab_size values.
@@ -67,7 +69,7 @@ pub fn scores_on_device(
         let largest = logits.clone().max_dim(1);
         let sum = logits.clone().sub(largest.clone()).exp().sum_dim(1);
         let nll = values(sum.log().add(largest).sub(logits.clone().gather(1, ids)))?;
-        let choices = logits.argmax(1).into_data_dtype(BurnDType::I64).try_into_vec::<i64>();
+        let choices = row_ops::largest(logits).into_data_dtype(BurnDType::I64).try_into_vec::<i64>();
         let choices =
             choices.map_err(|error| InferenceError::NotFiniteResult { what: format!("chosen tokens ({error:?})") })?;
         let score = |(nll, choice): (f32, i64)| TokenScore { nll: f64::from(nll), argmax: choice as u32 };

@@ -8,6 +8,7 @@ use super::score::values;
 use crate::inference::{Decoded, InferenceError};
 use burn::backend::{Backend, Dispatch, DispatchGraph, ExecutionError};
 use burn::tensor::{DType, Device, IndexingUpdateOp, Int, Tensor, TensorData};
+use labpipe_kernels::burn_ext::row_ops;
 use std::time::Instant;
 
 /// Whole numbers that every step writes where they are, so that a recording finds them again.
@@ -162,7 +163,7 @@ impl StepDecoder {
             self.tables.iter().map(|tables| AttentionPlan::of_step(tables, &position)).collect();
         let logits = executor.step(self.token.get(), &plans, cache)?;
         drop(plans);
-        let next = logits.clone().argmax(1).reshape([1]);
+        let next = row_ops::largest(logits.clone());
         self.chosen.write(|own| own.select_assign(0, position.clone(), next.clone(), IndexingUpdateOp::Assign));
         self.token.set(next);
         let after = position.add_scalar(1);

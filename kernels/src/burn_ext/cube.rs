@@ -44,7 +44,7 @@ pub(super) fn element(dtype: DType) -> Element {
     }
 }
 
-fn float_type(dtype: DType) -> FloatDType {
+pub(super) fn float_type(dtype: DType) -> FloatDType {
     match element(dtype) {
         Element::F32 => FloatDType::F32,
         Element::F16 => FloatDType::F16,

@@ -1,13 +1,14 @@
 //! Operations over whole rows that have a kernel on burn's cubecl backend: what burn's own operations take many launches for. Other
 //! backends have none; callers ask by device.
 
-use super::cube::{element, empty_like};
+use super::cube::{element, empty_like, float_type};
 use crate::cube::{self, LayerCache, ops::Heads};
 use burn::backend::ops::{FloatTensorOps, IntTensorOps};
 use burn::backend::tensor::{FloatTensor, IntTensor};
 use burn::backend::{Backend, Cube, Dispatch, TensorMetadata, backend_extension};
-use burn::tensor::{Int, IntDType, Tensor};
+use burn::tensor::{DType, Int, IntDType, Shape, Tensor};
 use burn_cubecl::kernel::into_contiguous;
+use burn_cubecl::ops::numeric::empty_device_contiguous_dtype;
 
 /// What attention is, its sizes apart.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -42,6 +43,12 @@ pub trait RowOps: Backend {
         sin: FloatTensor<Self>,
         head_dim: usize,
     ) -> FloatTensor<Self>;
+
+    /// Returns the place of each row's largest value, of equal ones the first.
+    ///
+    /// # Shapes
+    /// `x` `[n, width]` f32, result `[n]`.
+    fn largest(x: FloatTensor<Self>) -> IntTensor<Self>;
 
     /// Returns causal attention of queries whose first one is at `position`, summed in f32, in the type of `q`.
     ///
@@ -80,6 +87,14 @@ impl RowOps for Cube {
         out
     }
 
+    fn largest(x: FloatTensor<Self>) -> IntTensor<Self> {
+        let x = into_contiguous(x);
+        let (n, n_cols) = (x.shape()[0], x.shape()[1]);
+        let out = empty_device_contiguous_dtype(x.client.clone(), x.device.clone(), Shape::new([n]), DType::U32);
+        cube::argmax(&x.client, [&x.handle, &out.handle], [n, n_cols]);
+        Cube::int_cast(out, IntDType::I32)
+    }
+
     fn attention(
         q: FloatTensor<Self>,
         k: FloatTensor<Self>,
@@ -94,10 +109,10 @@ impl RowOps for Cube {
             let x = Cube::float_reshape(x, [n_keys, n_kv_heads, head_dim].into());
             into_contiguous(Cube::float_permute(x, &[1, 0, 2]))
         };
+        let (dtype, stored) = (q.dtype, k.dtype);
         let (q, k, v) = (into_contiguous(q), by_head(k), by_head(v));
         let state = into_contiguous(Cube::int_cast(position, IntDType::U32));
         let n = q.shape()[0];
-        let out = empty_like(&q, [n, n_heads * head_dim], q.dtype);
         let layer = LayerCache {
             element: element(k.dtype),
             keys: &k.handle,
@@ -117,13 +132,16 @@ impl RowOps for Cube {
             scale,
             soft_cap,
         };
-        let (client, element) = (&q.client, element(q.dtype));
-        // A tile of the tensor-core kernel is 64 queries; for one it would mostly multiply nothing.
-        if n > 1 && cube::flash_fits(client, element, &layer) {
-            cube::flash_attention(client, element, &layer, &q.handle, &out.handle, &state.handle, n);
-        } else {
-            cube::attention(client, element, &layer, &q.handle, &out.handle, &state.handle, n);
+        let client = q.client.clone();
+        if cube::flash_fits(&client, layer.element, &layer) {
+            // Tensor cores take queries as keys are stored.
+            let q = into_contiguous(Cube::float_cast(q, float_type(stored)));
+            let out = empty_like(&q, [n, n_heads * head_dim], stored);
+            cube::flash_attention(&client, layer.element, &layer, &q.handle, &out.handle, &state.handle, n);
+            return Cube::float_cast(out, float_type(dtype));
         }
+        let out = empty_like(&q, [n, n_heads * head_dim], dtype);
+        cube::attention(&client, element(dtype), &layer, &q.handle, &out.handle, &state.handle, n);
         out
     }
 }
@@ -143,6 +161,14 @@ pub fn rms_norm(x: Tensor<2>, weight: Tensor<2>, eps: f32) -> Tensor<2> {
 pub fn rotate(x: Tensor<2>, cos: Tensor<3>, sin: Tensor<3>, head_dim: usize) -> Tensor<2> {
     let [x, cos, sin] = [x.into_dispatch(), cos.into_dispatch(), sin.into_dispatch()];
     Tensor::from_dispatch(Dispatch::rotate(x, cos, sin, head_dim))
+}
+
+/// Returns the place of each row's largest value (see [`RowOps::largest`]).
+///
+/// # Shapes
+/// `x` `[n, width]` f32, result `[n]`.
+pub fn largest(x: Tensor<2>) -> Tensor<1, Int> {
+    Tensor::from_dispatch(Dispatch::largest(x.into_dispatch()))
 }
 
 /// Returns causal attention (see [`RowOps::attention`]).

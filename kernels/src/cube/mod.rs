@@ -53,5 +53,5 @@ pub use loss::{LOSS_BUDGET, Loss, LossMeter, measuring_bytes};
 pub use matrix::{DeviceMatrix, Kind};
 pub use outliers::outlier_linear;
 pub use paths::{NotTaken, Paths};
-pub use rows::{rms_norm, rotate};
+pub use rows::{argmax, rms_norm, rotate};
 pub use tensor_core::{Gemv, Norm, Tuning, flash_attention, flash_fits, gemv, gemv_fits};

@@ -1,7 +1,8 @@
-//! Norms and rotations of whole rows, one launch each: what burn's operations would take some ten launches for.
+//! Norms, rotations and the largest value of whole rows, one launch each: burn's operations would take some ten launches for the first
+//! two, and for the last a single thread's look through a vocabulary.
 
 use super::launch::{Element, buffer, cube_count, with_element};
-use super::reduce::cube_sum;
+use super::reduce::{cube_max, cube_sum};
 use cubecl::client::Client;
 use cubecl::prelude::*;
 use cubecl::server::Handle;
@@ -9,6 +10,9 @@ use half::{bf16, f16};
 
 /// Units of the cube that norms a row.
 const ROW_UNITS: u32 = 256;
+
+/// Units of the cube that looks through a row of logits.
+const ARGMAX_UNITS: u32 = 256;
 
 /// RMSNorm, a cube a row.
 ///
@@ -61,6 +65,61 @@ pub fn rotate_kernel<A: Float>(
         let rotated = value * cos[table as usize]
             + f32::cast_from(x[min(partner, n_values - 1u32) as usize]) * sin[table as usize];
         out[at as usize] = A::cast_from(select(dim < rotary_dim, rotated, value));
+    }
+}
+
+/// Finds each row's largest value, a cube a row; of equal ones the first.
+///
+/// # Shapes
+/// `x` `[n, n_cols]`, `out` `[n]`.
+#[cube(launch_unchecked)]
+pub fn argmax_kernel(x: &[f32], out: &mut [u32], n: u32, n_cols: u32) {
+    let mut scratch = Shared::<[f32]>::new_slice(comptime!(ARGMAX_UNITS as usize));
+    let mut places = Shared::<[u32]>::new_slice(comptime!(ARGMAX_UNITS as usize));
+    let row = min(CUBE_POS as u32, n - 1u32);
+    let mut largest = f32::reinterpret(0xff7f_ffffu32);
+    let mut place = n_cols;
+    let mut col = UNIT_POS_X;
+    while col < n_cols {
+        let value = x[(row * n_cols + col) as usize];
+        if value > largest || (value == largest && place == n_cols) {
+            largest = value;
+            place = col;
+        }
+        col += CUBE_DIM_X;
+    }
+    let most = cube_max(largest, &mut scratch);
+    let first = plane_min(select(largest == most, place, n_cols));
+    if UNIT_POS_PLANE == 0 {
+        places[(UNIT_POS_X / PLANE_DIM) as usize] = first;
+    }
+    sync_cube();
+    if UNIT_POS_X == 0 {
+        let mut least = places[0];
+        for plane in 1..CUBE_DIM_X / PLANE_DIM {
+            least = min(least, places[plane as usize]);
+        }
+        // Where no value is a number, the first stands for them: who reads the values finds out.
+        out[row as usize] = select(least == n_cols, 0u32, least);
+    }
+}
+
+/// Writes the place of each row's largest value, of equal ones the first.
+///
+/// # Shapes
+/// `x` `[n, n_cols]` f32, `out` `[n]` u32.
+pub fn argmax(client: &Client, [x, out]: [&Handle; 2], [n, n_cols]: [usize; 2]) {
+    // SAFETY: the buffers have the lengths given.
+    unsafe {
+        argmax_kernel::launch_unchecked(
+            client,
+            cube_count(n),
+            CubeDim::new_1d(ARGMAX_UNITS),
+            buffer(x, n * n_cols),
+            buffer(out, n),
+            n as u32,
+            n_cols as u32,
+        )
     }
 }
 

@@ -68,7 +68,7 @@ impl Launches {
 const APPROXIMATE: &[&str] = &["__fdividef", "fast_"];
 
 /// Every kernel of `kernels/src/cube` that CUDA launches.
-pub const LAUNCHES: [Launches; 18] = [
+pub const LAUNCHES: [Launches; 19] = [
     launches(&["embed_kernel"], embed),
     launches(&["add_norm_kernel"], add_norm),
     launches(&["gate_kernel"], gate),
@@ -78,6 +78,7 @@ pub const LAUNCHES: [Launches; 18] = [
     launches(&["linear_kernel"], linear),
     launches(&["dequantize_kernel", "dequantize_vectors_kernel"], dequantize),
     launches(&["mark_outliers_kernel", "quantize_rows_kernel", "outlier_product_kernel"], outliers),
+    launches(&["rms_norm_kernel", "rotate_kernel", "argmax_kernel"], rows),
     launches(&["attention_kernel"], attention),
     launches(&["flash_attention_kernel"], flash_attention).containing(&["ldmatrix", "mma.sync"]),
     launches(&["decode_attention_kernel"], decode_attention).containing(&["__threadfence"]).overlapping(),
@@ -293,6 +294,15 @@ fn dequantize(client: &Client, extent: Extent) {
             cube::dequantize_piece(client, &matrix, *element, &piece, &buffer);
         }
     }
+}
+
+fn rows(client: &Client, extent: Extent) {
+    let buffer = client.empty(4);
+    for element in extent.of(2, &ELEMENTS) {
+        cube::rms_norm(client, *element, [&buffer; 3], [1, 3072], 1e-5);
+        cube::rotate(client, *element, [&buffer; 4], [1, 3072], [128, 128]);
+    }
+    cube::argmax(client, [&buffer; 2], [1, 128_256]);
 }
 
 fn outliers(client: &Client, extent: Extent) {
