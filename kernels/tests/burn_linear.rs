@@ -97,6 +97,34 @@ fn products_are_the_hosts() {
 }
 
 #[test]
+fn large_products_of_halves_without_cublas_are_the_hosts() {
+    let cube = cubecl::Device::default();
+    let client = cube.client();
+    if client.name() != "cuda" {
+        return eprintln!("left out: this device computes in f32 alone");
+    }
+    let (device, host) = (Device::new(cube.clone()), Device::flex());
+    // Whole tiles, a head that is decoded in several panels, and sizes that no tile fits.
+    for [m, n, k] in [[128, 256, 384], [256, 33_024, 2_048], [67, 70, 96]] {
+        for (name, weight) in weights(n, k).into_iter().filter(|(name, _)| ["f16", "bf16", "nf4"].contains(name)) {
+            let matrix = DeviceMatrix::upload(&client, &weight).expect("a form that kernels know");
+            let large = Arc::new(LargeProducts::with_burn("a test".to_owned()));
+            let on_device = Arc::new(StoredWeight::Device(DeviceWeight::new(matrix, cube.clone(), None, large)));
+            let on_host = Arc::new(StoredWeight::Host(weight));
+            let dtype = if name == "bf16" { DType::BF16 } else { DType::F16 };
+            let run = |weight: &Arc<StoredWeight>, device: &Device| {
+                let x = Tensor::<2>::from_data(TensorData::new(values(m * k, 11), [m, k]), device).cast(dtype);
+                read(stored_linear(x, weight).expect("a weight where x is"))
+            };
+            let error = relative_error(&run(&on_device, &device), &run(&on_host, &host));
+            // Results are rounded to the type; a decoded panel's weights are too.
+            let budget = if dtype == DType::BF16 { 4e-3 } else { 1e-3 };
+            assert!(error < budget, "{name} [{m}, {k}] · [{n}, {k}]ᵀ: {error:.2e}");
+        }
+    }
+}
+
+#[test]
 fn llm_int8_multiplies_as_on_the_host() {
     let cube = cubecl::Device::default();
     let (device, host) = (Device::new(cube.clone()), Device::flex());

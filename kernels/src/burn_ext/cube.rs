@@ -13,7 +13,7 @@ use burn_cubecl::ops::numeric::empty_device_contiguous_dtype;
 use burn_cubecl::tensor::CubeTensor;
 use cubecl::prelude::Scalar;
 use cubecl::zspace::{metadata::Metadata, strides};
-use cubek::matmul::definition::{MatmulElems, MatmulGlobalElems};
+use cubek::matmul::definition::{MatmulElems, MatmulGlobalElems, MatmulSetupError};
 use cubek::matmul::{multi_level, strategy::Strategy};
 use cubek::std::InputBinding;
 use std::sync::Arc;
@@ -168,21 +168,50 @@ fn multiply_plain(
     if element(x.dtype) == Element::F32 {
         by_units(x.clone(), w, Some(part));
     } else {
-        burn_cubecl::kernel::matmul::matmul(x.clone(), w, Some(part), Default::default(), x.dtype)
-            .expect("burn multiplies matrices of any size");
+        by_tensor_cores(x, w, part, [m, n, k]);
     }
     y
+}
+
+/// Multiplies matrices of halves on tensor cores. Of burn's products the first that the device and the sizes allow: at 2,048 tokens of
+/// Llama-3.2-3B's shape an H200 takes 85 ms with the first, 115 ms with the second, 189 ms with the one that burn takes by itself.
+fn by_tensor_cores(x: &CubeTensor, w: CubeTensor, out: CubeTensor, sizes: [usize; 3]) {
+    // Whole tiles: others have not been tried.
+    if x.client.name() == "cuda" && sizes.iter().all(|size| size.is_multiple_of(128)) {
+        let strategies = [
+            multi_level::Strategy::SpecializedTmaMma(Default::default()),
+            multi_level::Strategy::OrderedDoubleMma(Default::default()),
+        ];
+        for strategy in strategies {
+            if multiply(&Strategy::MultiLevel(strategy), x.clone(), w.clone(), &out).is_ok() {
+                return;
+            }
+        }
+    }
+    burn_cubecl::kernel::matmul::matmul(x.clone(), w, Some(out), Default::default(), x.dtype)
+        .expect("burn multiplies matrices of any size");
 }
 
 /// Multiplies f32 matrices in f32, without tensor cores, which round their values to TF32 first.
 fn by_units(lhs: CubeTensor, rhs: CubeTensor, out: Option<CubeTensor>) -> CubeTensor {
     let out = out.unwrap_or_else(|| init_matmul_output(&lhs, &rhs, DType::F32));
-    let client = out.client.clone();
-    let number = f32::elem_type_native();
-    let mut types = MatmulElems::from_globals(&MatmulGlobalElems { lhs: number, rhs: number, out: number });
     let strategy = Strategy::MultiLevel(multi_level::Strategy::SimpleUnit(Default::default()));
-    let [lhs, rhs] = [lhs, rhs].map(|tensor| InputBinding::new(tensor.binding(), number));
-    cubek::matmul::launch::launch_ref(&strategy, &client, lhs, rhs, out.clone().binding(), &mut types)
-        .expect("the product that needs no accelerator takes matrices of any size");
+    multiply(&strategy, lhs, rhs, &out).expect("the product that needs no accelerator takes matrices of any size");
     out
+}
+
+/// Launches one of burn's products of matrices of one type.
+///
+/// # Errors
+/// Where the device or the sizes do not allow it; nothing is launched then.
+fn multiply(strategy: &Strategy, lhs: CubeTensor, rhs: CubeTensor, out: &CubeTensor) -> Result<(), MatmulSetupError> {
+    let number = match element(out.dtype) {
+        Element::F32 => f32::elem_type_native(),
+        Element::F16 => half::f16::elem_type_native(),
+        Element::Bf16 => half::bf16::elem_type_native(),
+    };
+    let mut types = MatmulElems::from_globals(&MatmulGlobalElems { lhs: number, rhs: number, out: number });
+    let [lhs, rhs] = [lhs, rhs].map(|tensor| InputBinding::new(tensor.binding(), number));
+    let client = out.client.clone();
+    cubek::matmul::launch::launch_ref(strategy, &client, lhs, rhs, out.clone().binding(), &mut types)
 }
