@@ -359,6 +359,9 @@ fn information_commands_work_without_any_run() {
     assert!(lab.expect(0, &["graph", "small.yaml"]).0.starts_with("digraph"));
     assert!(lab.expect(0, &["graph", "small.yaml", "--format", "mermaid"]).0.contains("-->|model|"));
     assert!(lab.expect(0, &["doctor"]).0.contains("engine:"));
+    let (tested, _) = lab.expect(0, &["doctor", "--self-test", "--device", "cpu"]);
+    assert!(tested.contains("all within their budgets") && tested.contains("wide llama"), "{tested}");
+    assert!(!tested.contains("FAILED") && tested.contains("smollm3-sliding"), "{tested}");
     assert!(lab.expect(0, &["completions", "bash"]).0.contains("_labpipe"));
     assert!(lab.expect(2, &["show", "ppl"]).1.contains("run a pipeline first"));
     assert!(lab.expect(0, &["cache", "ls"]).0.contains("0 artifacts"));

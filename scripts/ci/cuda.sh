@@ -4,5 +4,9 @@
 source "$(dirname "$0")/common.sh"
 export LABPIPE_TEST_DEVICE=cuda
 cargo test --release --locked --package labpipe-kernels --features cuda --test cube_kernels --test cube_quantize --test cube_gemv --test kernel_store -- --test-threads 1
+cargo test --release --locked --package labpipe --package labpipe-kernels --features labpipe/cuda --test burn_linear -- --test-threads 1
 cargo test --release --locked --features cuda --test families --test damaged_weights --test survey --test engine_reference -- --test-threads 1
 cargo test --release --locked --features cuda --lib gpu:: -- --test-threads 1
+# The other path through the device: burn's operations.
+export LABPIPE_TEST_EXECUTION=burn
+cargo test --release --locked --features cuda --test families --test engine_reference -- --test-threads 1

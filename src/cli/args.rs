@@ -102,7 +102,14 @@ pub enum Command {
         action: CacheAction,
     },
     /// Tell what this machine has and what of labpipe works on it
-    Doctor,
+    Doctor {
+        /// Run small models of every family and scheme on the device and compare their numbers with the CPU's
+        #[arg(long)]
+        self_test: bool,
+        /// The device that is tested: auto, cpu, cuda, cuda:N or wgpu
+        #[arg(long, value_name = "DEVICE", default_value = "auto", requires = "self_test")]
+        device: String,
+    },
     /// Run stages that another labpipe sends on stdin
     #[command(hide = true)]
     Worker {

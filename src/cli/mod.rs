@@ -11,6 +11,7 @@ mod engine;
 mod error;
 mod plan;
 mod run;
+mod self_test;
 mod show;
 mod workspace;
 
@@ -68,7 +69,8 @@ fn dispatch(args: Args) -> Result<u8, CliError> {
         Command::Stages { json } => catalogue::stages(json),
         Command::Schema => catalogue::schema(),
         Command::Cache { action } => cache::cache(&args.global, &action),
-        Command::Doctor => doctor::doctor(),
+        Command::Doctor { self_test: false, .. } => doctor::doctor(),
+        Command::Doctor { device, .. } => self_test::self_test(&device),
         Command::Worker { device, memory_limit, execution, accept_disturbed, processor_speeds } => {
             let asked = engine::Asked { device: &device, memory_limit, execution };
             Ok(engine::work(&asked, accept_disturbed, processor_speeds.as_deref()))
