@@ -7,6 +7,7 @@ mod account;
 mod decode_check;
 mod device_probe;
 mod error;
+mod execution_choice;
 mod host_probe;
 mod log_probs;
 mod memory;
@@ -16,6 +17,7 @@ pub use account::{AccountPart, SourceAccount, StoredType, stored_words};
 pub use decode_check::{CHECKED_POSITIONS, DecodeCheck, check_decode, decode_budget};
 pub use device_probe::{DeviceFigures, DeviceProbe, EnergyWindow, GpuIdentity, OtherProcesses};
 pub use error::InferenceError;
+pub use execution_choice::ExecutionChoice;
 pub use host_probe::{FULL_SPEED, HostProbe, QUIET_CPUS, Threads};
 pub use log_probs::{LogProbFormat, LogProbRows, LogProbSink, LogProbSource, argmax, diverge_logits, score_logits};
 pub use memory::{MemoryNeed, MemoryPrediction, Workload};
@@ -72,40 +74,6 @@ impl ModelRecipe {
             ModelSource::Random { config, seed } => ModelSource::Random { config: root.join(config), seed: *seed },
         };
         ModelRecipe { source, ..self.clone() }
-    }
-}
-
-/// Which path a model should take through a device, as `--execution` names it.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub enum ExecutionChoice {
-    /// The fused path where it covers the model, else burn's.
-    #[default]
-    Auto,
-    /// The definition in burn's tensor operations.
-    Burn,
-    /// The fused kernels; a model that they don't cover is refused.
-    Fused,
-}
-
-impl ExecutionChoice {
-    pub const ALL: [ExecutionChoice; 3] = [ExecutionChoice::Auto, ExecutionChoice::Burn, ExecutionChoice::Fused];
-
-    /// Returns the name that people write.
-    pub fn name(self) -> &'static str {
-        match self {
-            ExecutionChoice::Auto => "auto",
-            ExecutionChoice::Burn => "burn",
-            ExecutionChoice::Fused => "fused",
-        }
-    }
-}
-
-impl std::str::FromStr for ExecutionChoice {
-    type Err = String;
-
-    fn from_str(text: &str) -> Result<ExecutionChoice, String> {
-        let known = ExecutionChoice::ALL.into_iter().find(|choice| choice.name() == text);
-        known.ok_or_else(|| format!("no execution is called {text:?}; there are auto, burn and fused"))
     }
 }
 
@@ -276,7 +244,7 @@ pub trait Model: Send {
     /// Bytes of parameters as stored on the device; tied weights counted once.
     fn weights_bytes(&self) -> u64;
 
-    /// Returns how the model was run since it was lent last, for records; nothing where there is only one way.
+    /// Returns how the model was run since it was lent last, for records; `None` if the engine has only one way.
     fn execution(&self) -> Option<Execution> {
         None
     }

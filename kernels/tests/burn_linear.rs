@@ -2,6 +2,8 @@
 //! x and with many. It runs on whatever device cubecl finds first, as `cube_kernels` does.
 #![cfg(feature = "burn-cube")]
 
+mod support;
+
 use burn::tensor::{DType, Device, Int, Tensor, TensorData};
 use labpipe_kernels::burn_ext::row_ops;
 use labpipe_kernels::burn_ext::{DeviceWeight, LargeProducts, StoredWeight, exact_matmul, stored_linear, stored_rows};
@@ -10,19 +12,10 @@ use labpipe_kernels::dense::DenseType;
 use labpipe_kernels::weight::{DenseWeight, HostWeight, SharedBytes};
 use labpipe_kernels::{SchemeSpec, scheme};
 use std::sync::Arc;
+use support::values;
 
 /// fp32 sums in another order, relative to the norm of the result.
 const BUDGET: f64 = 5e-6;
-
-/// Values like those of a trained layer, from a linear congruential generator.
-fn values(n: usize, seed: u64) -> Vec<f32> {
-    let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
-    let mut uniform = || {
-        state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
-        (state >> 40) as f32 / (1u64 << 24) as f32 - 0.5
-    };
-    (0..n).map(|_| 0.1 * (uniform() + uniform() + uniform())).collect()
-}
 
 fn packed(spec: SchemeSpec, n: usize, k: usize) -> HostWeight {
     let scheme = scheme(&spec.scheme).expect("a known scheme");
@@ -263,7 +256,7 @@ fn norms_rotations_and_attention_are_what_their_formulae_say() {
 }
 
 #[test]
-fn the_largest_of_a_row_is_the_first_of_equal_ones() {
+fn argmax_takes_the_first_of_equal_values() {
     let device = Device::new(cubecl::Device::default());
     let width = 1000;
     let mut rows = vec![-1.0f32; 4 * width];
@@ -273,6 +266,6 @@ fn the_largest_of_a_row_is_the_first_of_equal_ones() {
     rows[3 * width..].fill(f32::NEG_INFINITY);
     rows[3 * width + 5] = -3e38;
     let x = Tensor::<2>::from_data(TensorData::new(rows, [4, width]), &device);
-    let found: Vec<i64> = row_ops::largest(x).into_data_dtype(DType::I64).try_into_vec().expect("places");
+    let found: Vec<i64> = row_ops::argmax(x).into_data_dtype(DType::I64).try_into_vec().expect("places");
     assert_eq!(found, [999, 301, 0, 5]);
 }

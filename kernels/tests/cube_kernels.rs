@@ -4,28 +4,21 @@
 //! Vulkan serves too.
 #![cfg(any(feature = "wgpu", feature = "cuda"))]
 
+mod support;
+
 use cubecl::client::Client;
 use labpipe_kernels::cube::ops::Heads;
 use labpipe_kernels::cube::{self, DecodeScratch, DeviceMatrix, Element, LayerCache, Piece, Place};
 use labpipe_kernels::dense::DenseType;
 use labpipe_kernels::weight::{DenseWeight, HostWeight, SharedBytes};
 use labpipe_kernels::{SchemeSpec, scheme};
+use support::values;
 
 /// fp32 sums in another order: relative to the norm of the result.
 const SUM_BUDGET: f64 = 2e-6;
 
 fn client() -> Client {
     cubecl::Device::default().client()
-}
-
-/// Values like those of a trained layer, from a linear congruential generator.
-fn values(n: usize, seed: u64) -> Vec<f32> {
-    let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
-    let mut uniform = || {
-        state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
-        (state >> 40) as f32 / (1u64 << 24) as f32 - 0.5
-    };
-    (0..n).map(|_| 0.1 * (uniform() + uniform() + uniform())).collect()
 }
 
 fn packed(

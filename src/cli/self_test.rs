@@ -53,7 +53,7 @@ const WIDE: (&str, &str) = (
         "tie_word_embeddings": false, "hidden_act": "silu", "rope_theta": 10000.0}"#,
 );
 
-/// Quantization configs; nothing where weights stay plain.
+/// Quantization configs; `None` for weights that are not quantized.
 const SCHEMES: [(&str, Option<&str>); 8] = [
     ("plain", None),
     ("nf4", Some("scheme: nf4\n")),

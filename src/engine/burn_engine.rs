@@ -10,11 +10,12 @@ use super::host_load::ProcProbe;
 use super::memory::{HostProbe, HostRoom, rss_anon_bytes, total_memory_bytes, trim_heap};
 use super::model::BurnModel;
 use super::model_room::ModelRoom;
+use super::placing::OnHost;
 use super::save::save_model;
 use super::source::{open_source, tokenizer_path};
 use super::spec::ModelSpec;
 use super::survey::{on_host, survey};
-use super::weights::{OnHost, WeightReader, compute_dtype};
+use super::weights::{WeightReader, compute_dtype};
 use crate::artifact::{Execution, QuantizedModule};
 use crate::event::Progress;
 use crate::inference::{

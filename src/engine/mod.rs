@@ -28,6 +28,7 @@ mod model_room;
 #[cfg(feature = "cuda")]
 mod nvidia;
 mod pinning;
+mod placing;
 mod proc_files;
 mod processor_speed;
 mod rope;

@@ -69,7 +69,7 @@ pub fn scores_on_device(
         let largest = logits.clone().max_dim(1);
         let sum = logits.clone().sub(largest.clone()).exp().sum_dim(1);
         let nll = values(sum.log().add(largest).sub(logits.clone().gather(1, ids)))?;
-        let choices = row_ops::largest(logits).into_data_dtype(BurnDType::I64).try_into_vec::<i64>();
+        let choices = row_ops::argmax(logits).into_data_dtype(BurnDType::I64).try_into_vec::<i64>();
         let choices =
             choices.map_err(|error| InferenceError::NotFiniteResult { what: format!("chosen tokens ({error:?})") })?;
         let score = |(nll, choice): (f32, i64)| TokenScore { nll: f64::from(nll), argmax: choice as u32 };

@@ -23,7 +23,7 @@ impl Buffer {
         self.0.clone().expect("a buffer that was taken out to be written to was put back")
     }
 
-    /// Writes in place: burn does where nobody else holds the tensor.
+    /// Writes in place, which burn does if there is no other reference to the tensor.
     fn write(&mut self, write: impl FnOnce(Tensor<1, Int>) -> Tensor<1, Int>) {
         self.0 = self.0.take().map(write);
     }
@@ -88,7 +88,7 @@ impl StepDecoder {
             let start = Instant::now();
             match &self.graph {
                 // SAFETY: every buffer that the recording names is one of this decoder's, of the cache or of the weights, and lives as
-                // long as they do: whoever replaces the cache makes a new decoder.
+                // long as they do: when the cache is replaced, the decoder is too.
                 Some(graph) => unsafe { Dispatch::graph_replay(executor.device.as_dispatch(), graph) }
                     .map_err(|error| executor.failure(&error))?,
                 None => self.step(executor, cache)?,
@@ -113,7 +113,7 @@ impl StepDecoder {
         self.logits.clone().map_or(Ok(Vec::new()), values)
     }
 
-    /// Returns why steps are not recorded; nothing where they are, or none was run.
+    /// Returns why steps are not recorded; `None` if they are, or if no step has run.
     pub fn unrecorded(&self) -> Option<&str> {
         self.unrecorded.as_deref()
     }
@@ -163,7 +163,7 @@ impl StepDecoder {
             self.tables.iter().map(|tables| AttentionPlan::of_step(tables, &position)).collect();
         let logits = executor.step(self.token.get(), &plans, cache)?;
         drop(plans);
-        let next = row_ops::largest(logits.clone());
+        let next = row_ops::argmax(logits.clone());
         self.chosen.write(|own| own.select_assign(0, position.clone(), next.clone(), IndexingUpdateOp::Assign));
         self.token.set(next);
         let after = position.add_scalar(1);

@@ -3,6 +3,7 @@
 #[cfg(any(feature = "cuda", feature = "wgpu"))]
 use super::checkpoint::first_beyond;
 use super::checkpoint::{Checkpoint, EMBEDDING, HEAD, StoredTensor, dense_type, first_not_finite, to_dtype, to_f32};
+use super::placing::Placing;
 use super::spec::{LinearRole, ModelSpec, NormRole};
 use crate::event::Progress;
 use crate::inference::{InferenceError, ModelRecipe};
@@ -102,63 +103,6 @@ impl Block {
         }
         linears.push(&self.down);
         linears
-    }
-}
-
-/// Puts matrices where a model computes. Its small vectors are tensors on the reader's device.
-pub trait Placing {
-    /// Places the embedding, `[vocab, hidden]`.
-    ///
-    /// # Errors
-    /// Whatever is wrong with the tensor; what the device refuses.
-    fn embedding(&mut self, reader: &WeightReader<'_>) -> Result<StoredWeight, InferenceError>;
-
-    /// Places a linear's weight, `[n_out, n_in]`, packed if the recipe quantizes it.
-    ///
-    /// # Errors
-    /// Whatever is wrong with the tensor or the scheme; what the device refuses.
-    fn linear(
-        &mut self,
-        reader: &WeightReader<'_>,
-        module: &str,
-        n_out: usize,
-        n_in: usize,
-    ) -> Result<StoredWeight, InferenceError>;
-
-    /// Ends a block, whose matrices may still be under way.
-    ///
-    /// # Errors
-    /// What the device says of those before.
-    fn turn(&mut self) -> Result<(), InferenceError> {
-        Ok(())
-    }
-
-    /// Waits for all that is under way.
-    ///
-    /// # Errors
-    /// What the device says of it.
-    fn settle(&mut self) -> Result<(), InferenceError> {
-        Ok(())
-    }
-}
-
-/// Leaves matrices on the host, those of files in their memory maps.
-pub struct OnHost;
-
-impl Placing for OnHost {
-    fn embedding(&mut self, reader: &WeightReader<'_>) -> Result<StoredWeight, InferenceError> {
-        let shape = [reader.spec.vocab_size, reader.spec.hidden_size];
-        reader.dense(reader.embedding_name(), &shape).map(StoredWeight::Host)
-    }
-
-    fn linear(
-        &mut self,
-        reader: &WeightReader<'_>,
-        module: &str,
-        n_out: usize,
-        n_in: usize,
-    ) -> Result<StoredWeight, InferenceError> {
-        reader.module_weight(module, n_out, n_in).map(StoredWeight::Host)
     }
 }
 
@@ -375,7 +319,11 @@ impl WeightReader<'_> {
         self.in_dtype(name, &tensor, self.base_dtype(tensor.dtype))
     }
 
-    fn dense(&self, name: &str, shape: &[usize; 2]) -> Result<HostWeight, InferenceError> {
+    /// Finds a matrix that is not quantized, in the type in which it is kept.
+    ///
+    /// # Errors
+    /// Whatever is wrong with the tensor.
+    pub fn dense(&self, name: &str, shape: &[usize; 2]) -> Result<HostWeight, InferenceError> {
         let tensor = self.checkpoint.tensor(name, shape)?;
         let dtype = self.base_dtype(tensor.dtype);
         let bytes = self.in_dtype(name, &tensor, dtype)?;

@@ -68,7 +68,7 @@ impl fmt::Debug for DeviceWeight {
 pub struct LargeProducts {
     #[cfg(feature = "cuda")]
     blas: Mutex<Option<Cublas>>,
-    /// Why cuBLAS does not multiply; nothing where it does.
+    /// Why cuBLAS does not multiply; `None` if it does.
     without_cublas: Mutex<Option<String>>,
 }
 

@@ -44,11 +44,11 @@ pub trait RowOps: Backend {
         head_dim: usize,
     ) -> FloatTensor<Self>;
 
-    /// Returns the place of each row's largest value, of equal ones the first.
+    /// Returns each row's argmax, the first of equal values.
     ///
     /// # Shapes
     /// `x` `[n, width]` f32, result `[n]`.
-    fn largest(x: FloatTensor<Self>) -> IntTensor<Self>;
+    fn row_argmax(x: FloatTensor<Self>) -> IntTensor<Self>;
 
     /// Returns causal attention of queries whose first one is at `position`, summed in f32, in the type of `q`.
     ///
@@ -87,7 +87,7 @@ impl RowOps for Cube {
         out
     }
 
-    fn largest(x: FloatTensor<Self>) -> IntTensor<Self> {
+    fn row_argmax(x: FloatTensor<Self>) -> IntTensor<Self> {
         let x = into_contiguous(x);
         let (n, n_cols) = (x.shape()[0], x.shape()[1]);
         let out = empty_device_contiguous_dtype(x.client.clone(), x.device.clone(), Shape::new([n]), DType::U32);
@@ -163,12 +163,12 @@ pub fn rotate(x: Tensor<2>, cos: Tensor<3>, sin: Tensor<3>, head_dim: usize) -> 
     Tensor::from_dispatch(Dispatch::rotate(x, cos, sin, head_dim))
 }
 
-/// Returns the place of each row's largest value (see [`RowOps::largest`]).
+/// Returns each row's argmax (see [`RowOps::row_argmax`]).
 ///
 /// # Shapes
 /// `x` `[n, width]` f32, result `[n]`.
-pub fn largest(x: Tensor<2>) -> Tensor<1, Int> {
-    Tensor::from_dispatch(Dispatch::largest(x.into_dispatch()))
+pub fn argmax(x: Tensor<2>) -> Tensor<1, Int> {
+    Tensor::from_dispatch(Dispatch::row_argmax(x.into_dispatch()))
 }
 
 /// Returns causal attention (see [`RowOps::attention`]).

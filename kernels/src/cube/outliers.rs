@@ -30,7 +30,7 @@ fn is_outlier(value: f32, threshold: f32) -> bool {
     threshold > 0.0f32 && value.abs() >= threshold
 }
 
-/// Marks columns where any row's magnitude reaches the threshold, a column a unit.
+/// Marks columns where any row's magnitude reaches the threshold; each column is computed by one unit (thread).
 ///
 /// # Shapes
 /// `x` `[m, n_cols]`, `marks` `[n_cols]`.
@@ -48,8 +48,8 @@ pub fn mark_outliers_kernel<A: Float>(x: &[A], marks: &mut [u32], m: u32, n_cols
     }
 }
 
-/// Quantizes rows to 8 bits, a cube a row; codes of marked columns are 0. What is no outlier itself counts for a row's scale, also in
-/// a marked column.
+/// Quantizes rows of x to 8 bits; each row is computed by one cube (thread block). Codes of marked columns are 0. A row's scale comes
+/// from all of its values that are not outliers themselves, also those in marked columns.
 ///
 /// # Shapes
 /// `x`, `codes` `[m, n_cols]`, `marks` `[n_cols]`, `scales` `[m]`.
@@ -87,7 +87,7 @@ pub fn quantize_rows_kernel<A: Float>(
     }
 }
 
-/// Multiplies codes in whole numbers and outlier columns in fp32, a plane a weight row, [`TILE_ROWS`] rows of x.
+/// Multiplies codes as integers and outlier columns in fp32. One plane (warp) computes a weight row's products with [`TILE_ROWS`] rows of x.
 ///
 /// # Shapes
 /// `x`, `codes` `[m, n_cols]`, `marks` `[n_cols]`, `scales` `[m]`, `y` `[m, n_rows]`.

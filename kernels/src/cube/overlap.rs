@@ -45,7 +45,7 @@ pub fn support(client: &Client) -> Result<(), NotTaken> {
     }
 }
 
-/// Returns true where kernels are compiled so that they can overlap; [`support`] says why not.
+/// Returns true if kernels are compiled so that their launches can overlap; if not, [`support`] gives the reason.
 pub fn is_known(client: &Client) -> bool {
     support(client).is_ok()
 }

@@ -1,5 +1,5 @@
-//! Norms, rotations and the largest value of whole rows, one launch each: burn's operations would take some ten launches for the first
-//! two, and for the last a single thread's look through a vocabulary.
+//! RMSNorm, rotary embedding and argmax of whole rows, one launch each. burn's operations take some ten launches for each of the first
+//! two, and its argmax reads a row with a single thread.
 
 use super::launch::{Element, buffer, cube_count, with_element};
 use super::reduce::{cube_max, cube_sum};
@@ -14,7 +14,7 @@ const ROW_UNITS: u32 = 256;
 /// Units of the cube that looks through a row of logits.
 const ARGMAX_UNITS: u32 = 256;
 
-/// RMSNorm, a cube a row.
+/// RMSNorm; each row is computed by one cube (thread block).
 ///
 /// # Shapes
 /// `x`, `out` `[n, n_cols]`, `weight` `[n_cols]`.
@@ -40,7 +40,7 @@ pub fn rms_norm_kernel<A: Float>(x: &[A], weight: &[f32], out: &mut [A], n: u32,
     }
 }
 
-/// Rotates heads by their positions (rotate-half), a value a unit; values beyond `rotary_dim` stay as they are.
+/// Rotates heads by their positions (rotate-half); each value is computed by one unit (thread). Values beyond `rotary_dim` stay as they are.
 ///
 /// # Shapes
 /// `x`, `out` `[n, n_heads · head_dim]`, `cos`, `sin` `[n, rotary_dim]`, the sines negated in their first half.
@@ -68,7 +68,7 @@ pub fn rotate_kernel<A: Float>(
     }
 }
 
-/// Finds each row's largest value, a cube a row; of equal ones the first.
+/// Argmax of each row, the first of equal values; each row is computed by one cube (thread block).
 ///
 /// # Shapes
 /// `x` `[n, n_cols]`, `out` `[n]`.
@@ -104,7 +104,7 @@ pub fn argmax_kernel(x: &[f32], out: &mut [u32], n: u32, n_cols: u32) {
     }
 }
 
-/// Writes the place of each row's largest value, of equal ones the first.
+/// Writes each row's argmax, the first of equal values.
 ///
 /// # Shapes
 /// `x` `[n, n_cols]` f32, `out` `[n]` u32.

@@ -72,7 +72,7 @@ impl Nvrtc {
     /// # Errors
     /// `Call`, with the compiler's messages.
     pub fn compile(&self, source: &str, architecture: &str) -> Result<Compiled, NvrtcError> {
-        let library = &self.library;
+        let Nvrtc { library, .. } = self;
         let source = CString::new(source).expect("a source without NUL");
         let mut program: Program = std::ptr::null_mut();
         call!(library, program, nvrtcCreateProgram(
@@ -89,7 +89,7 @@ impl Nvrtc {
     }
 
     fn compile_program(&self, program: Program, architecture: &str) -> Result<Compiled, NvrtcError> {
-        let library = &self.library;
+        let Nvrtc { library, .. } = self;
         let options = [
             format!("--gpu-architecture={architecture}"),
             format!("--include-path={}", self.include.display()),

@@ -147,7 +147,7 @@ impl GpuEngine {
         Ok(info)
     }
 
-    /// Returns why the fused path does not compute a model; nothing where it does.
+    /// Returns what of a model the fused path does not compute; `None` if it computes all of it.
     fn fused_path_lacks(&self, recipe: &ModelRecipe, info: &ModelInfo) -> Result<Option<String>, InferenceError> {
         let linears = info.linears.iter().map(|(module, _)| module.as_str());
         let asked = recipe

@@ -3,7 +3,8 @@
 
 use super::rows::device_error;
 use super::weights::Loading;
-use crate::engine::weights::{Placing, WeightReader, compute_dtype};
+use crate::engine::placing::Placing;
+use crate::engine::weights::{WeightReader, compute_dtype};
 use crate::event::Progress;
 use crate::inference::InferenceError;
 use crate::units::DType;

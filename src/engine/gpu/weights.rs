@@ -122,7 +122,7 @@ impl<'a> Loading<'a> {
         Loading { client, loader: MatrixLoader::new(client), reader, progress, stored_bytes: 0 }
     }
 
-    /// Makes a matrix of one weight on the device; nothing where only the host can.
+    /// Makes a matrix of one weight on the device; `None` if only the host can make it.
     ///
     /// # Errors
     /// Whatever is wrong with the tensor or the scheme; `Cancelled`.

@@ -297,7 +297,7 @@ mod tests {
         let (spec, checkpoint) = BurnEngine::cpu().prepare(&recipe).expect("a model");
         let device = Device::flex();
         let reader = WeightReader { checkpoint: &checkpoint, spec: &spec, recipe: &recipe, device: &device };
-        let weights = reader.read_all(&mut crate::engine::weights::OnHost, &NullProgress).expect("weights");
+        let weights = reader.read_all(&mut crate::engine::placing::OnHost, &NullProgress).expect("weights");
         Executor { spec, weights, device, compute: compute_dtype(&recipe) }
     }
 
