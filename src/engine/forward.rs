@@ -12,7 +12,7 @@ use burn::backend::ExecutionError;
 use burn::tensor::{Device, Int, Tensor, TensorData, activation};
 #[cfg(any(feature = "cuda", feature = "wgpu"))]
 use labpipe_kernels::burn_ext::row_ops;
-use labpipe_kernels::burn_ext::{ElsewhereError, stored_linear, stored_rows};
+use labpipe_kernels::burn_ext::{ProductError, stored_linear, stored_rows};
 use std::ops::Range;
 
 /// What every pass needs.
@@ -157,7 +157,9 @@ impl Executor {
 
     /// Returns embeddings in `dtype`, in which they are scaled where the model does, `[n, hidden]`.
     fn embed(&self, ids: Tensor<1, Int>, dtype: DType) -> Result<Tensor<2>, InferenceError> {
-        let x = stored_rows(ids, &self.weights.embedding).map_err(elsewhere)?.cast(float_dtype(dtype));
+        let x = stored_rows(ids, &self.weights.embedding)
+            .map_err(|error| failed_product(&error.into()))?
+            .cast(float_dtype(dtype));
         Ok(if self.spec.embedding_scale == 1.0 { x } else { x.mul_scalar(self.spec.embedding_scale) })
     }
 
@@ -381,15 +383,15 @@ fn columns(x: &Tensor<2>, from: usize, to: usize) -> Tensor<2> {
 
 fn linear(x: Tensor<2>, linear: &Linear) -> Result<Tensor<2>, InferenceError> {
     let dtype = x.dtype();
-    let y = stored_linear(x, &linear.weight).map_err(elsewhere)?;
+    let y = stored_linear(x, &linear.weight).map_err(|error| failed_product(&error))?;
     Ok(match &linear.bias {
         None => y,
         Some(bias) => y.add(bias.clone().cast(dtype)),
     })
 }
 
-fn elsewhere(error: ElsewhereError) -> InferenceError {
-    InferenceError::Device { device: error.activations.clone(), reason: error.to_string() }
+fn failed_product(error: &ProductError) -> InferenceError {
+    InferenceError::Device { device: "the model's device".to_owned(), reason: error.to_string() }
 }
 
 fn activate(kind: Activation, x: Tensor<2>) -> Tensor<2> {

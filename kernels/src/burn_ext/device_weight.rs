@@ -64,12 +64,14 @@ impl fmt::Debug for DeviceWeight {
     }
 }
 
-/// What multiplies many rows at once, shared by the weights of a model: cuBLAS where it is, else burn's own matrix product.
+/// What multiplies many rows at once, shared by the weights of a model: cuBLAS if it could be opened, else burn's own matrix product.
 pub struct LargeProducts {
     #[cfg(feature = "cuda")]
-    blas: Mutex<Option<Cublas>>,
+    blas: Option<Mutex<Cublas>>,
     /// Why cuBLAS does not multiply; `None` if it does.
-    without_cublas: Mutex<Option<String>>,
+    without_cublas: Option<String>,
+    /// The first failure of cuBLAS.
+    failure: Mutex<Option<String>>,
 }
 
 impl LargeProducts {
@@ -80,7 +82,7 @@ impl LargeProducts {
         }
         #[cfg(feature = "cuda")]
         match Cublas::open(client) {
-            Ok(blas) => LargeProducts { blas: Mutex::new(Some(blas)), without_cublas: Mutex::new(None) },
+            Ok(blas) => LargeProducts { blas: Some(Mutex::new(blas)), without_cublas: None, failure: Mutex::new(None) },
             Err(error) => LargeProducts::with_burn(error.to_string()),
         }
         #[cfg(not(feature = "cuda"))]
@@ -91,8 +93,9 @@ impl LargeProducts {
     pub fn with_burn(reason: String) -> LargeProducts {
         LargeProducts {
             #[cfg(feature = "cuda")]
-            blas: Mutex::new(None),
-            without_cublas: Mutex::new(Some(reason)),
+            blas: None,
+            without_cublas: Some(reason),
+            failure: Mutex::new(None),
         }
     }
 
@@ -101,32 +104,30 @@ impl LargeProducts {
     /// # Errors
     /// The reason.
     pub fn cublas(&self) -> Result<String, String> {
-        if let Some(reason) = self.without_cublas.lock().unwrap_or_else(PoisonError::into_inner).clone() {
-            return Err(reason);
-        }
         #[cfg(feature = "cuda")]
-        if let Some(blas) = &*self.blas.lock().unwrap_or_else(PoisonError::into_inner) {
-            return Ok(blas.version.clone());
+        if let Some(blas) = &self.blas {
+            return Ok(blas.lock().unwrap_or_else(PoisonError::into_inner).version.clone());
         }
-        Err("it was not opened".to_owned())
+        Err(self.without_cublas.clone().unwrap_or_default())
     }
 
-    /// Runs `multiply` with cuBLAS, where it is; false where it is not, or failed: then it is not asked again, and
-    /// [`cublas`](Self::cublas) says why.
+    /// Returns the first failure of cuBLAS: results since then are not those of one way of multiplying.
+    pub fn failure(&self) -> Option<String> {
+        self.failure.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// Runs `multiply` with cuBLAS; false if there is none, or if it failed, which [`failure`](Self::failure) then tells.
     #[cfg(feature = "cuda")]
     pub(super) fn by_cublas(
         &self,
         multiply: impl FnOnce(&mut Cublas) -> Result<(), crate::cube::cublas::CublasError>,
     ) -> bool {
-        let mut blas = self.blas.lock().unwrap_or_else(PoisonError::into_inner);
-        let Some(open) = blas.as_mut() else { return false };
-        match multiply(open) {
-            Ok(()) => true,
-            Err(error) => {
-                *blas = None;
-                *self.without_cublas.lock().unwrap_or_else(PoisonError::into_inner) = Some(error.to_string());
-                false
-            }
+        let Some(blas) = &self.blas else { return false };
+        let multiplied = multiply(&mut blas.lock().unwrap_or_else(PoisonError::into_inner));
+        if let Err(error) = &multiplied {
+            let mut failure = self.failure.lock().unwrap_or_else(PoisonError::into_inner);
+            failure.get_or_insert_with(|| error.to_string());
         }
+        multiplied.is_ok()
     }
 }

@@ -19,7 +19,7 @@ pub use cube::DEVICE_PANEL_BYTES;
 #[cfg(feature = "burn-cube")]
 pub use device_weight::{DeviceWeight, LargeProducts};
 pub use host::{PANEL_BYTES, linear_into, peak_panel_bytes};
-pub use stored_weight::{ElsewhereError, StoredWeight};
+pub use stored_weight::{ElsewhereError, ProductError, StoredWeight};
 
 use burn::backend::tensor::{FloatTensor, IntTensor};
 use burn::backend::{Backend, Dispatch, backend_extension};
@@ -54,10 +54,12 @@ pub trait StoredLinear: Backend {
 /// `x` `[m, in]`, `weight` `[out, in]`, result `[m, out]`.
 ///
 /// # Errors
-/// [`ElsewhereError`] where the weight is not where `x` is.
-pub fn stored_linear(x: Tensor<2>, weight: &Arc<StoredWeight>) -> Result<Tensor<2>, ElsewhereError> {
+/// `Elsewhere` if the weight is not where `x` is; `Cublas` if cuBLAS failed in this product or an earlier one.
+pub fn stored_linear(x: Tensor<2>, weight: &Arc<StoredWeight>) -> Result<Tensor<2>, ProductError> {
     weight.check_place(&x.device())?;
-    Ok(Tensor::from_dispatch(Dispatch::stored_linear(x.into_dispatch(), Arc::clone(weight))))
+    let product = Tensor::from_dispatch(Dispatch::stored_linear(x.into_dispatch(), Arc::clone(weight)));
+    weight.check_products()?;
+    Ok(product)
 }
 
 /// Returns rows of a weight in f32 (see [`StoredLinear::stored_rows`]).

@@ -22,7 +22,32 @@ pub struct ElsewhereError {
     pub weight: String,
 }
 
+/// Why a product with a stored weight has no result.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum ProductError {
+    #[error(transparent)]
+    Elsewhere(#[from] ElsewhereError),
+    /// cuBLAS, which multiplied before, failed.
+    #[error("multiply: {0}")]
+    Cublas(String),
+}
+
 impl StoredWeight {
+    /// Returns the first failure among products with this weight and those that share its way of multiplying.
+    ///
+    /// # Errors
+    /// [`ProductError::Cublas`].
+    pub(super) fn check_products(&self) -> Result<(), ProductError> {
+        match self {
+            StoredWeight::Host(_) => Ok(()),
+            #[cfg(feature = "burn-cube")]
+            StoredWeight::Device(weight) => {
+                weight.large().failure().map_or(Ok(()), |reason| Err(ProductError::Cublas(reason)))
+            }
+        }
+    }
+
     /// Number of output features.
     pub fn n_rows(&self) -> usize {
         match self {
